@@ -1,0 +1,226 @@
+"""Talk to a trained model: by default the best checkpoint of the newest run.
+
+    python sample.py --prompt "To be"
+    python sample.py --prompt FILE:letter.txt --temperature=0      # a prompt from a file; 0 is greedy
+    python sample.py --checkpoint=runs/tiny_cpu --beam=4 --max_new_tokens=50
+"""
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import configurator
+import data
+from configurator import UserError
+
+
+@dataclass(frozen=True)
+class Config:
+    # what
+    checkpoint: str = ""            # run or checkpoint folder; empty: the newest run
+    which: str = "best"             # of a run: best | latest
+    prompt: str = "\n"              # text to go on from; FILE:name takes it from a file; empty: the end-of-text token
+    num_samples: int = 1
+    max_new_tokens: int = 300
+    stop: tuple[str, ...] = ()      # texts at which a sample ends; it always ends at the end-of-text token
+    # how
+    temperature: float = 0.8        # 0: greedy
+    top_k: int = 0                  # keep the k most likely tokens; 0: all
+    top_p: float = 1.0              # keep the smallest set of tokens that holds this probability
+    min_p: float = 0.0              # keep tokens at least this fraction as likely as the likeliest
+    repetition_penalty: float = 1.0  # above 1: seen tokens become less likely
+    beam: int = 0                   # width of a beam search, which replaces sampling
+    length_penalty: float = 1.0     # beam search ranks by log p / length ** this
+    seed: int = 1337
+    # machine
+    device: str = "cpu"
+
+    def __post_init__(self):
+        if self.which not in ("best", "latest"):
+            raise ValueError(f"which={self.which} must be best or latest")
+        for name in ("num_samples", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("temperature", "top_k", "beam", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be in (0, 1] and min_p={self.min_p} in [0, 1]")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0")
+
+
+def filter_logits(logits, seen=(), temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
+    """logits: (V,) -> (V,) whose softmax is the distribution to draw from; -inf for tokens that are out.
+
+    In this order: repetition penalty (once per distinct token of `seen`; Keskar et al. 2019, CTRL, sec. 4.1, with
+    negative logits multiplied), temperature, top-k, top-p (the token that crosses p stays; Holtzman et al. 2020),
+    min-p (Nguyen et al. 2024). temperature 0 leaves the likeliest token alone.
+    """
+    logits = logits.clone()
+    if repetition_penalty != 1 and len(seen):
+        ids = torch.as_tensor(seen, device=logits.device).unique()
+        penalised = logits[ids]
+        logits[ids] = torch.where(penalised > 0, penalised / repetition_penalty, penalised * repetition_penalty)
+    if temperature == 0:
+        return torch.full_like(logits, -torch.inf).index_fill_(0, logits.argmax(), 0.0)
+    logits /= temperature
+    if 0 < top_k < len(logits):
+        keep = logits.topk(top_k).indices                  # exactly k, also where logits are equal
+        logits = torch.full_like(logits, -torch.inf).index_copy_(0, keep, logits[keep])
+    if top_p < 1:
+        probs, order = logits.softmax(-1).sort(descending=True, stable=True)
+        logits[order[probs.cumsum(-1) - probs >= top_p]] = -torch.inf
+    if min_p > 0:
+        probs = logits.softmax(-1)
+        logits[probs < min_p * probs.max()] = -torch.inf
+    return logits
+
+
+class Decoder:
+    """A model and its cache, with a window that slides: when the context is full, its later half starts a new one."""
+
+    def __init__(self, model, ids):
+        self.model, self.size, self.ids = model, model.config.block_size, list(ids)
+        self.cache, self.filled = None, 0
+
+    def __call__(self, new=()):
+        """Take more ids -> logits (V,) of the next token."""
+        self.ids += new
+        if self.cache is None or self.filled + len(new) > self.size:
+            length = self.size if self.cache is None else max(1, self.size // 2)
+            new = self.ids[-length:]
+            self.cache, self.filled = self.model.init_cache(1, self.size), 0
+        idx = torch.tensor([new], device=next(self.model.parameters()).device)
+        logits, self.cache = self.model.step(idx, self.cache)
+        self.filled += len(new)
+        return logits[0]
+
+
+@torch.no_grad()
+def generate(model, ids, max_new_tokens, generator=None, stop_ids=(), **sampling):
+    """Yield up to max_new_tokens ids after `ids` (at least one; only the last block_size of them are seen).
+
+    `sampling` goes to `filter_logits`; a CPU `generator` makes the draws repeatable. Ends before an id of stop_ids.
+    """
+    decoder, new = Decoder(model, ids), []
+    for _ in range(max_new_tokens):
+        logits = filter_logits(decoder(new), decoder.ids, **sampling)
+        token = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).item()
+        if token in stop_ids:
+            return
+        yield token
+        new = [token]
+
+
+@torch.no_grad()
+def beam_search(model, ids, max_new_tokens, beam, length_penalty=1.0, stop_ids=()):
+    """The best of `beam` hypotheses by sum log p / length ** length_penalty -> (list of ids, that score).
+
+    A hypothesis is finished by an id of stop_ids, which counts in its score and is not returned. The search ends when
+    no open hypothesis can still win, or at max_new_tokens. beam=1 is greedy decoding. Recomputes the prefix at every
+    step: short and plain, and meant for short texts.
+    """
+    device, size = next(model.parameters()).device, model.config.block_size
+    open_, finished = [(0.0, [])], []
+    for length in range(1, max_new_tokens + 1):
+        idx = torch.tensor([(list(ids) + new)[-size:] for _, new in open_], device=device)   # (beams, T)
+        logp = model(idx)[0][:, -1].log_softmax(-1)                                           # (beams, V)
+        total = logp.double().cpu() + torch.tensor([score for score, _ in open_], dtype=torch.double)[:, None]
+        best = total.flatten().topk(min(2 * beam, total.numel()))
+        candidates = [(score, open_[i // logp.size(1)][1] + [i % logp.size(1)])
+                      for score, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+        open_ = []
+        for rank, (score, new) in enumerate(candidates):
+            if new[-1] in stop_ids:
+                if rank < beam:
+                    finished.append((score / length ** length_penalty, new[:-1]))
+            elif len(open_) < beam:
+                open_.append((score, new))
+        # a log p only falls, so the best that an open one can reach is its score over the most favourable length
+        reach = max(max(score / n ** length_penalty for n in (length, max_new_tokens)) for score, _ in open_)
+        if finished and max(score for score, _ in finished) >= reach:
+            break
+    else:
+        finished += [(score / max_new_tokens ** length_penalty, new) for score, new in open_]
+    score, new = max(finished, key=lambda hypothesis: hypothesis[0])
+    return new, score
+
+
+class Printer:
+    """Prints text as it comes but holds back what may be the beginning of a stop text, and ends before one."""
+
+    def __init__(self, stops):
+        self.stops, self.held, self.done = [s for s in stops if s], "", False
+
+    def __call__(self, text, last=False):
+        self.held += text
+        found = [i for i in map(self.held.find, self.stops) if i >= 0]
+        if found:
+            self.held, self.done = self.held[:min(found)], True
+        keep = 0
+        if not (self.done or last):                        # the longest end that could still become a stop text
+            keep = max((n for s in self.stops for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
+        cut = len(self.held) - keep
+        print(self.held[:cut], end="", flush=True)
+        self.held = self.held[cut:]
+
+
+def read_prompt(prompt):
+    if not prompt.startswith("FILE:"):
+        return prompt
+    path = Path(prompt.removeprefix("FILE:"))
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"--prompt={prompt}: {path} is not UTF-8 text") from None
+
+
+def main(cfg):
+    loaded = checkpoint.load(cfg.checkpoint or None, which=cfg.which)
+    try:
+        model = checkpoint.load_model(loaded).to(cfg.device).eval()
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device={cfg.device} does not work here: {str(e).splitlines()[0]}; try cpu") from None
+    tokenizer = data.load_tokenizer(loaded.path)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(f"{loaded.path}: the tokenizer has {tokenizer.vocab_size} ids, the model "
+                        f"{model.config.vocab_size}: they do not belong together")
+    prompt = read_prompt(cfg.prompt)
+    ids = tokenizer.encode(prompt) or [tokenizer.eot]
+    if len(ids) > model.config.block_size:
+        print(f"note: the prompt has {len(ids)} tokens, the model sees the last {model.config.block_size}",
+              file=sys.stderr)
+    print(f"{loaded.path}, step {loaded.meta['step']}", file=sys.stderr)
+    torch.manual_seed(cfg.seed)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    n, begun = 0, time.perf_counter()
+    for i in range(1 if cfg.beam else cfg.num_samples):
+        if i:
+            print("\n" + "-" * 40)
+        print(prompt, end="", flush=True)
+        show, stream = Printer(cfg.stop), tokenizer.stream()
+        if cfg.beam:
+            new, score = beam_search(model, ids, cfg.max_new_tokens, cfg.beam, cfg.length_penalty, {tokenizer.eot})
+        else:
+            new = generate(model, ids, cfg.max_new_tokens, generator, {tokenizer.eot}, temperature=cfg.temperature,
+                           top_k=cfg.top_k, top_p=cfg.top_p, min_p=cfg.min_p,
+                           repetition_penalty=cfg.repetition_penalty)
+        for token in new:
+            n += 1
+            show(stream.step(token) if token < tokenizer.vocab_size else "\ufffd")
+            if show.done:
+                break
+        if not show.done:
+            show(stream.flush(), last=True)
+    print()
+    seconds = time.perf_counter() - begun
+    summary = f"{n} tokens, {n / seconds:,.0f} tokens/s" if seconds else ""
+    print(summary + (f", log p per length^{cfg.length_penalty:g} {score:.4f}" if cfg.beam else ""), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    configurator.run(main, Config)
