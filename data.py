@@ -137,8 +137,10 @@ def _read_meta(file):
     for key in ("tokens", "bytes", "documents"):
         for split in SPLITS:
             value = meta[key].get(split)
-            if type(value) is not int or not (key == "bytes") <= value + 1:
-                raise _damaged(file, f"needs a whole number in {key}.{split}, has {value!r:.60}")
+            if type(value) is not int or value < (key == "tokens"):
+                raise _damaged(file, f"needs a number in {key}.{split}, has {value!r:.60}")
+    if not all(type(value) in (int, float) for value in meta["baselines"].values()):
+        raise _damaged(file, f"needs numbers in baselines, has {meta['baselines']!r:.60}")
     if meta["dtype"] not in ("uint16", "uint32"):
         raise _damaged(file, f"has dtype {meta['dtype']!r:.60}, which must be uint16 or uint32")
     if not 0 < meta["vocab_size"] <= 2**32:
@@ -150,9 +152,6 @@ def _read_meta(file):
     for name, entry in meta["files"].items():
         if not isinstance(entry, dict) or type(entry.get("size")) is not int or type(entry.get("sha256")) is not str:
             raise _damaged(file, f"needs size and sha256 of {name}, has {entry!r:.60}")
-    for split in SPLITS:
-        if meta["tokens"][split] < 1:
-            raise _damaged(file, f"says that {split}.bin has no tokens")
     return meta
 
 

@@ -81,23 +81,30 @@ def filter_logits(logits, seen=(), temperature=1.0, top_k=0, top_p=1.0, min_p=0.
 
 
 class Decoder:
-    """A model and its cache, with a window that slides: when the context is full, its later half starts a new one."""
+    """Rows of ids and the model's cache, a window that slides: when the context is full, its later half starts anew."""
 
-    def __init__(self, model, ids):
-        self.model, self.size, self.ids = model, model.config.block_size, list(ids)
+    def __init__(self, model, idx):
+        self.model, self.size, self.idx = model, model.config.block_size, idx                # idx: (B, T)
         self.cache, self.filled = None, 0
 
-    def __call__(self, new=()):
-        """Take more ids -> logits (V,) of the next token."""
-        self.ids += new
-        if self.cache is None or self.filled + len(new) > self.size:
-            length = self.size if self.cache is None else max(1, self.size // 2)
-            new = self.ids[-length:]
-            self.cache, self.filled = self.model.init_cache(1, self.size), 0
-        idx = torch.tensor([new], device=next(self.model.parameters()).device)
-        logits, self.cache = self.model.step(idx, self.cache)
-        self.filled += len(new)
-        return logits[0]
+    def __call__(self, new=None):
+        """Take more ids, (B, T) -> logits (B, V) of the next token. The first call takes none."""
+        if new is not None:
+            self.idx = torch.cat((self.idx, new), 1)
+        if self.cache is None or self.filled + new.size(1) > self.size:
+            new = self.idx[:, -(self.size if self.cache is None else max(1, self.size // 2)):]
+            self.cache, self.filled = self.model.init_cache(len(new), self.size), 0
+        logits, self.cache = self.model.step(new, self.cache)
+        self.filled += new.size(1)
+        return logits
+
+    def select(self, rows):
+        """Go on with these rows, in this order; a row may be taken more than once."""
+        def pick(part):
+            if isinstance(part, torch.Tensor):
+                return part.index_select(0, rows) if part.dim() else part
+            return {k: pick(v) for k, v in part.items()} if isinstance(part, dict) else [pick(v) for v in part]
+        self.idx, self.cache = self.idx[rows], pick(self.cache)
 
 
 @torch.no_grad()
@@ -106,14 +113,15 @@ def generate(model, ids, max_new_tokens, generator=None, stop_ids=(), **sampling
 
     `sampling` goes to `filter_logits`; a CPU `generator` makes the draws repeatable. Ends before an id of stop_ids.
     """
-    decoder, new = Decoder(model, ids), []
+    device, new = next(model.parameters()).device, None
+    decoder = Decoder(model, torch.tensor([ids], device=device))
     for _ in range(max_new_tokens):
-        logits = filter_logits(decoder(new), decoder.ids, **sampling)
+        logits = filter_logits(decoder(new)[0], decoder.idx[0], **sampling)
         token = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).item()
         if token in stop_ids:
             return
         yield token
-        new = [token]
+        new = torch.tensor([[token]], device=device)
 
 
 @torch.no_grad()
@@ -121,33 +129,38 @@ def beam_search(model, ids, max_new_tokens, beam, length_penalty=1.0, stop_ids=(
     """The best of `beam` hypotheses by sum log p / length ** length_penalty -> (list of ids, that score).
 
     A hypothesis is finished by an id of stop_ids, which counts in its score and is not returned. The search ends when
-    no open hypothesis can still win, or at max_new_tokens. beam=1 is greedy decoding. Recomputes the prefix at every
-    step: short and plain, and meant for short texts.
+    no open hypothesis can still win, or at max_new_tokens. beam=1 is greedy decoding.
     """
-    device, size = next(model.parameters()).device, model.config.block_size
-    open_, finished = [(0.0, [])], []
+    device = next(model.parameters()).device
+    decoder, new = Decoder(model, torch.tensor([ids], device=device)), None
+    scores, open_, finished = torch.zeros(1, 1, dtype=torch.double), [[]], []
     for length in range(1, max_new_tokens + 1):
-        idx = torch.tensor([(list(ids) + new)[-size:] for _, new in open_], device=device)   # (beams, T)
-        logp = model(idx)[0][:, -1].log_softmax(-1)                                           # (beams, V)
-        total = logp.double().cpu() + torch.tensor([score for score, _ in open_], dtype=torch.double)[:, None]
-        best = total.flatten().topk(min(2 * beam, total.numel()))
-        candidates = [(score, open_[i // logp.size(1)][1] + [i % logp.size(1)])
-                      for score, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
-        open_ = []
-        for rank, (score, new) in enumerate(candidates):
-            if new[-1] in stop_ids:
+        logp = decoder(new).log_softmax(-1).double().cpu() + scores                          # (beams, V), summed
+        best = logp.flatten().topk(min(2 * beam, logp.numel()))
+        rows, tokens = best.indices // logp.size(1), best.indices % logp.size(1)
+        kept = []
+        for rank, (score, row, token) in enumerate(zip(best.values.tolist(), rows.tolist(), tokens.tolist(),
+                                                       strict=True)):
+            if token in stop_ids:
                 if rank < beam:
-                    finished.append((score / length ** length_penalty, new[:-1]))
-            elif len(open_) < beam:
-                open_.append((score, new))
-        # a log p only falls, so the best that an open one can reach is its score over the most favourable length
-        reach = max(max(score / n ** length_penalty for n in (length, max_new_tokens)) for score, _ in open_)
-        if finished and max(score for score, _ in finished) >= reach:
+                    finished.append((score / length ** length_penalty, open_[row]))
+            elif len(kept) < beam:
+                kept.append((score, row, token))
+        if not kept:
             break
-    else:
-        finished += [(score / max_new_tokens ** length_penalty, new) for score, new in open_]
-    score, new = max(finished, key=lambda hypothesis: hypothesis[0])
-    return new, score
+        open_ = [open_[row] + [token] for _, row, token in kept]
+        scores = torch.tensor([[score] for score, _, _ in kept], dtype=torch.double)
+        # log p only falls, so this is the most that an open hypothesis can still reach
+        reach = max(scores.max().item() / n ** length_penalty for n in (length, max_new_tokens))
+        if length == max_new_tokens:
+            finished += [(score / length ** length_penalty, text)
+                         for (score, _, _), text in zip(kept, open_, strict=True)]
+        elif finished and max(score for score, _ in finished) >= reach:
+            break
+        decoder.select(torch.tensor([row for _, row, _ in kept], device=device))
+        new = torch.tensor([[token] for _, _, token in kept], device=device)
+    score, text = max(finished, key=lambda hypothesis: hypothesis[0])
+    return text, score
 
 
 class Printer:

@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import random
 import re
 import shlex
 import signal
@@ -21,6 +22,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -290,14 +292,10 @@ def describe(cfg, model, dataset, environment, run_dir):
     print(f"writing to {run_dir}", flush=True)
 
 
-def show_samples(model, dataset, cfg, device):
-    if not cfg.prompts:
-        return
-    tokenizer = dataset.tokenizer()
+def show_samples(model, prompts, tokenizer, cfg):
     model.eval()
-    for prompt in cfg.prompts:
+    for prompt, ids in prompts.items():
         generator = torch.Generator().manual_seed(cfg.seed)  # its own: training must not feel that we looked
-        ids = tokenizer.encode(prompt) or [tokenizer.eot]
         new = list(generate(model, ids, cfg.prompt_tokens, temperature=0.8, top_k=50, generator=generator))
         print(f"    {prompt}{tokenizer.decode(new)}".replace("\n", "\n    "), flush=True)
     model.train()
@@ -315,7 +313,6 @@ class Log:
                 if json.loads(line).get("step", 0) <= step:
                     kept.append(line + "\n")
         write_atomic(self.path, "".join(kept))
-        self.file = open(self.path, "a", buffering=1)      # flushed line by line
         self.live = sys.stdout.isatty()
         self.width = 0                                     # of the live line
         self.said = self.begun = time.perf_counter()
@@ -324,7 +321,8 @@ class Log:
         self.track = tracker(cfg, run_dir)
 
     def record(self, record):
-        self.file.write(json.dumps(record, allow_nan=False) + "\n")
+        with open(self.path, "a") as f:                    # closed, and so flushed, line by line
+            f.write(json.dumps(record, allow_nan=False) + "\n")
         if "event" not in record:
             self.track(record)
 
@@ -360,7 +358,6 @@ class Log:
 
     def close(self, dataset):
         self.say("") if self.width else None
-        self.file.close()
         plot(self.path.parent, dataset)
 
 
@@ -426,6 +423,8 @@ def train(cfg):
     run_dir = Path(cfg.out_dir or f"runs/{cfg.arch}")
     dataset = open_dataset(cfg)
     device = pick_device(cfg.device)
+    tokenizer = dataset.tokenizer() if cfg.prompts else None
+    prompts = {prompt: tokenizer.encode(prompt) or [tokenizer.eot] for prompt in cfg.prompts}
     resumed = checkpoint.load_run(run_dir, optimizer=True) if cfg.resume else None
     if not cfg.resume and (run_dir / "latest").exists():
         raise UserError(f"{run_dir} already holds a run: go on with --resume, or name another --out_dir")
@@ -435,6 +434,8 @@ def train(cfg):
     if vocab_size < dataset.vocab_size:
         raise UserError(f"vocab_size={vocab_size} is less than the {dataset.vocab_size} of {dataset.path}")
     cfg = replace(cfg, model=replace(cfg.model, vocab_size=vocab_size))
+    random.seed(cfg.seed)                                  # nothing here draws from it, or from numpy's: forks may
+    np.random.seed(cfg.seed % 2**32)
     torch.manual_seed(cfg.seed)
     try:
         model = import_module(cfg.arch).Model(cfg.model)
@@ -507,7 +508,7 @@ def train(cfg):
                 saved_at = step
                 log.record(state["record"])
                 log.evaluated(state["record"], dataset, better)
-                show_samples(model, dataset, cfg, device)
+                show_samples(model, prompts, tokenizer, cfg)
                 since, since_step = time.perf_counter(), step
                 if cfg.patience and state["waited"] >= cfg.patience:
                     log.say(f"stopped: no better validation loss in {cfg.patience} evaluations")
@@ -562,7 +563,7 @@ def train(cfg):
                 mfu = speed * model.flops_per_token(cfg.model.block_size) / peak_flops
                 seconds = state["seconds"] + now - since
                 log.progress(state["step"], loss, speed, mfu)
-                if state["step"] % cfg.log_every == 0:
+                if state["step"] % cfg.log_every == 0 and not state["bad_steps"]:
                     log.record(finite({"step": state["step"], "loss": loss, "lr": scale * cfg.lr, "mfu": mfu,
                                        "grad_norm": grad_norm, "tokens": state["tokens"], "seconds": seconds,
                                        "tokens_per_second": speed}))

@@ -52,7 +52,7 @@ def find_text(data_dir, given=""):
         return Path(given).expanduser(), Path(given).name
     tiny, plays = data_dir / "tinyshakespeare.txt", data_dir / "shakespeare_plays.txt"
     if tiny.is_file():
-        return tiny, "tinyshakespeare" if sha256(tiny.read_bytes()) == SHA256 else tiny.name
+        return tiny, "tinyshakespeare" if file_sha256(tiny) == SHA256 else tiny.name
     try:
         save(tiny, download(URL))
         return tiny, "tinyshakespeare"
@@ -65,6 +65,14 @@ def find_text(data_dir, given=""):
 
 def sha256(content):
     return hashlib.sha256(content).hexdigest()
+
+
+def file_sha256(file):
+    digest = hashlib.sha256()
+    with open(file, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def save(file, content):
@@ -147,12 +155,12 @@ def main(cfg):
     data_dir = Path(cfg.data_dir).expanduser()
     file, what = find_text(data_dir, cfg.input)
     documents, _ = read_documents(file)
-    digest = sha256(file.read_bytes()) if file.is_file() else "of a folder"
+    source = f"{what}, sha256 {file_sha256(file)}" if file.is_file() else what
     print(f"text: {what} ({file})")
     kind = Path(cfg.tokenizer).stem.replace(":", "_")
     name = cfg.name or f"shakespeare_{kind}{cfg.vocab_size if kind == 'bpe' else ''}"
     prepare(
-        documents, name, f"{what}, sha256 {digest}", cfg.tokenizer, cfg.vocab_size, cfg.pretokenizer, cfg.val_fraction,
+        documents, name, source, cfg.tokenizer, cfg.vocab_size, cfg.pretokenizer, cfg.val_fraction,
         data_dir=data_dir, next_command=f"python train.py config/tiny_cpu.py --dataset={name}",
     )  # fmt: skip
 

@@ -36,6 +36,7 @@ SAMPLE_BYTES = 32 * MB  # the BPE trainer sees at most so much, spread over the 
 PIECE = 1 << 16  # characters that the tokenizer gets at a time
 GRAM = 13  # words; the length that GPT-3's authors took for overlap between training and test sets
 MAX_GRAMS = 4_000_000  # hashes kept per split; of more, a fixed share
+CHANGED = "the input changed while it was read: run this again"
 
 
 @dataclass(frozen=True)
@@ -297,8 +298,7 @@ class Counter:
         block = b"".join(self.parts)
         self.parts, self.size = [], 0
         self.words.add(block, final)
-        text = np.frombuffer(block, np.uint8)
-        self.ngrams.add(text)
+        self.ngrams.add(np.frombuffer(block.replace(WordGrams.END, b""), np.uint8))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -314,8 +314,9 @@ class Plan:
 
     def __init__(self, documents, val_fraction, seed, want_chars):
         hashes, sizes, lengths, self.chars, self.head = array("Q"), array("Q"), array("Q"), set(), ""
+        salt = (seed % 2**64).to_bytes(8, "little")
         for document in documents():
-            content, size, length, blank = hashlib.blake2b(digest_size=8, salt=seed.to_bytes(8, "little")), 0, 0, True
+            content, size, length, blank = hashlib.blake2b(digest_size=8, salt=salt), 0, 0, True
             for piece in pieces_of(document):
                 if len(self.head) < MB // 4:
                     self.head += piece[: MB // 4]
@@ -366,7 +367,7 @@ class Plan:
                 yield "val", itertools.chain(rest, pieces), several
             start = stop
         if n != len(self.sizes):
-            raise UserError("the input changed while it was read: run this again")
+            raise UserError(CHANGED)
 
 
 def choose(weights, target):
@@ -482,6 +483,8 @@ def prepare(
     with data.Writer(folder, tok, source, options, base) as out:
         check_space(folder, plan, tok, out.dtype.itemsize)
         tokenize(plan, progress(documents, "tokenizing"), tok, out)
+        if sum(out.meta["bytes"].values()) != plan.total:
+            raise UserError(CHANGED)
         out.meta |= {"duplicates": plan.n_duplicates, "overlap_13gram": overlap}
     report(folder, next_command)
     return folder

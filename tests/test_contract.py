@@ -1,0 +1,142 @@
+"""What every model file must keep, tested for each file beside train.py that has a Config and a Model."""
+import importlib
+import math
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import optim
+
+ARCHS = sorted(p.stem for p in ROOT.glob("*.py")
+               if len(set(re.findall(r"^class (Config|Model)\b", p.read_text(), re.M))) == 2)
+# more shapes of a model file than its default; every file must take the base
+BASE = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": 50, "block_size": 48}
+VARIANTS = {"model": [{"n_kv_head": 2}, {"n_kv_head": 1, "tie_embeddings": True, "qk_norm": True}, {"mlp": "gelu"}]}
+CASES = [(arch, extra) for arch in ARCHS for extra in [{}, *VARIANTS.get(arch, [])]]
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{'-'.join(map(str, case[1].values())) or 'base'}")
+def model(request):
+    arch, extra = request.param
+    module = importlib.import_module(arch)
+    torch.manual_seed(0)
+    return module.Model(module.Config(**BASE | extra))
+
+
+def shaken(model):
+    """Far from the initial weights, where every part matters."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * torch.randn(p.shape, generator=generator)
+    return model.eval()
+
+
+def ids(*shape, seed=0):
+    return torch.randint(BASE["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_forward_gives_a_pair(model):
+    idx = ids(3, 20)
+    logits, loss = model(idx)
+    assert logits.shape == (3, 20, 50) and logits.dtype == torch.float32 and loss is None
+    logits, loss = model(idx, ids(3, 20, seed=1))
+    assert loss.shape == () and loss.dtype == torch.float32
+
+
+def test_target_minus_one_is_ignored(model):
+    idx, targets = ids(2, 20), ids(2, 20, seed=1)
+    targets[:, 7:] = -1
+    logits, loss = model(idx, targets)
+    by_hand = -logits.log_softmax(-1)[:, :7].gather(-1, targets[:, :7, None]).mean()
+    assert abs(loss - by_hand) < 1e-5
+
+
+@pytest.mark.parametrize("chop", [[40], [1] * 40, [20, 20], [7, 1, 1, 13, 18], [39, 1], [1, 39]])
+@torch.no_grad()
+def test_step_on_any_chopping_equals_forward(model, chop):
+    model, idx = shaken(model), ids(2, 40)
+    whole, _ = model(idx)
+    cache, end = model.init_cache(2, 48), 0
+    for n in chop:
+        logits, cache = model.step(idx[:, end:end + n], cache)
+        end += n
+        assert logits.shape == (2, 50)
+        assert (logits - whole[:, end - 1]).abs().max() < 1e-4
+    assert end == 40
+
+
+@torch.no_grad()
+def test_a_changed_token_never_changes_earlier_logits(model):
+    model, idx = shaken(model), ids(2, 40)
+    whole, _ = model(idx)
+    for t in (1, 17, 39):
+        other = idx.clone()
+        other[:, t] = (other[:, t] + 1) % 50
+        logits, _ = model(other)
+        assert torch.equal(logits[:, :t], whole[:, :t]), f"token {t} is seen from before"
+        assert not torch.equal(logits[:, t], whole[:, t])
+
+
+@torch.no_grad()
+def test_rows_of_a_batch_do_not_mix(model):
+    model, idx = shaken(model), ids(4, 30)
+    assert (model(idx)[0][2] - model(idx[2:3])[0][0]).abs().max() < 1e-4
+
+
+def test_every_parameter_gets_a_gradient_and_one_role(model):
+    shaken(model).train()
+    model(ids(4, 40), ids(4, 40, seed=1))[1].backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0, f"{name} gets no gradient"
+    listed = [p for params in model.param_groups().values() for p in params]
+    assert sorted(map(id, listed)) == sorted(map(id, model.parameters()))
+    assert set(model.param_groups()) <= set(optim.ROLES)
+
+
+def test_loss_at_step_0_is_ln_v(model):
+    _, loss = model(ids(8, 48), ids(8, 48, seed=1))
+    assert abs(loss.item() - math.log(50)) < 0.02 * math.log(50)
+
+
+def test_flops_equal_what_a_counter_counts(model):
+    idx = ids(2, 48)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(idx, idx)[1].backward()
+    assert counter.get_total_flops() == model.flops_per_token(48) * idx.numel()
+
+
+def test_same_seed_same_bits(model):
+    twin_of = type(model)
+    torch.manual_seed(0)
+    twin = twin_of(model.config)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True))
+
+
+def test_it_can_overfit_one_batch(model):
+    idx = ids(2, 16)
+    optimizer = optim.Optimizer(model, "adamw", lr=1e-2)
+    for _ in range(60):
+        loss = model(idx[:, :-1], idx[:, 1:])[1]
+        for p in model.parameters():
+            p.grad = None
+        loss.backward()
+        optimizer.step(1.0)
+    assert loss < 0.5
+
+
+def test_float64_works(model):
+    """Research wants gradients checked in double precision."""
+    model = shaken(model)
+    single, _ = model(ids(2, 30))
+    double, _ = model.double()(ids(2, 30))
+    assert (single - double).abs().max() < 1e-3
+
+
+def test_too_long_a_sequence_is_refused(model):
+    with pytest.raises(ValueError, match="block_size=48"):
+        model(ids(1, 49))

@@ -1,0 +1,491 @@
+"""The loop: it learns, stops where it should, resumes to the bit, survives kills, NaN and users."""
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+
+import checkpoint
+import configurator
+import data
+import model
+import train
+from optim import lr_scale
+
+TINY = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 8, "max_steps": 12, "eval_every": 6,
+        "log_every": 1, "dropout": 0.1, "device": "cpu"}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def config(toy, out="run", **changes):
+    return configurator.load(train.Config, **(TINY | {"dataset": str(toy), "out_dir": out} | changes))
+
+
+def lines(run):
+    return [json.loads(line) for line in Path(f"{run}/metrics.jsonl").read_text().splitlines()]
+
+
+def steps(run):
+    return [r for r in lines(run) if "loss" in r and "event" not in r]
+
+
+def digest(run):
+    """sha256 of the newest weights and of all that the next step depends on."""
+    folder = checkpoint.find(run)
+    state = json.loads((folder / "meta.json").read_text())["state"]
+    seconds = ("seconds", "record")                        # clocks differ
+    sums = [hashlib.sha256((folder / f"{name}.safetensors").read_bytes()).hexdigest() for name in ("model", "optimizer")]
+    return folder.name, sums, {k: v for k, v in state.items() if k not in seconds}
+
+
+# ---- it learns, and says so
+
+def test_it_learns_and_leaves_a_run_folder(toy, capsys):
+    record = train.train(config(toy, max_steps=150, eval_every=75, lr=0.02, dropout=0.0, prompts=("the ",)))
+    meta = data.load(toy).meta
+    assert record["step"] == 150 and record["val_bpb"] < meta["baselines"]["bigram"]
+    assert record["val_loss"] == record["best_loss"] and record["tokens"] == 150 * 8 * 32
+    assert sorted(os.listdir("run")) == ["best", "config.json", "latest", "loss.png", "metrics.jsonl", "step_000000",
+                                         "step_000075", "step_000150"]
+    out = capsys.readouterr().out
+    assert out.count("bits per byte") == 2 and "trigrams" in out and out.count("    the ") == 2
+    assert configurator.from_flat(train.Config, json.loads(Path("run/config.json").read_text())).lr == 0.02
+    assert Path("run/loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_reported_score_is_that_of_the_reloaded_checkpoint(toy):
+    record = train.train(config(toy))
+    m = checkpoint.load_model(checkpoint.load("run", which="latest"))
+    dtype = getattr(torch, checkpoint.load("run").meta["environment"]["dtype"])
+    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+    assert train.evaluate(m, data.load(toy), torch.device("cpu"), autocast)["val_loss"] == record["val_loss"]
+
+
+def test_evaluation_counts_every_token_once_for_any_batch_size(toy):
+    dataset = data.load(toy)
+    torch.manual_seed(0)
+    m = model.Model(model.Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257, block_size=32))
+    got = train.evaluate(m, dataset, torch.device("cpu"), torch.autocast("cpu", enabled=False))
+    nats, ids = [], torch.from_numpy(np.array(dataset.val)).long()
+    for start in range(0, len(ids) - 1, 32):               # one window at a time
+        window = ids[start:start + 33]
+        nats += F.cross_entropy(m(window[None, :-1])[0][0], window[1:], reduction="none").tolist()
+    assert len(nats) == len(ids) - 1 == got["val_tokens"]
+    assert abs(np.mean(nats) - got["val_loss"]) < 1e-5
+    assert abs(got["val_bpb"] - np.mean(nats) / math.log(2)) < 1e-4      # bytes are tokens here
+    assert m.training
+
+
+def test_it_runs_exactly_max_steps_at_the_closed_form_rate(toy):
+    cfg = config(toy, schedule="wsd", warmup_steps=4, max_steps=13, eval_every=5)
+    assert train.train(cfg)["step"] == 13
+    assert [r["step"] for r in steps("run")] == list(range(1, 14))
+    for r in steps("run"):
+        assert r["lr"] == cfg.lr * lr_scale(r["step"], "wsd", 13, 4, cfg.min_lr, cfg.decay_frac)
+    assert train.train(replace(cfg, resume=True))["step"] == 13           # nothing left to do
+    assert [r["step"] for r in steps("run")] == list(range(1, 14))
+
+
+def test_micro_batches_change_nothing(toy):
+    for out, micro in (("whole", 0), ("parts", 2)):
+        train.train(config(toy, out, micro_batch_size=micro, dtype="float32", dropout=0.0, max_steps=4, eval_every=4))
+    for a, b in zip(steps("whole"), steps("parts"), strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-4 and abs(a["grad_norm"] - b["grad_norm"]) < 1e-3
+
+
+def test_micro_batches_are_weighed_by_tokens(toy, monkeypatch):
+    batch = data.batch
+
+    def masked(*args, **kwargs):
+        x, y = batch(*args, **kwargs)
+        y[:3] = -1                                         # a whole micro-batch and a part of another count nothing
+        y[4, 5:] = -1
+        return x, y
+    monkeypatch.setattr(data, "batch", masked)
+    test_micro_batches_change_nothing(toy)
+
+
+def test_early_stopping(toy, monkeypatch, capsys):
+    evaluate, losses = train.evaluate, iter([2.0, 1.0, 1.1, 1.2, 0.5])
+    monkeypatch.setattr(train, "evaluate", lambda *args: evaluate(*args) | {"val_loss": next(losses)})
+    record = train.train(config(toy, max_steps=100, eval_every=5, patience=2))
+    assert record["step"] == 20 and record["best_step"] == 10
+    assert "no better validation loss in 2" in capsys.readouterr().out
+
+
+def test_a_failing_compiler_is_not_fatal(toy, monkeypatch, capsys):
+    def broken(model):
+        raise RuntimeError("no compiler\nsecond line")
+    plain = train.train(config(toy, "plain"))
+    monkeypatch.setattr(torch, "compile", broken)
+    assert train.train(config(toy, "compiled", compile=True))["val_loss"] == plain["val_loss"]
+    assert "torch.compile does not work here (no compiler)" in capsys.readouterr().out
+
+
+def test_same_seed_same_bits_and_another_seed_others(toy):
+    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train.train(config(toy, out, seed=seed))
+    assert digest("a") == digest("b") != digest("c")
+
+
+def test_sampling_and_logging_do_not_touch_the_training(toy):
+    train.train(config(toy, "quiet", log_every=100))
+    train.train(config(toy, "chatty", prompts=("the cat", "dog"), log_every=1))
+    assert digest("quiet")[1] == digest("chatty")[1]
+
+
+# ---- it resumes
+
+@pytest.mark.parametrize("changes", [
+    {}, {"optimizer": "adamw", "lr": 0.003}, {"rest_optimizer": "lion", "rest_lr": 1e-3}, {"micro_batch_size": 4},
+    {"dtype": "float32", "schedule": "restarts", "restart_steps": 5}, {"optimizer": "lion", "lr": 1e-3},
+], ids=str)
+def test_resume_is_exact(toy, changes):
+    cfg = config(toy, "whole", **changes)
+    train.train(cfg)
+    cut = replace(cfg, out_dir="cut")
+    train.train(cut)
+    for folder in ("step_000012", "step_000006"):          # as if it had died after step 6, and then before
+        shutil.rmtree(f"cut/{folder}")
+        os.remove("cut/latest")
+        os.remove("cut/best")
+        train.train(replace(cut, resume=True))
+        assert digest("cut") == digest("whole")
+        assert [(r["step"], r["loss"]) for r in steps("cut")] == [(r["step"], r["loss"]) for r in steps("whole")]
+
+
+def test_a_worse_result_after_a_resume_does_not_replace_the_best(toy, monkeypatch):
+    evaluate, losses = train.evaluate, iter([2.0, 3.0, 2.5, 1.5])
+    monkeypatch.setattr(train, "evaluate", lambda *args: evaluate(*args) | {"val_loss": next(losses)})
+    cfg = config(toy, max_steps=12, eval_every=6, schedule="constant")
+    train.train(cfg)
+    assert Path("run/best").read_text() == "step_000006"
+    record = train.train(replace(cfg, max_steps=18, resume=True))
+    assert Path("run/best").read_text() == "step_000006" and record["best_loss"] == 2.0 and record["best_step"] == 6
+    record = train.train(replace(cfg, max_steps=24, resume=True))
+    assert Path("run/best").read_text() == "step_000024" and record["best_loss"] == 1.5
+
+
+def test_counters_go_on_after_a_resume(toy):
+    train.train(config(toy, schedule="constant"))
+    before = steps("run")[-1]
+    record = train.train(config(toy, schedule="constant", max_steps=18, resume=True))
+    assert record["tokens"] == 18 * 8 * 32 and record["seconds"] > before["seconds"]
+
+
+def test_what_came_after_the_checkpoint_is_not_logged_twice(toy):
+    train.train(config(toy))
+    with open("run/metrics.jsonl", "a") as f:
+        f.write('{"step": 14, "loss": 1.0}\n{"step": 15, "lo')                     # died while it wrote
+    train.train(config(toy, max_steps=14, schedule="constant", resume=True))
+    assert [r["step"] for r in steps("run")] == list(range(1, 15))
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"n_embd": 64}, "is another model"), ({"dataset": "other"}, "is not the dataset"),
+])
+def test_resume_refuses_another_model_or_dataset(toy, changes, message, tmp_path):
+    train.train(config(toy))
+    if "dataset" in changes:
+        from prepare.text import prepare
+        changes = {"dataset": str(prepare(lambda: iter(["one two three. " * 99]), "other", "tests", "byte",
+                                          data_dir=tmp_path))}
+    with pytest.raises(configurator.UserError, match=message):
+        train.train(config(toy, resume=True, **changes))
+
+
+def test_resume_warns_when_it_cannot_be_the_same(toy, capsys):
+    train.train(config(toy))
+    train.train(config(toy, max_steps=14, lr=0.01, resume=True))
+    err = capsys.readouterr().err
+    assert "max_steps=14 (was 12)" in err and "lr=0.01 (was 0.02)" in err
+
+
+def test_a_run_is_never_overwritten(toy):
+    train.train(config(toy))
+    with pytest.raises(configurator.UserError, match="already holds a run"):
+        train.train(config(toy))
+
+
+# ---- it survives
+
+SLOW_SAVES = {"n_embd": 128, "n_layer": 2, "max_steps": 40, "eval_every": 10, "save_every": 2, "keep_last": 2}
+
+
+def command(toy, out, **changes):
+    flags = TINY | SLOW_SAVES | {"dataset": toy, "out_dir": out} | changes
+    return [sys.executable, str(ROOT / "train.py"), *(f"--{k}={v}" for k, v in flags.items())]
+
+
+def killed_and_resumed(toy, out, kills, rng):
+    """Kill a run `kills` times, every other time inside a save, and let it end -> its digest, kills inside a save."""
+    def saving():
+        return os.path.isdir(out) and any(name.endswith(".tmp") for name in os.listdir(out))
+
+    inside = 0
+    for kill in range(kills + 1):
+        resume = os.path.exists(f"{out}/latest")
+        if not resume:
+            shutil.rmtree(out, ignore_errors=True)
+        before = last_line(out)
+        with open("stderr.txt", "w") as err:
+            p = subprocess.Popen(command(toy, out, resume=resume), stdout=subprocess.DEVNULL, stderr=err)
+        if kill == kills:
+            assert p.wait() == 0, Path("stderr.txt").read_text()
+            return digest(out), inside
+        while p.poll() is None and last_line(out) == before:
+            time.sleep(0.002)                              # until it works
+        if kill % 2:
+            time.sleep(rng.uniform(0, 0.3))
+        else:
+            for _ in range(rng.randrange(1, 4)):           # in the n-th save from here
+                while p.poll() is None and saving():
+                    pass
+                while p.poll() is None and not saving():
+                    pass
+            time.sleep(rng.uniform(0, 0.003))
+        p.kill()
+        p.wait()
+        inside += saving()
+
+
+def last_line(out):
+    try:
+        return lines(out)[-1]
+    except (ValueError, IndexError, OSError):
+        return None
+
+
+def check_kills(toy, kills, seed):
+    train.train(configurator.load(train.Config, **(TINY | SLOW_SAVES | {"dataset": str(toy), "out_dir": "whole"})))
+    got, inside = killed_and_resumed(toy, "killed", kills, random.Random(seed))
+    print(f"{kills} kills, {inside} of them inside a save")
+    assert got == digest("whole")
+
+
+def test_killed_three_times_it_ends_with_the_same_bits(toy):
+    check_kills(toy, 3, seed=0)
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_it_ends_with_the_same_bits(toy):
+    for seed in range(4):
+        shutil.rmtree("whole", ignore_errors=True)
+        shutil.rmtree("killed", ignore_errors=True)
+        check_kills(toy, 5, seed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(toy, number):
+    p = subprocess.Popen(command(toy, "runs/x", max_steps=100_000, eval_every=50_000, save_every=0, schedule="constant"),
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while p.poll() is None and not (os.path.exists("runs/x/metrics.jsonl") and len(lines("runs/x")) > 3):
+        time.sleep(0.02)
+    p.send_signal(number)
+    out, err = p.communicate(timeout=30)
+    assert p.returncode == 128 + number and "Traceback" not in err
+    saved = checkpoint.load("runs/x", optimizer=True).meta["step"]
+    assert saved > 0 and f"saved at step {saved}" in out and "python train.py --resume" in out
+    again = subprocess.run([sys.executable, ROOT / "train.py", "--resume", f"--max_steps={saved + 2}"],
+                           capture_output=True, text=True)
+    assert again.returncode == 0 and json.loads((checkpoint.find("runs/x") / "meta.json").read_text())["step"] == saved + 2
+
+
+# a fork of model.py that turns some of its losses into NaN, to be copied beside the tests' runs
+POISON = """
+from model import *
+from model import Model as Plain
+CALLS = []
+BAD = set()
+
+class Model(Plain):
+    def forward(self, idx, targets=None):
+        logits, loss = super().forward(idx, targets)
+        if self.training and targets is not None:
+            CALLS.append(1)
+            if len(CALLS) in BAD:
+                loss = loss * float("nan")
+        return logits, loss
+"""
+
+
+@pytest.fixture
+def poison(tmp_path, monkeypatch):
+    (tmp_path / "poison.py").write_text(POISON)
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("poison", None)
+    import poison
+    yield poison
+    sys.modules.pop("poison", None)
+
+
+def test_a_bad_step_is_skipped_and_never_reaches_the_weights(toy, poison):
+    poison.BAD = {3, 4}
+    train.train(config(toy, arch="poison", eval_every=12))
+    events = [r for r in lines("run") if r.get("event") == "skipped"]
+    assert [r["step"] for r in events] == [3, 4]
+    assert all(torch.isfinite(t).all() for t in checkpoint.load("run").model.values())
+    assert lines("run")[-1]["step"] == 12
+
+
+def test_three_bad_steps_go_back_to_the_last_good_state_with_half_the_rate(toy, poison, capsys):
+    poison.BAD = {8, 9, 10}                                # after the checkpoint of step 6
+    cfg = config(toy, arch="poison", schedule="constant")
+    train.train(cfg)
+    assert "back to step 6 with half the rate" in capsys.readouterr().out
+    rates = {r["step"]: r["lr"] for r in steps("run")}
+    assert rates[6] == cfg.lr and rates[7] == rates[12] == cfg.lr / 2
+
+
+def test_a_hopeless_run_stops_clearly_and_its_best_is_good(toy, poison):
+    poison.BAD = set(range(8, 1000))
+    with pytest.raises(configurator.UserError, match="not finite at step 9.*lower --lr"):
+        train.train(config(toy, arch="poison"))
+    assert all(torch.isfinite(t).all() for t in checkpoint.load("run", which="best").model.values())
+
+
+# ---- recipes
+
+RECIPES = sorted((ROOT / "config").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_loads_and_starts_at_ln_v(path):
+    cfg = configurator.load(train.Config, path)
+    assert path.read_text().startswith("# ")               # machine, minutes, expected loss
+    if cfg.prepare:
+        assert (ROOT / cfg.prepare.split()[0]).exists()
+    vocab_size = cfg.model.vocab_size or {"char": 66, "byte": 257}.get(
+        (re.search(r"--tokenizer=(\w+)", cfg.prepare) or [0, "bpe"])[1], 4096)
+    torch.manual_seed(cfg.seed)
+    m = train.import_module(cfg.arch).Model(replace(cfg.model, vocab_size=vocab_size)).eval()
+    idx = torch.randint(vocab_size, (2, 65))
+    with torch.no_grad():
+        _, loss = m(idx[:, :-1], idx[:, 1:])
+    assert abs(loss.item() - math.log(vocab_size)) < 0.02 * math.log(vocab_size)
+
+
+def test_a_vocabulary_of_128260_words_is_uint32_and_trains(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    words = {f"w{i}": i for i in range(128_259)} | {"<|endoftext|>": 128_259}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    rng = np.random.default_rng(0)
+    with data.Writer(tmp_path / "wide", data.Tokenizer(tokenizer), "random words") as out:
+        for split, n in (("train", 2000), ("val", 200)):
+            out.append(split, rng.integers(128_260, size=n), n_bytes=7 * n, documents=1)
+        out.meta["baselines"] = {"uniform": 8.0, "unigram": 8.0, "bigram": 8.0, "trigram": 8.0}
+    dataset = data.load(tmp_path / "wide")
+    assert dataset.train.dtype == np.uint32 and dataset.train.max() > 65_535
+    record = train.train(config(tmp_path / "wide", max_steps=3, eval_every=3, batch_size=2))
+    assert record["step"] == 3 and abs(steps("run")[0]["loss"] - math.log(128_260)) < 0.02 * math.log(128_260)
+
+
+def test_a_missing_dataset_is_prepared(tmp_path):
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question.\n" * 200)
+    name = f"test-{os.getpid()}"
+    made = ROOT / "data" / name
+    try:
+        cfg = config(name, prepare=f"prepare/text.py --input={tmp_path}/text.txt --name={name} --tokenizer=byte")
+        assert train.train(cfg)["step"] == 12
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    with pytest.raises(configurator.UserError, match="could not prepare the dataset absent"):
+        train.train(config("absent", prepare="prepare/text.py --input=/nowhere --name=absent"))
+
+
+def test_fine_tuning_starts_from_a_run(toy):
+    first = train.train(config(toy, "base", max_steps=100, eval_every=100, dropout=0.0))
+    cfg = config(toy, "tuned", init_from="base", max_steps=1, eval_every=1, lr=1e-6, rest_lr=1e-6, n_embd=64)
+    record = train.train(cfg)                              # the model is the run's, not this command's
+    assert abs(record["val_loss"] - first["val_loss"]) < 0.01
+    with pytest.raises(configurator.UserError, match="no run folder nowhere|nowhere"):
+        train.train(config(toy, "x", init_from="nowhere"))
+
+
+def test_fine_tuning_refuses_another_tokenizer(toy, tmp_path):
+    from prepare.text import prepare
+    train.train(config(toy, "base"))
+    other = prepare(lambda: iter(["a b c d e f. " * 99]), "chars", "tests", "char", data_dir=tmp_path)
+    with pytest.raises(configurator.UserError, match="another tokenizer"):
+        train.train(config(other, "tuned", init_from="base"))
+
+
+# ---- users
+
+@pytest.mark.parametrize("args, reason", [
+    (["--lr=abc"], "--lr=abc: expected float"),
+    (["--n_layer=4.5"], "--n_layer=4.5: expected int"),
+    (["--compile=maybe"], "--compile=maybe: expected"),
+    (["--n_layr=2"], "did you mean 'n_layer'"),
+    (["--max_iters=10"], "max_steps"),
+    (["config/nowhere.py"], "config/nowhere.py"),
+    (["--arch=modle"], "did you mean 'model'"),
+    (["--n_embd=100", "--n_head=3"], "n_embd=100 must be a multiple of n_head=3"),
+    (["--dataset=nowhere"], "nowhere"),
+    (["--device=warp"], "--device=warp does not work here"),
+    (["--batch_size=0"], "batch_size=0"),
+    (["--micro_batch_size=3"], "micro_batch_size=3"),
+    (["--warmup_steps=99999"], "warmup_steps=99999"),
+    (["--block_size=99999"], "100,000"),
+    (["--vocab_size=5"], "vocab_size=5"),
+    (["--optimizer=adm"], "did you mean 'adam"),
+    (["--resume"], "no run"),
+    (["--init_from=nowhere"], "nowhere"),
+    (["--tracker=trackio"], "pip install trackio"),
+    (["--lr=-1"], "lr=-1"),
+    (["--prompts=ünknown", "--dataset={chars}"], "ü"),
+    (["--dataset={damaged}"], "train.bin"),
+    (["--out_dir={file}"], "{file}"),
+], ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_mistakes_end_in_one_clear_line(toy, args, reason, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    places = {"file": tmp_path / "file", "chars": tmp_path / "chars", "damaged": tmp_path / "damaged"}
+    if "{damaged}" in args[0]:
+        shutil.copytree(toy, places["damaged"])
+        with open(places["damaged"] / "train.bin", "ab") as f:
+            f.write(b"x")
+    if "{chars}" in args[-1]:
+        from prepare.text import prepare
+        prepare(lambda: iter(["abc def. " * 200]), "chars", "tests", "char", data_dir=tmp_path)
+    capsys.readouterr()
+    given = [f"--{k}={v}" for k, v in (TINY | {"dataset": toy}).items()]
+    monkeypatch.setattr(sys, "argv", ["train.py", *given, *(arg.format(**places) for arg in args)])
+    with pytest.raises(SystemExit) as end:
+        configurator.run(train.main, train.Config)
+    err = capsys.readouterr().err
+    assert end.value.code == 1 and reason.format(**places) in err and len(err.strip().splitlines()) == 1
+
+
+def test_runs_are_named_after_their_recipe_and_never_collide(toy, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("\n".join(f"{k} = {v!r}" for k, v in (TINY | {"dataset": str(toy)}).items()))
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["train.py", *args])
+        configurator.run(train.main, train.Config)
+    call("mine.py")
+    call("mine.py", "--seed=2")
+    assert sorted(os.listdir("runs")) == ["mine", "mine-2"]
+    call("mine.py", "--resume", "--max_steps=14")          # the newest of that name, with its own seed
+    meta = checkpoint.load("runs/mine-2").meta
+    assert meta["step"] == 14 and meta["config"]["seed"] == 2
+    assert checkpoint.load("runs/mine").meta["step"] == 12
