@@ -6,6 +6,7 @@
     python train.py --resume                                    # go on with the newest run, bit for bit
 """
 import contextlib
+import ctypes
 import json
 import math
 import os
@@ -134,6 +135,18 @@ def pick_device(name):
     return torch.device(name)
 
 
+def keep_freed_memory():
+    """Tell glibc's malloc to keep what is freed for the next step.
+
+    It returns large blocks to the system, which has to zero every page of them again: a quarter of a training step
+    with a vocabulary of 4096 (docs/log.md). Elsewhere than with glibc this does nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)                                     # M_MMAP_MAX: no blocks of their own for large arrays
+        mallopt(-1, -1)                                    # M_TRIM_THRESHOLD: never shrink the heap
+
+
 def matmul_rate(device, dtype):
     """FLOP/s of a large square matmul, the best of three: what this machine can do, and the 100 % of our MFU."""
     n = 4096 if device.type == "cuda" else 1024
@@ -150,8 +163,9 @@ def matmul_rate(device, dtype):
 def evaluate(model, dataset, device, autocast):
     """The whole validation split, each token once -> loss in nats per token, its standard error, bits per byte, ..."""
     block_size, nats, counts = model.config.block_size, [], []
+    batch_size = max(1, min(8192, 2**24 // dataset.vocab_size) // block_size)  # keeps the logits below 64 MB
     model.eval()
-    for x, y in data.eval_windows(dataset.val, block_size, max(1, 8192 // block_size), dataset.val_mask):
+    for x, y in data.eval_windows(dataset.val, block_size, batch_size, dataset.val_mask):
         x, y = torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
         with autocast:
             logits, _ = model(x)
@@ -423,6 +437,8 @@ def train(cfg):
     run_dir = Path(cfg.out_dir or f"runs/{cfg.arch}")
     dataset = open_dataset(cfg)
     device = pick_device(cfg.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     tokenizer = dataset.tokenizer() if cfg.prompts else None
     prompts = {prompt: tokenizer.encode(prompt) or [tokenizer.eot] for prompt in cfg.prompts}
     resumed = checkpoint.load_run(run_dir, optimizer=True) if cfg.resume else None

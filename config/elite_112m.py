@@ -1,4 +1,8 @@
-# x
+# 112,085,760 parameters, the shape of "Elite-112M": for a GPU; not yet trained here, so no loss and no minutes to expect.
+# Needs text of your own and SmolLM2's tokenizer.json (49,152 ids):
+#   python prepare/text.py --input FOLDER --name elite --tokenizer path/to/tokenizer.json
+dataset = "elite"
+
 vocab_size = 49152
 n_layer = 12
 n_head = 12
@@ -7,3 +11,14 @@ n_embd = 768
 n_hidden = 2048
 tie_embeddings = True
 block_size = 2048
+dropout = 0.05
+
+batch_size = 128                    # x 2048 = 262,144 tokens a step
+micro_batch_size = 8
+schedule = "wsd"
+decay_frac = 0.4
+min_lr = 0.125
+warmup_steps = 200
+max_steps = 4000
+weight_decay = 0.1
+eval_every = 250

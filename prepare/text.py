@@ -102,7 +102,7 @@ ERROR_BODY = (
 
 def read_blocks(file):
     """The file's text in blocks of up to 1 MB; UserError with the offset of the first byte that is not text."""
-    decoder, offset = getincrementaldecoder("utf-8")(), 0
+    decoder, offset, begun = getincrementaldecoder("utf-8")(), 0, False
     with open(file, "rb") as f:
         while True:
             block = f.read(MB)
@@ -114,8 +114,8 @@ def read_blocks(file):
                 raise UserError(f"{file} is no UTF-8 text: byte {at:,} is 0x{error.object[error.start]:02x}") from None
             if b"\0" in block:
                 raise UserError(f"{file} is a binary file: byte {offset + block.index(0):,} is 0")
-            if offset == 0:
-                text = text.removeprefix("\ufeff")
+            if text and not begun:
+                text, begun = text.removeprefix("\ufeff"), True
             offset += len(block)
             if text:
                 yield text
@@ -506,8 +506,9 @@ def tokenize(plan, documents, tok, out):
     for split, pieces, closed in plan.parts(documents):
         last = ""
         for piece in pieces if whole else recut(pieces) if recuts else ["".join(pieces)]:
-            batch.append((split, last, 0, False))
-            size += len(last)
+            if last:
+                batch.append((split, last, 0, False))
+                size += len(last)
             last = piece
             if size >= MB:
                 flush()

