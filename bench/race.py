@@ -71,8 +71,8 @@ def main(cfg):
                   f"characters   nanoGPT {nano:6.2f} s, val loss {sampled[-1] if sampled else '?'} (sampled)   "
                   f"ratio {ours / nano:.4f} = 1/{nano / ours:.1f}", flush=True)
     ratio = statistics.median(a / b for a, b in zip(*seconds.values(), strict=True))
-    print(f"median: ours {statistics.median(seconds['ours']):.2f} s, nanoGPT {statistics.median(seconds['nanoGPT']):.2f} "
-          f"s, ratio {ratio:.4f} = 1/{1 / ratio:.1f}")
+    ours, nano = (statistics.median(s) for s in seconds.values())
+    print(f"median: ours {ours:.2f} s, nanoGPT {nano:.2f} s, ratio {ratio:.4f} = 1/{1 / ratio:.1f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-# 112,085,760 parameters, the shape of "Elite-112M": for a GPU; not yet trained here, so no loss and no minutes to expect.
+# 112,085,760 parameters, the shape of "Elite-112M": for a GPU. Not trained yet: no loss and no minutes to expect.
 # Needs text of your own and SmolLM2's tokenizer.json (49,152 ids):
 #   python prepare/text.py --input FOLDER --name elite --tokenizer path/to/tokenizer.json
 dataset = "elite"

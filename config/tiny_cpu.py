@@ -11,6 +11,7 @@ block_size = 256
 batch_size = 16
 lr = 0.02
 rest_lr = 0.01
+momentum = 0.9
 max_steps = 400
 eval_every = 100
 prompts = ("To be", "The king")

@@ -40,7 +40,8 @@ def test_copies_have_not_drifted(path):
 
 def test_the_check_notices_a_drift(tmp_path):
     (tmp_path / "model.py").write_text("def f(x):\n    return x\n\n\nclass A:\n    def g(self):\n        return 1\n")
-    same = "# copied from model.py\ndef f(x):\n    return x\n\n\nclass A:\n    # copied from model.py\n    def g(self):\n"
+    same = ("# copied from model.py\ndef f(x):\n    return x\n\n\n"
+            "class A:\n    # copied from model.py\n    def g(self):\n")
     (tmp_path / "fork.py").write_text(same + "        return 1\n")
     assert drifted(tmp_path / "fork.py") == []
     (tmp_path / "fork.py").write_text(same + "        return 2\n")
