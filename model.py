@@ -58,7 +58,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x, (x.size(-1),), self.weight.to(x.dtype), self.eps)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        # the sum of squares as a vecdot: with its backward, less than half the time of F.rms_norm on a CPU
+        mean = torch.linalg.vecdot(wide, wide)[..., None] / x.size(-1)
+        return (wide * torch.rsqrt(mean + self.eps) * self.weight).to(x.dtype)
 
 
 def rope_table(positions, head_dim, theta):
@@ -81,8 +84,10 @@ def attend(q, k, v, mask):
         return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=k.size(1) != H)
     # On a CPU two plain matmuls train 2 to 3 times faster than the fused kernel, whose backward pass is slow,
     # as long as the (T, S) scores are small.
-    k, v = (t.repeat_interleave(H // t.size(1), 1).reshape(B * H, S, D) for t in (k, v))
-    scores = torch.baddbmm(mask, q.reshape(B * H, T, D), k.mT, alpha=1 / math.sqrt(D))       # (B*H, T, S)
+    if k.size(1) != H:
+        k, v = (t.repeat_interleave(H // t.size(1), 1) for t in (k, v))                      # (B, H, S, D)
+    q, k, v = (t.reshape(B * H, -1, D) for t in (q, k, v))
+    scores = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(D))                            # (B*H, T, S)
     return (scores.softmax(-1) @ v).view(B, H, T, D)
 
 

@@ -420,13 +420,17 @@ def plot(run_dir, dataset):
     if val:
         axes.plot(*zip(*val, strict=True), "o-", color="tab:red", markersize=4, label="validation")
         axes.annotate(f"{val[-1][1]:.3f}", val[-1], textcoords="offset points", xytext=(0, 6), ha="right")
+    top = 1.1 * max([dataset.meta["baselines"]["bigram"], *(y for _, y in train + val)])
+    axes.set_ylim(0, top)
     for name, value in dataset.meta["baselines"].items():
+        if value >= top:
+            continue
         axes.axhline(value, color="gray", linestyle="--", linewidth=0.8)
         axes.text(1, value, f"{name} {value:.2f}", transform=axes.get_yaxis_transform(), ha="right", va="bottom",
                   fontsize=8, color="gray")
     axes.set(xlabel="step", ylabel="bits per byte", title=run_dir.name)
     if train or val:
-        axes.legend(loc="upper center")
+        axes.legend(loc="lower left")
     temporary = run_dir / ".loss.tmp.png"
     figure.savefig(temporary, dpi=120)
     os.replace(temporary, run_dir / "loss.png")
@@ -579,7 +583,7 @@ def train(cfg):
                 mfu = speed * model.flops_per_token(cfg.model.block_size) / peak_flops
                 seconds = state["seconds"] + now - since
                 log.progress(state["step"], loss, speed, mfu)
-                if state["step"] % cfg.log_every == 0 and not state["bad_steps"]:
+                if (state["step"] % cfg.log_every == 0 or step == 0) and not state["bad_steps"]:
                     log.record(finite({"step": state["step"], "loss": loss, "lr": scale * cfg.lr, "mfu": mfu,
                                        "grad_norm": grad_norm, "tokens": state["tokens"], "seconds": seconds,
                                        "tokens_per_second": speed}))
