@@ -148,7 +148,7 @@ def help_text(Config, argv=()):
     _, part = _part(Config, settings)
     lines = [inspect.cleandoc(sys.modules[Config.__module__].__doc__ or _file(Config))]
     for cls in filter(None, (Config, part)):
-        notes = _notes(cls)
+        notes, types = _notes(cls), _types(cls)
         lines += ["", f"{_file(cls)}:"]
         for f in fields(cls):
             sections, comment = notes.get(f.name, ([], ""))
@@ -157,6 +157,8 @@ def help_text(Config, argv=()):
                 default = _default(f)
                 text = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
                 text = text.lower() if default is None or isinstance(default, bool) else text.replace("\n", "\\n")
+                options = [str(o) for k in _members(types[f.name]) if get_origin(k) is Literal for o in get_args(k)]
+                comment = "; ".join(filter(None, [" | ".join(options) if len(options) > 1 else "", comment]))
                 lines.append(f"  {f'--{f.name}={text}':<32} {comment}".rstrip())
     return "\n".join(lines)
 

@@ -16,19 +16,19 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Config:
-    n_layer: int = 4
-    n_head: int = 4
+    n_layer: int = 4                # blocks, each attention and an MLP
+    n_head: int = 4                 # query heads
     n_kv_head: int = 0              # key/value heads, shared by n_head / n_kv_head queries each; 0: n_head
-    n_embd: int = 128
+    n_embd: int = 128               # width of the residual stream
     n_hidden: int = 0               # width of the MLP; 0: 8/3 of n_embd, rounded up to a multiple of 32
     vocab_size: int = 0             # 0: the dataset's
     block_size: int = 256           # longest context, in tokens
-    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    mlp: Literal["swiglu", "gelu"] = "swiglu"  # gated, or plain with GELU
     tie_embeddings: bool = False    # one matrix for the embedding and the head
     qk_norm: bool = False           # RMSNorm on every query and key head
     dropout: float = 0.0            # on the embedding and on what each layer adds
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0     # base of RoPE's wavelengths
+    norm_eps: float = 1e-5          # inside the root of RMSNorm
 
     def __post_init__(self):
         for name in ("n_layer", "n_head", "n_embd", "block_size"):

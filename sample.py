@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -21,10 +22,10 @@ from configurator import UserError
 class Config:
     # what
     checkpoint: str = ""            # run or checkpoint folder; empty: the newest run
-    which: str = "best"             # of a run: best | latest
+    which: Literal["best", "latest"] = "best"  # checkpoint of the run
     prompt: str = "\n"              # text to go on from; FILE:name takes it from a file; empty: the end-of-text token
-    num_samples: int = 1
-    max_new_tokens: int = 300
+    num_samples: int = 1            # texts to write
+    max_new_tokens: int = 300       # length of each, at most
     stop: tuple[str, ...] = ()      # texts at which a sample ends; it always ends at the end-of-text token
     # how
     temperature: float = 0.8        # 0: greedy
@@ -34,13 +35,11 @@ class Config:
     repetition_penalty: float = 1.0  # above 1: seen tokens become less likely
     beam: int = 0                   # width of a beam search, which replaces sampling
     length_penalty: float = 1.0     # beam search ranks by log p / length ** this
-    seed: int = 1337
+    seed: int = 1337                # the same seed writes the same text
     # machine
-    device: str = "cpu"
+    device: str = "cpu"             # cpu, cuda, mps, ...
 
     def __post_init__(self):
-        if self.which not in ("best", "latest"):
-            raise ValueError(f"which={self.which} must be best or latest")
         for name in ("num_samples", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")

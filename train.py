@@ -43,7 +43,7 @@ class Config:
     out_dir: str = ""               # run folder; empty: runs/ and the recipe's name, with -2, -3, ... if that is taken
     resume: bool = False            # go on with the newest run of this recipe, or with --out_dir
     init_from: str = ""             # run or checkpoint folder whose weights to start from
-    seed: int = 1337
+    seed: int = 1337                # of weights, dropout and the order of the data
     # data
     dataset: str = "shakespeare_char"  # a folder, or its name in data/
     prepare: str = ""               # script and flags that make the dataset where it is missing
@@ -53,16 +53,16 @@ class Config:
     arch: str = "model"             # model file, without .py
     model: object = configurator.sub("arch")
     # optimizer
-    optimizer: Literal["muon", "adamw", "lion"] = "muon"
+    optimizer: Literal["muon", "adamw", "lion"] = "muon"  # muon takes matrices only
     lr: float = 0.02                # peak rate; with muon that of the matrices inside the layers
     rest_optimizer: Literal["adamw", "lion"] = "adamw"  # with muon: for everything else
-    rest_lr: float = 0.004          # with muon: peak rate of everything else
+    rest_lr: float = 0.01           # with muon: peak rate of everything else
     weight_decay: float = 0.0       # on matrices; never on embeddings, gains and biases
     betas: tuple[float, ...] = (0.9, 0.95)  # of AdamW
     momentum: float = 0.95          # of Muon
     grad_clip: float = 1.0          # largest global gradient norm; 0: no clipping
     # schedule
-    schedule: Literal[optim.SCHEDULES] = "cosine"
+    schedule: Literal[optim.SCHEDULES] = "cosine"  # shape of the rate after the warm-up
     max_steps: int = 1000           # optimizer steps; training stops exactly there
     warmup_steps: int = 0           # steps of linear warm-up
     min_lr: float = 0.1             # final rate, as a fraction of the peak

@@ -741,7 +741,7 @@ def test_load_model_refuses_a_bad_config(trained, arch, key, value):
         value = -2  # tables of a model that cannot live on the meta device are not measured first
     start = time.perf_counter()
     message = refused(checkpoint.load_model, trained[2](arch, **{key: value}))
-    assert "run/step_000001" in message and time.perf_counter() - start < 2
+    assert "run/step_000001" in message and time.perf_counter() - start < 60  # no hang, no terabytes
 
 
 def test_load_model_refuses_tensors_that_do_not_fit(trained):

@@ -235,8 +235,9 @@ schedule = "wsd" if lr > 1 else "cosine"
     cfg = argv(path)
     assert (cfg.model.n_layer, cfg.model.n_head, cfg.max_steps, cfg.sizes, cfg.lr) == (4, 4, 976, (1, 2), 4.0)
     assert (cfg.prompts, cfg.grad_clip, cfg.schedule) == (("x", "y"), None, "wsd")
-    Path(path).write_bytes(b"\xef\xbb\xbflr = 5\r\n_count = open('count', 'a').write('x')\r\n")  # saved by Notepad
-    assert argv(path).lr == 5 and Path("count").read_text() == "x"  # and run only once
+    spy = "lr = 5\r\nfrom pathlib import Path\r\n_n = Path('count').write_text(str(Path('count').exists()))\r\n"
+    Path(path).write_bytes(b"\xef\xbb\xbf" + spy.encode())  # saved by Notepad
+    assert argv(path).lr == 5 and Path("count").read_text() == "False"  # and run only once
     assert argv(write("from math import pi as lr")).lr == 1e-3  # imported names are private
 
 

@@ -60,14 +60,14 @@ def digest(run):
 # ---- it learns, and says so
 
 def test_it_learns_and_leaves_a_run_folder(toy, capsys):
-    record = train.train(config(toy, max_steps=150, eval_every=75, lr=0.02, dropout=0.0, prompts=("the ",)))
+    record = train.train(config(toy, max_steps=150, eval_every=75, lr=0.02, dropout=0.0, prompts=("cat sat",)))
     meta = data.load(toy).meta
     assert record["step"] == 150 and record["val_bpb"] < meta["baselines"]["bigram"]
     assert record["val_loss"] == record["best_loss"] and record["tokens"] == 150 * 8 * 32
     assert sorted(os.listdir("run")) == ["best", "config.json", "latest", "loss.png", "metrics.jsonl", "step_000000",
                                          "step_000075", "step_000150"]
     out = capsys.readouterr().out
-    assert out.count("bits per byte") == 2 and "trigrams" in out and out.count("    the ") == 2
+    assert out.count("bits per byte") == 2 and "trigrams" in out and out.count("\n    cat sat") >= 2
     assert configurator.from_flat(train.Config, json.loads(Path("run/config.json").read_text())).lr == 0.02
     assert Path("run/loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
