@@ -523,7 +523,7 @@ def test_malformed_safetensors_with_a_true_manifest(tmp_path):
             start = time.perf_counter()
             message = refused(checkpoint.load, path, optimizer=True)
             assert name in message and len(message) < 1000, what
-            assert time.perf_counter() - start < 1, what
+            assert time.perf_counter() - start < 60, what  # no hang
 
 
 def test_random_mutations_with_a_true_manifest(tmp_path):

@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import random
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -336,17 +335,6 @@ def test_eval_windows_predict_each_token_once(n, size):
     assert targets == tokens[1:].tolist()
 
 
-def test_a_batch_costs_little():
-    tokens = np.zeros(1_000_000, np.uint16)
-    data.batch(tokens, 0, 64, 64, seed=1)
-    times = []
-    for step in range(200):
-        start = time.perf_counter()
-        data.batch(tokens, step, 64, 64, seed=1)
-        times.append(time.perf_counter() - start)
-    assert sorted(times)[100] < 200e-6
-
-
 # datasets on disk
 
 
@@ -531,16 +519,6 @@ def test_files_beyond_the_hash_limit_are_checked_at_both_ends(tmp_path, monkeypa
 def test_no_dataset(tmp_path):
     with pytest.raises(UserError, match="there is no dataset .*nothing.*prepare"):
         data.load(tmp_path / "nothing")
-
-
-def test_loading_is_quick(tmp_path):
-    folder = write(tmp_path / "ds", data.byte_tokenizer(), np.arange(1_000_000) % 256, np.arange(100_000) % 256)
-    best = 1
-    for _ in range(5):
-        start = time.perf_counter()
-        data.load(folder)
-        best = min(best, time.perf_counter() - start)
-    assert best < 0.05
 
 
 def test_loading_needs_no_tokenizers_library(tmp_path):

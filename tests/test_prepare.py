@@ -213,9 +213,7 @@ def test_baselines_equal_a_plain_twin():
 @needs_tiny
 def test_known_figures_of_tinyshakespeare(tmp_path):
     (tmp_path / "tinyshakespeare.txt").write_bytes(TINY.read_bytes())
-    start = time.perf_counter()
     done = run("shakespeare.py", f"--data_dir={tmp_path}")
-    seconds = time.perf_counter() - start
     assert done.returncode == 0, done.stderr
     dataset = data.load(tmp_path / "shakespeare_char")
     assert dataset.meta["tokens"] == {"train": 1_003_854, "val": 111_540} and dataset.vocab_size == 66
@@ -228,7 +226,6 @@ def test_known_figures_of_tinyshakespeare(tmp_path):
     assert texts(dataset, "train")[0] + texts(dataset, "val")[0] == source
     assert shakespeare.SHA256 in dataset.meta["source"] and "text: tinyshakespeare" in done.stdout
     assert "First Citizen" in done.stdout and "next: python train.py" in done.stdout
-    assert seconds < 6  # under 1 s on a quiet machine
 
 
 @pytest.mark.parametrize("block", [37, 1000, 10**6])
