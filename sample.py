@@ -107,15 +107,16 @@ class Decoder:
 
 
 @torch.no_grad()
-def generate(model, ids, max_new_tokens, generator=None, stop_ids=(), **sampling):
+def generate(model, ids, max_new_tokens, generator=None, stop_ids=(), vocab_size=None, **sampling):
     """Yield up to max_new_tokens ids after `ids` (at least one; only the last block_size of them are seen).
 
     `sampling` goes to `filter_logits`; a CPU `generator` makes the draws repeatable. Ends before an id of stop_ids.
+    vocab_size is the tokenizer's, where the model has more rows than that.
     """
     device, new = next(model.parameters()).device, None
     decoder = Decoder(model, torch.tensor([ids], device=device))
     for _ in range(max_new_tokens):
-        logits = filter_logits(decoder(new)[0], decoder.idx[0], **sampling)
+        logits = filter_logits(decoder(new)[0, :vocab_size], decoder.idx[0], **sampling)
         token = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).item()
         if token in stop_ids:
             return
@@ -124,7 +125,7 @@ def generate(model, ids, max_new_tokens, generator=None, stop_ids=(), **sampling
 
 
 @torch.no_grad()
-def beam_search(model, ids, max_new_tokens, beam, length_penalty=1.0, stop_ids=()):
+def beam_search(model, ids, max_new_tokens, beam, length_penalty=1.0, stop_ids=(), vocab_size=None):
     """The best of `beam` hypotheses by sum log p / length ** length_penalty -> (list of ids, that score).
 
     A hypothesis is finished by an id of stop_ids, which counts in its score and is not returned. The search ends when
@@ -134,7 +135,7 @@ def beam_search(model, ids, max_new_tokens, beam, length_penalty=1.0, stop_ids=(
     decoder, new = Decoder(model, torch.tensor([ids], device=device)), None
     scores, open_, finished = torch.zeros(1, 1, dtype=torch.double), [[]], []
     for length in range(1, max_new_tokens + 1):
-        logp = decoder(new).log_softmax(-1).double().cpu() + scores                          # (beams, V), summed
+        logp = decoder(new)[:, :vocab_size].log_softmax(-1).double().cpu() + scores                          # (beams, V), summed
         best = logp.flatten().topk(min(2 * beam, logp.numel()))
         rows, tokens = best.indices // logp.size(1), best.indices % logp.size(1)
         kept = []
@@ -216,14 +217,15 @@ def main(cfg):
         print(prompt, end="", flush=True)
         show, stream = Printer(cfg.stop), tokenizer.stream()
         if cfg.beam:
-            new, score = beam_search(model, ids, cfg.max_new_tokens, cfg.beam, cfg.length_penalty, {tokenizer.eot})
+            new, score = beam_search(model, ids, cfg.max_new_tokens, cfg.beam, cfg.length_penalty, {tokenizer.eot},
+                                     tokenizer.vocab_size)
         else:
-            new = generate(model, ids, cfg.max_new_tokens, generator, {tokenizer.eot}, temperature=cfg.temperature,
-                           top_k=cfg.top_k, top_p=cfg.top_p, min_p=cfg.min_p,
+            new = generate(model, ids, cfg.max_new_tokens, generator, {tokenizer.eot}, tokenizer.vocab_size,
+                           temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, min_p=cfg.min_p,
                            repetition_penalty=cfg.repetition_penalty)
         for token in new:
             n += 1
-            show(stream.step(token) if token < tokenizer.vocab_size else "\ufffd")
+            show(stream.step(token))
             if show.done:
                 break
         if not show.done:

@@ -310,7 +310,8 @@ def show_samples(model, prompts, tokenizer, cfg):
     model.eval()
     for prompt, ids in prompts.items():
         generator = torch.Generator().manual_seed(cfg.seed)  # its own: training must not feel that we looked
-        new = list(generate(model, ids, cfg.prompt_tokens, temperature=0.8, top_k=50, generator=generator))
+        new = list(generate(model, ids, cfg.prompt_tokens, generator, {tokenizer.eot}, tokenizer.vocab_size,
+                            temperature=0.8, top_k=50))
         print(f"    {prompt}{tokenizer.decode(new)}".replace("\n", "\n    "), flush=True)
     model.train()
 

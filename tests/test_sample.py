@@ -140,6 +140,13 @@ def test_it_ends_before_a_stop_id():
     assert list(generate(m, [1], 30, temperature=0, stop_ids={stop})) == free[:free.index(stop)]
 
 
+@torch.no_grad()
+def test_rows_without_a_token_are_never_chosen():
+    m = tiny()
+    assert set(generate(m, [1], 200, torch.Generator().manual_seed(0), vocab_size=3)) == {0, 1, 2}
+    assert max(beam_search(m, [1], 8, beam=3, vocab_size=3)[0]) < 3
+
+
 # ---- beam search
 
 def log_p(m, ids, new):

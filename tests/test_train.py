@@ -124,6 +124,10 @@ def test_micro_batches_are_weighed_by_tokens(toy, monkeypatch):
     test_micro_batches_change_nothing(toy)
 
 
+def test_a_model_with_more_rows_than_words_trains_and_samples(toy):
+    assert train.train(config(toy, vocab_size=4000, max_steps=2, eval_every=1, prompts=("the",)))["step"] == 2
+
+
 def test_early_stopping(toy, monkeypatch, capsys):
     evaluate, losses = train.evaluate, iter([2.0, 1.0, 1.1, 1.2, 0.5])
     monkeypatch.setattr(train, "evaluate", lambda *args: evaluate(*args) | {"val_loss": next(losses)})
