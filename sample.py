@@ -135,7 +135,7 @@ def beam_search(model, ids, max_new_tokens, beam, length_penalty=1.0, stop_ids=(
     decoder, new = Decoder(model, torch.tensor([ids], device=device)), None
     scores, open_, finished = torch.zeros(1, 1, dtype=torch.double), [[]], []
     for length in range(1, max_new_tokens + 1):
-        logp = decoder(new)[:, :vocab_size].log_softmax(-1).double().cpu() + scores                          # (beams, V), summed
+        logp = decoder(new)[:, :vocab_size].log_softmax(-1).double().cpu() + scores        # (beams, V), summed
         best = logp.flatten().topk(min(2 * beam, logp.numel()))
         rows, tokens = best.indices // logp.size(1), best.indices % logp.size(1)
         kept = []
