@@ -66,7 +66,7 @@ def filter_logits(logits, seen=(), temperature=1.0, top_k=0, top_p=1.0, min_p=0.
         logits[ids] = torch.where(penalised > 0, penalised / repetition_penalty, penalised * repetition_penalty)
     if temperature == 0:
         return torch.full_like(logits, -torch.inf).index_fill_(0, logits.argmax(), 0.0)
-    logits /= temperature
+    logits = (logits - logits.max()) / max(temperature, 1e-30)  # the largest is 0, and so never infinite
     if 0 < top_k < len(logits):
         keep = logits.topk(top_k).indices                  # exactly k, also where logits are equal
         logits = torch.full_like(logits, -torch.inf).index_copy_(0, keep, logits[keep])
