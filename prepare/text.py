@@ -575,10 +575,12 @@ def main(cfg):
     if not cfg.input or not cfg.name:
         raise UserError("give --input=FILE_OR_FOLDER and --name=NAME")
     documents, _ = read_documents(cfg.input, cfg.text_key)
+    # a tokenizer that was there before may belong to a model to start from
+    recipe = "finetune_own_text" if Path(cfg.tokenizer).expanduser().exists() else "tiny_cpu"
     prepare(
         documents, cfg.name, str(Path(cfg.input).name), cfg.tokenizer, cfg.vocab_size, cfg.pretokenizer,
         cfg.val_fraction, cfg.seed, cfg.data_dir,
-        f"python train.py config/finetune_own_text.py --dataset={cfg.name}",
+        f"python train.py config/{recipe}.py --dataset={cfg.name}",
     )  # fmt: skip
 
 
