@@ -157,6 +157,15 @@ def test_sampling_and_logging_do_not_touch_the_training(toy):
     assert digest("quiet")[1] == digest("chatty")[1]
 
 
+def test_a_tracker_gets_what_metrics_jsonl_gets(toy, monkeypatch):
+    import types
+    seen = []
+    run = types.SimpleNamespace(log=lambda values, step: seen.append({"step": step} | values))
+    monkeypatch.setitem(sys.modules, "trackio", types.SimpleNamespace(init=lambda **kwargs: run))
+    train.train(config(toy, tracker="trackio"))
+    assert seen == [r for r in lines("run") if "event" not in r] and len(seen) == 14
+
+
 # ---- it resumes
 
 @pytest.mark.parametrize("changes", [
