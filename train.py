@@ -111,8 +111,9 @@ class Config:
 
 
 # Keys that may change between a run and its resumption without changing a single bit of what is computed.
+# (Device, dtype and compile are compared by what they came to, not by how they were asked for.)
 FREE = {"out_dir", "resume", "init_from", "prepare", "eval_every", "patience", "prompts", "prompt_tokens", "log_every",
-        "tracker", "save_every", "keep_last"}
+        "tracker", "save_every", "keep_last", "device", "dtype", "compile"}
 
 
 def open_dataset(cfg):
@@ -195,7 +196,7 @@ def starting_weights(cfg, dataset):
 
 
 def check_resume(cfg, resumed, dataset, environment):
-    """What the run had decided (dtype, compile) -> dict; refuses or warns where it would not be the same run."""
+    """environment, with what the run had decided (dtype, compile); refuses or warns where it were not the same run."""
     was, now = resumed.meta["config"], configurator.flat(cfg)
     if resumed.meta["dataset"]["files"] != dataset.meta["files"]:
         raise UserError(f"{dataset.path} is not the dataset that {resumed.path} was trained on: prepare it as before, "
@@ -205,11 +206,12 @@ def check_resume(cfg, resumed, dataset, environment):
                         f"or start a new run with another --out_dir")
     changed = [f"{k}={now[k]} (was {was.get(k)})" for k in now if k not in FREE and now[k] != was.get(k)]
     old = resumed.meta["environment"]
+    environment = {**environment, "dtype": old["dtype"] if cfg.dtype == "auto" else cfg.dtype,
+                   "compile": old["compile"] if cfg.compile == "auto" else cfg.compile}
     changed += [f"{k} {environment[k]} (was {old[k]})" for k in environment if environment[k] != old[k]]
     if changed:
         checkpoint.warn(f"resuming with {', '.join(changed)}: not bit for bit what an unbroken run would give")
-    dtype = old["dtype"] if cfg.dtype == "auto" else cfg.dtype
-    return {"dtype": dtype, "compile": old["compile"] if cfg.compile == "auto" else cfg.compile}
+    return environment
 
 
 def restore(model, optimizer, state, saved):
@@ -459,22 +461,21 @@ def train(cfg):
     np.random.seed(cfg.seed % 2**32)
     torch.manual_seed(cfg.seed)
     try:
-        model = import_module(cfg.arch).Model(cfg.model)
-        if cfg.init_from and not resumed:
-            model = starting_weights(cfg, dataset)
-    except ValueError as e:
+        fresh = resumed or not cfg.init_from
+        model = import_module(cfg.arch).Model(cfg.model) if fresh else starting_weights(cfg, dataset)
+        model.to(device).train()
+        optimizer = optim.Optimizer(model, cfg.optimizer, cfg.lr, cfg.rest_optimizer, cfg.rest_lr, cfg.weight_decay,
+                                    cfg.betas, cfg.momentum)
+    except ValueError as e:                                # model files and optim.py import nothing of ours
         raise UserError(e) from None
     cfg = replace(cfg, model=model.config)
-    model.to(device).train()
-    optimizer = optim.Optimizer(model, cfg.optimizer, cfg.lr, cfg.rest_optimizer, cfg.rest_lr, cfg.weight_decay,
-                                cfg.betas, cfg.momentum)
 
     # state: all that a checkpoint must hold beside tensors
     state = {"step": 0, "tokens": 0, "seconds": 0.0, "best_loss": None, "best_step": 0, "waited": 0, "lr_factor": 1.0,
              "bad_steps": 0, "rollbacks": 0, "record": {}}
     environment = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(device)}
     if resumed:
-        environment |= check_resume(cfg, resumed, dataset, environment)
+        environment = check_resume(cfg, resumed, dataset, environment)
         restore(model, optimizer, state, resumed)
     else:
         if cfg.dtype == "auto":
@@ -549,14 +550,19 @@ def train(cfg):
             x, y = data.batch(dataset.train, step, cfg.batch_size, cfg.model.block_size, cfg.seed, train_mask)
             x, y = torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)        # (batch_size, block_size)
             loss, n_targets = 0.0, (y >= 0).sum()
+            if not n_targets:                              # every token is masked: nothing to learn here
+                state["step"] += 1
+                continue
             for part, targets in zip(x.split(micro), y.split(micro), strict=True):
                 share = (targets >= 0).sum() / n_targets   # masked micro-batches differ in size
-                if micro < cfg.batch_size and not share:
+                if not share:
                     continue
                 with autocast:
                     part_loss = forward(part, targets)[1] * share
                 part_loss.backward()
                 loss += part_loss.detach()
+            if idle := [name for name, p in model.named_parameters() if p.grad is None]:
+                raise UserError(f"{cfg.arch}.py: no gradient reaches {', '.join(idle[:3])}: use it or remove it")
             norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
             loss, grad_norm = loss.item(), norm.item()
             state |= {"step": step + 1, "tokens": state["tokens"] + tokens_per_step}
@@ -613,12 +619,14 @@ def main(cfg):
             raise UserError(f"no run {name} to resume: start it without --resume")
         number = int("0" + taken.name[len(name.name):].lstrip("-")) if taken else 0
         cfg = replace(cfg, out_dir=str(taken if cfg.resume else f"{name}-{max(number, 1) + 1}" if taken else name))
-    if cfg.resume:                                         # the run's own config, and what this command changes of it
+    if cfg.resume:                                         # the run's own config, and the flags of this command
         run_dir = cfg.out_dir or str(checkpoint.newest_run())
         stored = checkpoint.load_run(run_dir).meta["config"]
-        cfg = configurator.load(Config, **(stored | configurator.changed(cfg) | {"out_dir": run_dir}))
+        flags = [arg for arg in sys.argv[1:] if arg.startswith("-") or not arg.endswith(".py")]
+        given = configurator.changed(configurator.from_argv(Config, [f"--arch={stored['arch']}", *flags]))
+        cfg = configurator.load(Config, **(stored | given | {"out_dir": run_dir}))
     record = train(cfg)
-    print(f"best: {record['best_loss']:.4f} nats per token at step {record['best_step']:,}. The curve: "
+    print(f"best: {record['best_loss'] or math.nan:.4f} nats per token at step {record['best_step']:,}. The curve: "
           f"{cfg.out_dir}/loss.png. Now try: python sample.py --prompt \"To be\"")
 
 

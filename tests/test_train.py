@@ -128,6 +128,31 @@ def test_a_model_with_more_rows_than_words_trains_and_samples(toy):
     assert train.train(config(toy, vocab_size=4000, max_steps=2, eval_every=1, prompts=("the",)))["step"] == 2
 
 
+def test_a_batch_without_targets_is_passed_over(toy, monkeypatch):
+    batch = data.batch
+
+    def masked(tokens, step, *args):
+        x, y = batch(tokens, step, *args)
+        return x, np.full_like(y, -1) if step in (2, 3, 4, 5) else y
+    monkeypatch.setattr(data, "batch", masked)
+    train.train(config(toy, micro_batch_size=4))
+    train.train(config(toy, "whole"))
+    for out in ("run", "whole"):
+        assert [r["step"] for r in steps(out)] == [1, 2, 7, 8, 9, 10, 11, 12]
+        assert not [r for r in lines(out) if r.get("event") == "skipped"]
+
+
+def test_a_parameter_that_does_nothing_is_named(toy, tmp_path, monkeypatch):
+    (tmp_path / "idle.py").write_text("from model import *\nfrom model import Model as Plain\n\n"
+                                      "class Model(Plain):\n    def __init__(self, config):\n"
+                                      "        super().__init__(config)\n        self.extra = RMSNorm(4, 1e-5)\n"
+                                      "    def param_groups(self):\n        groups = super().param_groups()\n"
+                                      "        return groups | {'vector': groups['vector'] + [self.extra.weight]}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(configurator.UserError, match="idle.py: no gradient reaches extra.weight"):
+        train.train(config(toy, arch="idle"))
+
+
 def test_early_stopping(toy, monkeypatch, capsys):
     evaluate, losses = train.evaluate, iter([2.0, 1.0, 1.1, 1.2, 0.5])
     monkeypatch.setattr(train, "evaluate", lambda *args: evaluate(*args) | {"val_loss": next(losses)})
@@ -228,6 +253,8 @@ def test_resume_refuses_another_model_or_dataset(toy, changes, message, tmp_path
 
 def test_resume_warns_when_it_cannot_be_the_same(toy, capsys):
     train.train(config(toy))
+    train.train(config(toy, resume=True, device="auto", eval_every=7))
+    assert "warning" not in capsys.readouterr().err
     train.train(config(toy, max_steps=14, lr=0.01, resume=True))
     err = capsys.readouterr().err
     assert "max_steps=14 (was 12)" in err and "lr=0.01 (was 0.02)" in err
@@ -499,7 +526,7 @@ def test_runs_are_named_after_their_recipe_and_never_collide(toy, tmp_path, monk
     call("mine.py")
     call("mine.py", "--seed=2")
     assert sorted(os.listdir("runs")) == ["mine", "mine-2"]
-    call("mine.py", "--resume", "--max_steps=14")          # the newest of that name, with its own seed
+    call("mine.py", "--resume", "--max_steps=14")          # the newest of that name, with its own flags
     meta = checkpoint.load("runs/mine-2").meta
     assert meta["step"] == 14 and meta["config"]["seed"] == 2
     assert checkpoint.load("runs/mine").meta["step"] == 12
