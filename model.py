@@ -20,7 +20,7 @@ class Config:
     n_head: int = 4                 # query heads
     n_kv_head: int = 0              # key/value heads, shared by n_head / n_kv_head queries each; 0: n_head
     n_embd: int = 128               # width of the residual stream
-    n_hidden: int = 0               # width of the MLP; 0: 8/3 of n_embd, rounded up to a multiple of 32
+    n_hidden: int = 0               # width of the MLP; 0: 8/3 of n_embd (up to a multiple of 32), 4 n_embd with gelu
     vocab_size: int = 0             # 0: the dataset's
     block_size: int = 256           # longest context, in tokens
     mlp: Literal["swiglu", "gelu"] = "swiglu"  # gated, or plain with GELU

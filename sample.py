@@ -48,6 +48,8 @@ class Config:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be in (0, 1] and min_p={self.min_p} in [0, 1]")
+        if self.seed >= 2**63 or not 0 <= self.length_penalty <= 10:
+            raise ValueError(f"seed={self.seed} must be below 2**63, length_penalty={self.length_penalty} in [0, 10]")
         if self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0")
 

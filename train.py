@@ -94,6 +94,8 @@ class Config:
                      "weight_decay", "prompt_tokens", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed={self.seed} must be below 2**63")
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ValueError(f"batch_size={self.batch_size} must be a multiple of "
                              f"micro_batch_size={self.micro_batch_size}")
@@ -477,6 +479,8 @@ def train(cfg):
     if resumed:
         environment = check_resume(cfg, resumed, dataset, environment)
         restore(model, optimizer, state, resumed)
+        if state["step"] > cfg.max_steps:
+            raise UserError(f"{run_dir} is at step {state['step']}, past max_steps={cfg.max_steps}: give a larger one")
     else:
         if cfg.dtype == "auto":
             rates = {t: matmul_rate(device, getattr(torch, t)) for t in ("float32", "bfloat16")}
@@ -489,6 +493,7 @@ def train(cfg):
 
     meta = {"arch": cfg.arch, "model_config": asdict(cfg.model), "config": configurator.flat(cfg),
             "environment": environment, "dataset": {"path": str(dataset.path), "files": dataset.meta["files"]}}
+    data.batch_indices(len(dataset.train), 0, 1, cfg.model.block_size, cfg.seed)  # too short a text: before a folder is
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(run_dir / "config.json", json.dumps(configurator.flat(cfg), indent=1) + "\n")
     log = Log(run_dir, cfg, state["step"])
@@ -517,8 +522,8 @@ def train(cfg):
             if due and step != state["record"].get("step"):
                 state["seconds"] += time.perf_counter() - since
                 result = evaluate(model, dataset, device, autocast)
-                better = math.isfinite(result["val_loss"]) and (state["best_loss"] is None
-                                                                or result["val_loss"] < state["best_loss"])
+                healthy = math.isfinite(result["val_loss"]) and not state["bad_steps"]  # else nothing to go back to
+                better = healthy and (state["best_loss"] is None or result["val_loss"] < state["best_loss"])
                 if better:
                     state |= {"best_loss": result["val_loss"], "best_step": step, "waited": 0}
                 else:
@@ -526,8 +531,9 @@ def train(cfg):
                 state["record"] = {"step": step, **finite(result), "best_loss": state["best_loss"],
                                    "best_step": state["best_step"], "tokens": state["tokens"],
                                    "seconds": state["seconds"]}
-                save(better)
-                saved_at = step
+                if healthy:
+                    save(better)
+                    saved_at = step
                 log.record(state["record"])
                 log.evaluated(state["record"], dataset, better)
                 show_samples(model, prompts, tokenizer, cfg)
@@ -535,7 +541,8 @@ def train(cfg):
                 if cfg.patience and state["waited"] >= cfg.patience:
                     log.say(f"stopped: no better validation loss in {cfg.patience} evaluations")
                     last = True
-            elif (last or step == 0 or cfg.save_every and step % cfg.save_every == 0) and step != saved_at:
+            elif ((last or step == 0 or cfg.save_every and step % cfg.save_every == 0) and step != saved_at
+                  and not state["bad_steps"]):
                 state["seconds"] += time.perf_counter() - since
                 since, since_step = time.perf_counter(), step
                 save()
@@ -596,8 +603,8 @@ def train(cfg):
                                        "tokens_per_second": speed}))
     log.close(dataset)
     if caught:
-        again = "" if cfg.out_dir.startswith("runs/") else f" --out_dir={shlex.quote(str(run_dir))}"
-        print(f"stopped by {signal.Signals(caught[0]).name} and saved at step {state['step']}. "
+        again = "" if run_dir.parent == Path("runs") else f" --out_dir={shlex.quote(str(run_dir))}"
+        print(f"stopped by {signal.Signals(caught[0]).name} and saved at step {saved_at}. "
               f"Go on with: python train.py{again} --resume", flush=True)
         raise SystemExit(128 + caught[0])
     return state["record"]
@@ -623,11 +630,14 @@ def main(cfg):
         run_dir = cfg.out_dir or str(checkpoint.newest_run())
         stored = checkpoint.load_run(run_dir).meta["config"]
         flags = [arg for arg in sys.argv[1:] if arg.startswith("-") or not arg.endswith(".py")]
-        given = configurator.changed(configurator.from_argv(Config, [f"--arch={stored['arch']}", *flags]))
-        cfg = configurator.load(Config, **(stored | given | {"out_dir": run_dir}))
+        asked = configurator.flat(configurator.from_argv(Config, [f"--arch={stored['arch']}", *flags]))
+        typed = {arg[2:].partition("=")[0].replace("-", "_") for arg in flags if arg.startswith("--")}
+        given = {key: value for key, value in asked.items() if key in typed}
+        cfg = configurator.load(Config, **(stored | given | {"out_dir": run_dir, "resume": True}))
     record = train(cfg)
     print(f"best: {record['best_loss'] or math.nan:.4f} nats per token at step {record['best_step']:,}. The curve: "
-          f"{cfg.out_dir}/loss.png. Now try: python sample.py --prompt \"To be\"")
+          f"{cfg.out_dir}/loss.png. Now try:\n"
+          f"python sample.py --checkpoint={shlex.quote(cfg.out_dir)} --prompt \"To be\"")
 
 
 if __name__ == "__main__":

@@ -260,6 +260,32 @@ def test_resume_warns_when_it_cannot_be_the_same(toy, capsys):
     assert "max_steps=14 (was 12)" in err and "lr=0.01 (was 0.02)" in err
 
 
+def test_resume_never_passes_max_steps(toy):
+    train.train(config(toy))
+    with pytest.raises(configurator.UserError, match="is at step 12, past max_steps=3"):
+        train.train(config(toy, max_steps=3, resume=True))
+
+
+def test_a_flag_at_its_default_counts_on_resume(toy, monkeypatch):
+    train.train(config(toy, patience=7))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--out_dir=run", "--patience=0", "--max_steps=14"])
+    configurator.run(train.main, train.Config)
+    assert checkpoint.load("run").meta["config"]["patience"] == 0
+
+
+def test_an_unhealthy_state_is_never_saved(toy, poison):
+    poison.BAD = set(range(5, 1000))
+    with pytest.raises(configurator.UserError, match="not finite"):
+        train.train(config(toy, arch="poison", eval_every=1, keep_last=1))
+    assert checkpoint.load("run", optimizer=True).meta["step"] == 4
+
+
+def test_a_run_that_cannot_start_leaves_no_folder(toy):
+    with pytest.raises(configurator.UserError, match="a window needs"):
+        train.train(config(toy, block_size=99999))
+    assert not os.path.exists("run")
+
+
 def test_a_run_is_never_overwritten(toy):
     train.train(config(toy))
     with pytest.raises(configurator.UserError, match="already holds a run"):
