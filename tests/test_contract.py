@@ -15,7 +15,9 @@ ARCHS = sorted(p.stem for p in ROOT.glob("*.py")
                if len(set(re.findall(r"^class (Config|Model)\b", p.read_text(), re.M))) == 2)
 # more shapes of a model file than its default; every file must take the base
 BASE = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": 50, "block_size": 48}
-VARIANTS = {"model": [{"n_kv_head": 2}, {"n_kv_head": 1, "tie_embeddings": True, "qk_norm": True}, {"mlp": "gelu"}]}
+VARIANTS = {"model": [{"n_kv_head": 2}, {"n_kv_head": 1, "tie_embeddings": True, "qk_norm": True}, {"mlp": "gelu"}],
+            "ternary": [{"n_kv_head": 2, "act": "relu2", "group_size": 16, "n_hidden": 64, "sub_norm": False},
+                        {"n_streams": 2}, {"n_streams": 2, "static_streams": True}, {"n_streams": 4}]}
 CASES = [(arch, extra) for arch in ARCHS for extra in [{}, *VARIANTS.get(arch, [])]]
 
 
@@ -120,12 +122,12 @@ def test_same_seed_same_bits(model):
 def test_it_can_overfit_one_batch(model):
     idx = ids(2, 16)
     optimizer = optim.Optimizer(model, "adamw", lr=1e-2)
-    for _ in range(60):
+    for i in range(120):
         loss = model(idx[:, :-1], idx[:, 1:])[1]
         for p in model.parameters():
             p.grad = None
         loss.backward()
-        optimizer.step(1.0)
+        optimizer.step(1 - i / 120)
     assert loss < 0.5
 
 

@@ -9,27 +9,24 @@ FILES = [p for p in sorted(ROOT.glob("*.py")) if "# copied from " in p.read_text
 
 
 def definitions(path):
-    """{name: source} of the top-level classes and functions, and of the methods as Class.method."""
+    """{name: (first line, source)} of the top-level classes and functions, and of the methods as Class.method."""
     source, found = path.read_text(), {}
     for node in ast.parse(source).body:
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-            found[node.name] = ast.get_source_segment(source, node)
-            for sub in getattr(node, "body", []):
-                if isinstance(node, ast.ClassDef) and isinstance(sub, ast.FunctionDef):
-                    found[f"{node.name}.{sub.name}"] = ast.get_source_segment(source, sub)
+        for sub in [node, *(node.body if isinstance(node, ast.ClassDef) else [])]:
+            if isinstance(sub, (ast.ClassDef, ast.FunctionDef)):
+                name = sub.name if sub is node else f"{node.name}.{sub.name}"
+                line = min([sub.lineno, *(d.lineno for d in sub.decorator_list)])
+                found[name] = line, ast.get_source_segment(source, sub)
     return found
 
 
 def drifted(path):
     """Names of marked definitions in `path` that are not what their origin says."""
-    marked = re.findall(r"^( *)# copied from (\w+)\.py\n(?: *@.*\n)* *(?:class|def) (\w+)", path.read_text(), re.M)
-    assert len(marked) == path.read_text().count("# copied from "), f"{path.name}: a mark that marks nothing"
-    wrong = []
-    for indent, origin, name in marked:
-        ours, theirs = definitions(path), definitions(path.with_name(origin + ".py"))
-        keys = [k for k in ours if k.split(".")[-1] == name and ("." in k) == bool(indent)]
-        wrong += [k for k in keys if ours[k] != theirs.get(k)] or ([] if keys else [name])
-    return wrong
+    marks = {n: re.match(r" *# copied from (\w+)\.py$", line) for n, line in enumerate(path.read_text().split("\n"), 1)}
+    marks = {n + 1: path.with_name(mark[1] + ".py") for n, mark in marks.items() if mark}
+    marked = {name: (marks[line], source) for name, (line, source) in definitions(path).items() if line in marks}
+    assert len(marked) == len(marks), f"{path.name}: a mark that marks nothing"
+    return [name for name, (origin, source) in marked.items() if source != definitions(origin).get(name, (0, ""))[1]]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)

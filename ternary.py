@@ -1,0 +1,400 @@
+"""BitNet b1.58: weights of -1, 0 and 1, activations of 8 bits (Ma et al. 2024); optionally mHC-lite residual streams.
+
+Trained, each matrix is kept in float32 (the shadow) and rounded for use; packed (`Config.packed`), it takes 2 bits a
+weight and runs on integers (kernels/ternary.py). `diff model.py ternary.py` shows the idea and nothing else.
+
+Legend: B batch, T tokens, S keys seen so far (cache included), C n_embd, H query heads, K key/value heads,
+D head size, F MLP width, V vocabulary, n residual streams.
+"""
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Config:
+    n_layer: int = 4                # blocks, each attention and an MLP
+    n_head: int = 4                 # query heads
+    n_kv_head: int = 0              # key/value heads, shared by n_head / n_kv_head queries each; 0: n_head
+    n_embd: int = 128               # width of the residual stream
+    n_hidden: int = 0               # width of the MLP; 0: 8/3 of n_embd, up to a multiple of 32 (or of group_size)
+    vocab_size: int = 0             # 0: the dataset's
+    block_size: int = 256           # longest context, in tokens
+    act: Literal["silu", "relu2"] = "silu"  # of the MLP's gate; llama.cpp knows no relu(x)^2 here
+    group_size: int = 0             # inputs that share a scale; 0: one scale a matrix, as BitNet has it
+    sub_norm: bool = True           # BitNet's RMSNorms before the last matrix of attention and MLP
+    n_streams: int = 1              # mHC-lite: residual streams; 1: the plain residual
+    static_streams: bool = False    # mHC-lite: the same mixing for every token
+    rope_theta: float = 10000.0     # base of RoPE's wavelengths
+    norm_eps: float = 1e-5          # inside the root of RMSNorm
+    packed: bool = False            # 2 bits a weight: to run, not to train (sample.py --packed writes it)
+
+    def __post_init__(self):
+        for name in ("n_layer", "n_head", "n_embd", "block_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("n_kv_head", "n_hidden", "vocab_size", "group_size"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
+        if self.n_kv_head and self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
+        if self.n_embd // self.n_head % 2:
+            raise ValueError(f"n_embd={self.n_embd} / n_head={self.n_head} must be even: RoPE turns pairs of numbers")
+        if self.group_size and (self.n_embd % self.group_size or self.n_hidden % self.group_size):
+            raise ValueError(f"n_embd={self.n_embd} and n_hidden={self.n_hidden} must be multiples of "
+                             f"group_size={self.group_size}")
+        if self.n_streams not in (1, 2, 4):
+            raise ValueError(f"n_streams={self.n_streams} must be 1, 2 or 4: mHC-lite mixes with all n! permutations")
+        if self.rope_theta <= 0 or self.norm_eps <= 0:
+            raise ValueError(f"rope_theta={self.rope_theta} and norm_eps={self.norm_eps} must be above 0")
+
+
+# copied from model.py
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019); float32 inside."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        # the sum of squares as a vecdot: with its backward, less than half the time of F.rms_norm on a CPU
+        mean = torch.linalg.vecdot(wide, wide)[..., None] / x.size(-1)
+        return (wide * torch.rsqrt(mean + self.eps) * self.weight).to(x.dtype)
+
+
+def absmean(weight, group_size=0):
+    """weight (N, K) -> (t (N, K) of -1, 0, 1; scale, () or (N, K / group_size)), so that t * scale is near weight.
+
+    scale = mean |w|, t = clip(round(w / scale), -1, 1): BitNet b1.58, Ma et al. 2024, section 2.
+    """
+    if not group_size:
+        scale = weight.abs().mean().clamp(min=1e-5)
+        return (weight / scale).round().clamp(-1, 1), scale
+    groups = weight.unflatten(1, (-1, group_size))                                           # (N, groups, group_size)
+    scale = groups.abs().mean(-1).clamp(min=1e-5)
+    return (groups / scale[..., None]).round().clamp(-1, 1).flatten(1), scale
+
+
+def absmax(x):
+    """x (..., K) -> (q, scale (..., 1)): q = round(x * scale), integers from -127 to 127 in x's dtype."""
+    scale = 127 / x.abs().amax(-1, keepdim=True).clamp(min=1e-5)
+    return (x * scale).round(), scale
+
+
+class TernaryMatmul(torch.autograd.Function):
+    """x (..., K), weight (N, K) -> (..., N), both rounded; to the gradient the roundings are the identity.
+
+    t and w_scale are what `absmean` makes of the weight. With one scale for the whole matrix the sum runs over
+    integers, which float32 adds exactly: the packed model gives the same bits.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, t, w_scale):
+        q, scale = absmax(x)
+        ctx.save_for_backward(q, scale, t, w_scale)
+        return F.linear(q, t) * (w_scale / scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, scale, t, w_scale = ctx.saved_tensors
+        grad_x = (grad @ t) * w_scale.to(grad.dtype)
+        grad_weight = (grad / scale).flatten(0, -2).mT @ q.flatten(0, -2)
+        return grad_x, grad_weight.to(w_scale.dtype), None, None
+
+
+class TernaryLinear(nn.Module):
+    def __init__(self, n_in, n_out, group_size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+        self.group_size = group_size
+        self.rounded = None
+
+    def forward(self, x):
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        made_for = self.weight._version, self.weight.data_ptr(), dtype
+        if self.rounded is None or self.rounded[0] != made_for:  # once per optimizer step, not per micro-batch
+            with torch.no_grad():
+                t, scale = absmean(self.weight, self.group_size)
+                if self.group_size:
+                    t, scale = t * scale.repeat_interleave(self.group_size, 1), torch.ones_like(scale[0, 0])
+                self.rounded = made_for, t.to(dtype), scale
+        return TernaryMatmul.apply(x.to(dtype), self.weight, *self.rounded[1:])
+
+
+class PackedLinear(nn.Module):
+    """TernaryLinear at 2 bits a weight, in the layout of kernels/ternary.py."""
+
+    def __init__(self, n_in, n_out, group_size):
+        super().__init__()
+        self.group_size = group_size
+        self.register_buffer("codes", torch.zeros(n_out, -(-n_in // 256) * 64, dtype=torch.uint8))
+        self.register_buffer("scales", torch.zeros((n_out, n_in // group_size) if group_size else ()))
+
+    def forward(self, x):
+        from kernels import ternary
+        return ternary.linear(x, self.codes, self.scales, self.group_size)
+
+
+# copied from model.py
+def rope_table(positions, head_dim, theta):
+    """cos and signed sin, each (T, D) float32, for `rotate`. RoFormer (Su et al. 2021), eq. 34."""
+    freqs = theta ** (-torch.arange(0, head_dim, 2, device=positions.device) / head_dim)     # (D/2,)
+    angles = positions[:, None] * freqs                                                      # (T, D/2)
+    return torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
+
+
+# copied from model.py
+def rotate(x, cos, sin):
+    """Turn the pair (x_i, x_{i + D/2}) of every head by its position's angle. x: (B, T, heads, D)."""
+    return torch.addcmul(x * cos[:, None], x.roll(x.size(-1) // 2, -1), sin[:, None])
+
+
+# copied from model.py
+def attend(q, k, v, mask):
+    """softmax(q k^T / sqrt(D) + mask) v. q: (B, H, T, D); k, v: (B, K, S, D); mask: (T, S), 0 or -inf."""
+    B, H, T, D = q.shape
+    S = k.size(2)
+    if q.is_cuda or T == 1 or T * S > 1 << 20:
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=k.size(1) != H)
+    # On a CPU two plain matmuls train 2 to 3 times faster than the fused kernel, whose backward pass is slow,
+    # as long as the (T, S) scores are small.
+    if k.size(1) != H:
+        k, v = (t.repeat_interleave(H // t.size(1), 1) for t in (k, v))                      # (B, H, S, D)
+    q, k, v = (t.reshape(B * H, -1, D) for t in (q, k, v))
+    scores = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(D))                            # (B*H, T, S)
+    return (scores.softmax(-1) @ v).view(B, H, T, D)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        linear = PackedLinear if config.packed else TernaryLinear
+        self.head_dim = config.n_embd // config.n_head
+        self.n_kv_head = config.n_kv_head or config.n_head
+        self.q_proj = linear(config.n_embd, config.n_embd, config.group_size)
+        self.k_proj = linear(config.n_embd, self.n_kv_head * self.head_dim, config.group_size)
+        self.v_proj = linear(config.n_embd, self.n_kv_head * self.head_dim, config.group_size)
+        self.o_proj = linear(config.n_embd, config.n_embd, config.group_size)
+        self.sub_norm = RMSNorm(config.n_embd, config.norm_eps) if config.sub_norm else nn.Identity()
+
+    # copied from model.py
+    def init_cache(self, batch_size, max_len, **kind):
+        shape = (batch_size, self.n_kv_head, max_len, self.head_dim)
+        return {"k": torch.zeros(shape, **kind), "v": torch.zeros(shape, **kind)}
+
+    def forward(self, x, rope, mask, cache=None, start=0):
+        B, T, C = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)                     # (B, K, T, D)
+        q = rotate(q, *rope).transpose(1, 2)                                                 # (B, H, T, D)
+        k = rotate(k, *rope).transpose(1, 2)                                                 # (B, K, T, D)
+        if cache is not None:
+            cache["k"][:, :, start:start + T] = k
+            cache["v"][:, :, start:start + T] = v
+            k, v = cache["k"][:, :, :start + T], cache["v"][:, :, :start + T]                # (B, K, S, D)
+        y = attend(q, k, v, mask)
+        return self.o_proj(self.sub_norm(y.transpose(1, 2).reshape(B, T, C)))
+
+
+class MLP(nn.Module):
+    """down(norm(act(gate(x)) * up(x)))."""
+
+    def __init__(self, config):
+        super().__init__()
+        linear, unit = PackedLinear if config.packed else TernaryLinear, config.group_size or 32
+        n_hidden = config.n_hidden or -(-config.n_embd * 8 // 3 // unit) * unit
+        self.act = config.act
+        self.gate_proj = linear(config.n_embd, n_hidden, config.group_size)
+        self.up_proj = linear(config.n_embd, n_hidden, config.group_size)
+        self.down_proj = linear(n_hidden, config.n_embd, config.group_size)
+        self.sub_norm = RMSNorm(n_hidden, config.norm_eps) if config.sub_norm else nn.Identity()
+
+    def forward(self, x):
+        gate = self.gate_proj(x)
+        gate = F.silu(gate) if self.act == "silu" else F.relu(gate).square()
+        return self.down_proj(self.sub_norm(gate * self.up_proj(x)))
+
+
+class Residual(nn.Module):
+    def forward(self, x, f):
+        return x + f(x)
+
+
+class Streams(nn.Module):
+    """mHC-lite: n residual streams, mixed around one layer by a convex combination of all n! permutations.
+
+    That is every doubly stochastic matrix and no other (Birkhoff), so the streams' sum passes unchanged and no depth
+    can blow it up. Coefficients come from the token itself, or with static_streams are the same for all.
+    arXiv 2601.05732 (mHC-lite), after hyper-connections (Zhu et al. 2024). x: (B, T, n, C).
+    """
+
+    def __init__(self, config, index):
+        super().__init__()
+        n, self.n = config.n_streams, config.n_streams
+        orders = torch.tensor(list(itertools.permutations(range(n))))                        # (n!, n), identity first
+        self.register_buffer("permutations", F.one_hot(orders).float(), persistent=False)    # (n!, n, n)
+        favoured = torch.where(torch.arange(n) == index % n, 1.0, -1.0)  # each layer starts out on a stream of its own
+        n_res = len(orders) - config.static_streams        # static: the identity's logit is 0, only differences count
+        self.sizes = n, n, n_res
+        self.bias = nn.Parameter(torch.cat((favoured, favoured, torch.full((n_res,), -8.0))))
+        self.proj = None
+        if not config.static_streams:
+            with torch.no_grad():
+                self.bias[2 * n] = 0
+            self.gain = nn.Parameter(torch.ones(n * config.n_embd))  # of an RMSNorm over all streams
+            self.proj = nn.Parameter(torch.empty(sum(self.sizes), n * config.n_embd))
+            self.norm_eps = config.norm_eps
+            self.scale = nn.Parameter(torch.full((3,), 0.01))  # of pre, post, res
+
+    def coefficients(self, x):
+        """-> pre (..., n), post (..., n), res (..., n, n), in float32; stream s goes to stream t with res[s, t]."""
+        logits = self.bias
+        if self.proj is not None:
+            x = x.flatten(-2)
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            norm = torch.rsqrt(torch.linalg.vecdot(wide, wide) / x.size(-1) + self.norm_eps)
+            scale = torch.cat([s.expand(size) for s, size in zip(self.scale, self.sizes, strict=True)])
+            # the norm of x comes out of the product: a pass over the small side of it
+            logits = torch.addcmul(logits, F.linear(x, self.proj * self.gain) * norm[..., None], scale)
+        pre, post, res = logits.split(self.sizes, -1)
+        res = F.pad(res, (len(self.permutations) - res.size(-1), 0)).softmax(-1)
+        mix = self.permutations.flatten(1)                                                   # (n!, n * n)
+        mix = mix.mT @ res if self.proj is None else res @ mix
+        return pre.sigmoid(), 2 * post.sigmoid(), mix.unflatten(-1, (self.n, self.n))
+
+    def forward(self, x, f):
+        B, T, n, C = x.shape
+        pre, post, res = self.coefficients(x)
+        weights = torch.cat((pre[..., None, :], res.mT), -2).to(x.dtype).expand(B, T, n + 1, n)
+        mixed = weights.reshape(-1, n + 1, n) @ x.reshape(-1, n, C)                          # (B*T, n + 1, C)
+        y = f(mixed[:, 0].view(B, T, C))
+        post = post.to(x.dtype).expand(B, T, n).reshape(-1, n, 1)
+        return torch.baddbmm(mixed[:, 1:], post, y.view(-1, 1, C)).view(B, T, n, C)
+
+
+class Block(nn.Module):
+    def __init__(self, config, index):
+        super().__init__()
+        self.attn_norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.attn = Attention(config)
+        self.attn_residual = Residual() if config.n_streams == 1 else Streams(config, 2 * index)
+        self.mlp_norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = MLP(config)
+        self.mlp_residual = Residual() if config.n_streams == 1 else Streams(config, 2 * index + 1)
+
+    def forward(self, x, rope, mask, cache=None, start=0):
+        x = self.attn_residual(x, lambda x: self.attn(self.attn_norm(x), rope, mask, cache, start))
+        return self.mlp_residual(x, lambda x: self.mlp(self.mlp_norm(x)))
+
+
+class Model(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        if config.vocab_size < 1:
+            raise ValueError(f"vocab_size={config.vocab_size} must be at least 1 to build a model")
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)  # and the head: BitNet ties them
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.init_weights()
+
+    def init_weights(self):
+        """Normal weights, so small at the exits that every model starts at a loss of ln V; mixing starts static."""
+        for name, p in self.named_parameters():
+            if p.dim() < 2:
+                continue                                   # norm gains stay 1
+            std = 0.02
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std /= math.sqrt(2 * self.config.n_layer)  # GPT-2: the residual stream keeps its size with depth
+            elif p is self.embed.weight:
+                std = min(std, 4 / self.config.n_embd) / self.config.n_streams  # a token's own logit: n * n_embd * std
+            elif "residual" in name:
+                std = 0.0                                  # mHC-lite: at first no token mixes differently
+            nn.init.normal_(p, std=std)
+
+    def _hidden(self, idx, cache=None):
+        B, T = idx.shape
+        start = 0 if cache is None else int(cache["pos"])
+        x = self.embed(idx)                                                                  # (B, T, C)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # the residual stream too: half the memory traffic
+        if self.config.n_streams > 1:
+            x = x[..., None, :].expand(B, T, self.config.n_streams, -1)                      # (B, T, n, C)
+        positions = torch.arange(start, start + T, device=idx.device)
+        rope = rope_table(positions, self.config.n_embd // self.config.n_head, self.config.rope_theta)
+        rope = [t.to(x.dtype) for t in rope]
+        seen = torch.arange(start + T, device=idx.device)
+        mask = torch.zeros(T, start + T, dtype=x.dtype, device=x.device)
+        mask = mask.masked_fill(seen > positions[:, None], -torch.inf)                       # (T, S), causal
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, mask, None if cache is None else cache["layers"][i], start)
+        x = self.norm(x)
+        return x if self.config.n_streams == 1 else x.sum(-2)                                # (B, T, C)
+
+    def _logits(self, x):
+        return F.linear(x, self.embed.weight).float()
+
+    # copied from model.py
+    def forward(self, idx, targets=None):
+        """idx, targets: (B, T) ids; target -1 counts for nothing -> (logits (B, T, V) float32, mean loss or None)."""
+        if idx.size(1) > self.config.block_size:
+            raise ValueError(f"{idx.size(1)} tokens do not fit block_size={self.config.block_size}")
+        logits = self._logits(self._hidden(idx))
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    # copied from model.py
+    def init_cache(self, batch_size, max_len):
+        """An empty cache for max_len tokens: keys and values of every layer, and the position."""
+        kind = {"dtype": self.embed.weight.dtype, "device": self.embed.weight.device}
+        layers = [block.attn.init_cache(batch_size, max_len, **kind) for block in self.blocks]
+        return {"pos": torch.zeros((), dtype=torch.long), "layers": layers}
+
+    # copied from model.py
+    def step(self, idx, cache):
+        """idx: (B, T >= 1) more ids -> (logits (B, V) float32 of the last, cache). Use the returned cache."""
+        x = self._hidden(idx, cache)
+        return self._logits(x[:, -1]), cache | {"pos": cache["pos"] + idx.size(1)}
+
+    def param_groups(self):
+        """{role: [parameters]}: optim.py knows what each role gets. A tied matrix is an embedding."""
+        groups = {"embed": [self.embed.weight], "ternary": [], "vector": []}
+        for name, p in self.named_parameters():
+            if p is not self.embed.weight:                 # what mixes streams is small: no orthogonal updates
+                groups["ternary" if p.dim() == 2 and "residual" not in name else "vector"].append(p)
+        return {role: params for role, params in groups.items() if params}
+
+    def flops_per_token(self, seq_len):
+        """Training FLOPs per token, 2 per multiply-add, backward = 2 x forward: 6 N + 12 L C T (PaLM, appendix B).
+
+        N counts the matrices that multiply, the tied head included; attention counts all T x T scores. Mixing n streams
+        is n + 1 by n by C and n by 1 by C, its coefficients n! by n x n (the permutations get no gradient: backward = 1 x forward).
+        """
+        L, C, n = self.config.n_layer, self.config.n_embd, self.config.n_streams
+        flops = 6 * sum(p.numel() for p in self.parameters() if p.dim() == 2) + 12 * L * C * seq_len
+        if n > 1:
+            flops += 2 * L * (6 * n * (n + 2) * C + (not self.config.static_streams) * 4 * math.factorial(n) * n * n)
+        return flops
+
+    def deploy_state(self):
+        """{name: tensor} of the same model with `packed=True`: 2-bit codes and their scales, a float16 embedding."""
+        from kernels import ternary
+        state = {name: p for name, p in self.state_dict().items() if not name.endswith("_proj.weight")}
+        state["embed.weight"] = state["embed.weight"].half()
+        for name, module in self.named_modules():
+            if isinstance(module, TernaryLinear):          # from the shadow: rounding twice would shrink the scale
+                t, scale = absmean(module.weight.detach(), module.group_size)
+                state |= {f"{name}.codes": ternary.pack(t.to(torch.int8)), f"{name}.scales": scale}
+        return state
