@@ -370,6 +370,8 @@ class Model(nn.Module):
 
     def param_groups(self):
         """{role: [parameters]}: optim.py knows what each role gets. A tied matrix is an embedding."""
+        if self.config.packed:
+            raise ValueError("packed=True is to run a model, not to train it")
         groups = {"embed": [self.embed.weight], "ternary": [], "vector": []}
         for name, p in self.named_parameters():
             if p is not self.embed.weight:                 # what mixes streams is small: no orthogonal updates
@@ -389,7 +391,7 @@ class Model(nn.Module):
         return flops
 
     def deploy_state(self):
-        """{name: tensor} of the same model with `packed=True`: 2-bit codes and their scales, a float16 embedding."""
+        """{name: tensor} of this model with `packed=True`: 2-bit codes and their scales, a float16 embedding."""
         from kernels import ternary
         state = {name: p for name, p in self.state_dict().items() if not name.endswith("_proj.weight")}
         state["embed.weight"] = state["embed.weight"].half()
