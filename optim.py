@@ -133,7 +133,7 @@ class Optimizer:
             if rule == "adamw":
                 adamw(params, grads, *state[:2], [], state[2], fused=True, amsgrad=False, beta1=self.betas[0],
                       beta2=self.betas[1], lr=lr, weight_decay=decay, eps=1e-8, maximize=False)
-                torch.autograd.graph.increment_version(params)  # which the fused kernel forgets; ternary.py relies on it
+                torch.autograd.graph.increment_version(params)  # fused kernels forget it, ternary.py needs it
                 continue
             if rule == "lion":
                 updates = [lion_update(g, m) for g, m in zip(grads, state[0], strict=True)]

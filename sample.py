@@ -6,7 +6,7 @@
 """
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -38,6 +38,7 @@ class Config:
     seed: int = 1337                # the same seed writes the same text
     # machine
     device: str = "cpu"             # cpu, cuda, mps, ...
+    packed: str = ""                # folder to save a ternary model to at 2 bits a weight, 7 times smaller
 
     def __post_init__(self):
         for name in ("num_samples", "max_new_tokens"):
@@ -194,10 +195,36 @@ def read_prompt(prompt):
         raise UserError(f"--prompt={prompt}: {path} is not UTF-8 text") from None
 
 
+def deployed(model):
+    """The model in the form in which it ships and runs fastest, for model files that know one; any other as it is."""
+    if not hasattr(model, "deploy_state") or model.config.packed:
+        return model
+    twin = type(model)(replace(model.config, packed=True))
+    twin.load_state_dict(model.deploy_state())
+    return twin.eval()
+
+
+def save_packed(folder, model, loaded):
+    """A run folder with this one checkpoint: for sample.py and export.py, nothing to resume."""
+    if not hasattr(model, "deploy_state"):
+        raise UserError(f"--packed: {loaded.path} is a {loaded.meta['arch']}, only ternary models pack")
+    if (Path(folder) / "latest").exists():
+        raise UserError(f"--packed={folder} already holds a run: name another folder")
+    meta = {k: v for k, v in loaded.meta.items() if k != "sha256"} | {"model_config": asdict(model.config)}
+    path = checkpoint.save(folder, loaded.meta["step"], model.deploy_state(), None, meta,
+                           loaded.path / "tokenizer.json", best=True)
+    print(f"packed: {path}/model.safetensors, {(path / 'model.safetensors').stat().st_size:,} bytes", file=sys.stderr)
+
+
 def main(cfg):
     loaded = checkpoint.load(cfg.checkpoint or None, which=cfg.which)
+    model = checkpoint.load_model(loaded)
+    if cfg.packed or cfg.device == "cpu":
+        model = deployed(model)
+    if cfg.packed:
+        save_packed(cfg.packed, model, loaded)
     try:
-        model = checkpoint.load_model(loaded).to(cfg.device).eval()
+        model = model.to(cfg.device).eval()
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device={cfg.device} does not work here: {str(e).splitlines()[0]}; try cpu") from None
     tokenizer = data.load_tokenizer(loaded.path)

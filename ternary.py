@@ -138,7 +138,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.group_size = group_size
         self.register_buffer("codes", torch.zeros(n_out, -(-n_in // 256) * 64, dtype=torch.uint8))
-        self.register_buffer("scales", torch.zeros((n_out, n_in // group_size) if group_size else ()))
+        self.register_buffer("scales", torch.zeros((n_in // group_size, n_out) if group_size else ()))
 
     def forward(self, x):
         from kernels import ternary
@@ -307,6 +307,7 @@ class Model(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)  # and the head: BitNet ties them
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self._stepper = None                               # of the packed model: what its compiled step needs
         self.init_weights()
 
     def init_weights(self):
@@ -362,11 +363,19 @@ class Model(nn.Module):
         layers = [block.attn.init_cache(batch_size, max_len, **kind) for block in self.blocks]
         return {"pos": torch.zeros((), dtype=torch.long), "layers": layers}
 
-    # copied from model.py
     def step(self, idx, cache):
         """idx: (B, T >= 1) more ids -> (logits (B, V) float32 of the last, cache). Use the returned cache."""
+        if self.config.packed and idx.shape == (1, 1) and (logits := self._fast_step(idx, cache)) is not None:
+            return logits, cache | {"pos": cache["pos"] + 1}
         x = self._hidden(idx, cache)
         return self._logits(x[:, -1]), cache | {"pos": cache["pos"] + idx.size(1)}
+
+    def _fast_step(self, idx, cache):
+        """One token through the compiled model; None where there is no kernel for this machine or these dtypes."""
+        from kernels import ternary
+        if self._stepper is None or self._stepper[0] != self.embed.weight.data_ptr():
+            self._stepper = self.embed.weight.data_ptr(), ternary.stepper(self)
+        return self._stepper[1] and self._stepper[1](idx.item(), cache)
 
     def param_groups(self):
         """{role: [parameters]}: optim.py knows what each role gets. A tied matrix is an embedding."""
@@ -382,7 +391,7 @@ class Model(nn.Module):
         """Training FLOPs per token, 2 per multiply-add, backward = 2 x forward: 6 N + 12 L C T (PaLM, appendix B).
 
         N counts the matrices that multiply, the tied head included; attention counts all T x T scores. Mixing n streams
-        is n + 1 by n by C and n by 1 by C, its coefficients n! by n x n (the permutations get no gradient: backward = 1 x forward).
+        is n + 1 by n by C and n by 1 by C, its coefficients n! by n x n (without a gradient of the permutations).
         """
         L, C, n = self.config.n_layer, self.config.n_embd, self.config.n_streams
         flops = 6 * sum(p.numel() for p in self.parameters() if p.dim() == 2) + 12 * L * C * seq_len
@@ -398,5 +407,5 @@ class Model(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, TernaryLinear):          # from the shadow: rounding twice would shrink the scale
                 t, scale = absmean(module.weight.detach(), module.group_size)
-                state |= {f"{name}.codes": ternary.pack(t.to(torch.int8)), f"{name}.scales": scale}
+                state |= {f"{name}.codes": ternary.pack(t), f"{name}.scales": scale.t().contiguous()}
         return state
