@@ -149,8 +149,7 @@ def build():
     for compiler in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
         try:
             version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-        except (OSError, subprocess.CalledProcessError) as e:
-            errors.append(e)
+        except (OSError, subprocess.CalledProcessError):
             continue
         name = hashlib.sha256(SOURCE.read_bytes() + version + " ".join(FLAGS).encode()).hexdigest()[:16]
         for folder in (Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thimble",
