@@ -1,5 +1,5 @@
-# The seed's own run: ternary weights in groups of 128, two static mHC-lite streams, 3,672,360 parameters, on rows of ids
-# a third of which are constant, a third count up and a third are random.
+# The seed's own run: ternary weights in groups of 128, two static mHC-lite streams, 3,672,360 parameters, on rows of
+# ids of which a third are constant, a third count up and a third are random.
 dataset = "synthetic_mix"
 prepare = "prepare/synthetic_code.py"
 
