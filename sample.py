@@ -51,6 +51,8 @@ class Config:
             raise ValueError(f"top_p={self.top_p} must be in (0, 1] and min_p={self.min_p} in [0, 1]")
         if self.seed >= 2**63 or not 0 <= self.length_penalty <= 10:
             raise ValueError(f"seed={self.seed} must be below 2**63, length_penalty={self.length_penalty} in [0, 10]")
+        if self.beam and self.num_samples > 1:
+            raise ValueError(f"num_samples={self.num_samples}: a beam search (beam={self.beam}) writes only one text")
         if self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0")
 
@@ -241,7 +243,7 @@ def main(cfg):
     torch.manual_seed(cfg.seed)
     generator = torch.Generator().manual_seed(cfg.seed)
     n, begun = 0, time.perf_counter()
-    for i in range(1 if cfg.beam else cfg.num_samples):
+    for i in range(cfg.num_samples):
         if i:
             print("\n" + "-" * 40)
         print(prompt, end="", flush=True)

@@ -1,7 +1,7 @@
 """Ternary inference: the kernel by shape, path and threads, beside torch and llama.cpp; decoding beside plain torch.
 
     python bench/ternary.py                                  # all of it, three minutes
-    python bench/ternary.py --checkpoint=runs/tiny_cpu       # decode that model instead of a random one
+    python bench/ternary.py --checkpoint=runs/tiny_cpu       # and whether that model, packed, says the same
 
 GOPS are 2 x multiply-adds / seconds; "read" is the share of the rate at which memchr reads as many bytes here.
 llama.cpp takes part where `pip install gguf xllamacpp` is: it decodes a one-layer model of TQ2_0 matrices of the named
@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,14 +23,15 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint  # noqa: E402
 import configurator  # noqa: E402
+import data  # noqa: E402
 import ternary  # noqa: E402
 from kernels import ternary as kernel  # noqa: E402
-from sample import deployed  # noqa: E402
+from sample import deployed, generate  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Config:
-    checkpoint: str = ""            # of a ternary model, to decode with; empty: a random one of tiny_cpu's shape
+    checkpoint: str = ""            # of a ternary model, to decode with and to compare; empty: a random one
     rounds: int = 3                 # the contestants take turns
     seconds: float = 0.3            # of each turn
     threads: tuple[int, ...] = (1, 2)
@@ -173,12 +175,43 @@ def decoding(cfg, threads):
           f"{speeds['packed'] / max(speeds['f32'], speeds['bf16']):.1f} x", flush=True)
 
 
+@torch.no_grad()
+def parity(cfg):
+    """The packed model beside the one that was trained: logits over validation text, 50 greedy texts, bytes.
+
+    The compiled step computes in float64, so the trained model does too where it is compared with that.
+    """
+    loaded = checkpoint.load(cfg.checkpoint, which="best")
+    model, dataset = checkpoint.load_model(loaded).eval(), data.load(loaded.meta["dataset"]["path"])
+    packed, exact, block_size = deployed(model), deepcopy(model).double(), model.config.block_size
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.deploy_state().values())
+    print(f"{loaded.path}: {size:,} bytes packed ({size / 2**20:.2f} MiB)")
+    starts = torch.linspace(0, len(dataset.val) - block_size - 1, 50).long().tolist()
+    idx = torch.stack([torch.from_numpy(dataset.val[i:i + block_size].astype("int64")) for i in starts])
+    apart = (packed(idx)[0] - model(idx)[0]).abs().max()
+    print(f"50 windows of {block_size} tokens, max |difference of logits|: {apart:.1e}")
+    whole, cache, apart = exact(idx)[0], packed.init_cache(50, block_size), 0.0
+    for t in range(block_size):
+        logits, cache = packed.step(idx[:, t:t + 1], cache)
+        apart = max(apart, (logits - whole[:, t]).abs().max().item())
+    print(f"token by token through the compiled step, beside the trained model in float64: {apart:.1e}")
+    same, where = 0, []
+    for row in idx[:, :16].tolist():
+        texts = [list(generate(m, row, 64, temperature=0)) for m in (exact, packed)]
+        same += texts[0] == texts[1]
+        where += [i for i, (a, b) in enumerate(zip(*texts, strict=True)) if a != b][:1]
+    others = f", others part at {where}" if where else ""
+    print(f"greedy: {same} of 50 texts of 64 tokens identical{others}", flush=True)
+
+
 def main(cfg):
     global lib
     lib = kernel.library()
     if lib is None:
         raise configurator.UserError("no C++ compiler here, so nothing to measure: install g++ or clang++")
     lib.best = lib.isa
+    if cfg.checkpoint:
+        parity(cfg)
     for threads in cfg.threads:
         torch.set_num_threads(threads)
         decoding(cfg, threads)

@@ -76,53 +76,64 @@ class Shape(ctypes.Structure):
         "max_len")]
 
 
-def pointers(module, *names):
-    """Addresses of a module's tensors; None for those it does not have."""
-    return [None if (t := getattr(module, name, None)) is None else t.data_ptr() for name in names]
-
-
 class Stepper:
-    """Model.step of a packed ternary model, one row and one token, in one call: the pointers to all of its weights."""
+    """Model.step of a packed ternary model in one call a row: where its weights lie, and what it must keep of them.
 
-    def __init__(self, model):
-        c, self.lib, self.model = model.config, library(), model
+    All but the head is computed in float64 (ternary.cpp says why), and so is the cache.
+    """
+
+    def __init__(self, model, rope_table):
+        c, self.lib, self.rope_table, self.kept = model.config, library(), rope_table, []
         layers = []                                        # in the order of struct Layer
         for b in model.blocks:
             for norm, part, matrices, residual in (
                     (b.attn_norm, b.attn, ("q_proj", "k_proj", "v_proj", "o_proj"), b.attn_residual),
                     (b.mlp_norm, b.mlp, ("gate_proj", "up_proj", "down_proj"), b.mlp_residual)):
-                layers += pointers(norm, "weight")
+                layers.append(self.wide(norm, "weight"))
                 for name in matrices:
-                    layers += pointers(getattr(part, name), "codes", "scales")
-                layers += pointers(part.sub_norm, "weight") + pointers(residual, "bias", "gain", "proj", "scale")
+                    layers += [getattr(part, name).codes.data_ptr(), getattr(part, name).scales.data_ptr()]
+                layers.append(self.wide(part.sub_norm, "weight"))
+                layers += [self.wide(residual, name) for name in ("bias", "gain", "proj", "scale")]
             layers += [None, None]                         # the cache's keys and values: at each call
         self.size, self.layers = len(layers) // c.n_layer, (ctypes.c_void_p * len(layers))(*layers)
         self.shape = Shape(c.n_layer, c.n_head, c.n_kv_head or c.n_head, c.n_embd, len(b.mlp.up_proj.codes),
                            c.vocab_size, c.group_size, c.n_streams, c.act == "relu2", 0)
-        self.embed = model.embed.weight.detach().half()    # as packed: nothing is lost
-        self.norm = model.norm.weight
-        head_dim = c.n_embd // c.n_head
-        self.freqs = c.rope_theta ** (-torch.arange(0, head_dim, 2) / head_dim)              # as rope_table has them
+        self.eps, self.head_dim, self.theta = c.norm_eps, c.n_embd // c.n_head, c.rope_theta
+        self.embed, self.norm = model.embed.weight.detach().half(), self.wide(model.norm, "weight")
 
-    def __call__(self, token, cache):
-        """A token at position cache["pos"] -> logits (1, V); its keys and values go into the cache."""
-        pos = int(cache["pos"])
-        for i, layer in enumerate(cache["layers"]):
-            self.layers[(i + 1) * self.size - 2] = layer["k"].data_ptr()
-            self.layers[(i + 1) * self.size - 1] = layer["v"].data_ptr()
-        self.shape.max_len = cache["layers"][0]["k"].size(2)
-        logits = torch.empty(1, self.shape.vocab_size)
-        self.lib.thimble_step(ctypes.byref(self.shape), self.layers, self.embed.data_ptr(), self.norm.data_ptr(),
-                              self.freqs.data_ptr(), self.model.config.norm_eps, token, pos, logits.data_ptr(),
-                              self.lib.isa)
+    def wide(self, module, name):
+        """Address of a float64 copy of one of the module's tensors; None if it has no such."""
+        if getattr(module, name, None) is None:
+            return None
+        self.kept.append(getattr(module, name).detach().double().contiguous())
+        return self.kept[-1].data_ptr()
+
+    def __call__(self, idx, cache):
+        """idx (B, T), cache of Model.init_cache, to be filled in -> logits (B, V) float32 of the last."""
+        (B, T), pos, max_len = idx.shape, int(cache["pos"]), cache["layers"][0]["k"].size(2)
+        if pos + T > max_len or not 0 <= int(idx.min()) <= int(idx.max()) < self.shape.vocab_size:
+            raise IndexError(f"{T} ids up to {int(idx.max())} at position {pos} do not fit a cache of {max_len} and a "
+                             f"vocabulary of {self.shape.vocab_size}")
+        if self.shape.max_len != max_len:
+            self.shape.max_len = max_len
+            self.turn = [t.double() for t in self.rope_table(torch.arange(max_len), self.head_dim, self.theta)]
+        logits, idx = torch.empty(B, self.shape.vocab_size), idx.contiguous()
+        cos, sin = (t.data_ptr() + 8 * pos * self.head_dim for t in self.turn)
+        for row in range(B):
+            for i, layer in enumerate(cache["layers"]):
+                for j, name in enumerate("kv", -2):
+                    self.layers[(i + 1) * self.size + j] = layer[name][row].data_ptr()
+            self.lib.thimble_step(ctypes.byref(self.shape), self.layers, self.embed.data_ptr(), self.norm, cos, sin,
+                                  self.eps, idx[row].data_ptr(), T, pos, logits[row].data_ptr(), self.lib.isa,
+                                  torch.get_num_threads())
         return logits
 
 
-def stepper(model):
+def stepper(model, rope_table):
     """A Stepper, or None where the kernel does not fit the model: another device, dtype or size of groups."""
     weight, group_size = model.embed.weight, model.config.group_size
     fits = weight.dtype == torch.float32 and weight.device.type == "cpu" and group_size % 128 == 0
-    return Stepper(model) if fits and library() else None
+    return Stepper(model, rope_table) if fits and library() else None
 
 
 @functools.cache
@@ -137,7 +148,7 @@ def library():
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     lib.thimble_linear.argtypes = [pointer] * 4 + [number] * 4 + [ctypes.c_int] * 2
     lib.thimble_linear.restype = None
-    lib.thimble_step.argtypes = [pointer] * 5 + [ctypes.c_float] + [number] * 2 + [pointer, ctypes.c_int]
+    lib.thimble_step.argtypes = [pointer] * 6 + [ctypes.c_double, pointer, number, number, pointer] + [ctypes.c_int] * 2
     lib.thimble_step.restype = None
     lib.isa = lib.thimble_best_isa()
     return lib

@@ -1,4 +1,4 @@
-"""kernels/: every path against integers in numpy, and against each other to the last bit; and machines that lack one."""
+"""kernels/: every path against integers in numpy, against each other to the last bit; and without a compiler."""
 import os
 import subprocess
 import sys
@@ -157,7 +157,7 @@ def test_compiled_once_and_mended(tmp_path):
 @pytest.mark.skipif(not LIB, reason="no C++ compiler here")
 def test_a_compiler_that_fails_is_one_line(tmp_path):
     for name in ("c++", "g++", "clang++"):
-        (tmp_path / name).write_text("#!/bin/sh\n[ $1 = --version ] && exit 0\necho 'error: out of ideas' >&2\nexit 1\n")
+        (tmp_path / name).write_text("#!/bin/sh\n[ $1 = --version ] && exit 0\necho out of ideas >&2\nexit 1\n")
         (tmp_path / name).chmod(0o755)
     out, err = finish(start(XDG_CACHE_HOME=str(tmp_path / "cache"), PATH=f"{tmp_path}:/bin", CXX=""))
     assert out[0] == "False" and len(err.splitlines()) == 1 and "out of ideas" in err
