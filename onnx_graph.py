@@ -1,0 +1,525 @@
+"""Our models as ONNX graphs, built from the weights with onnx.helper: opset 14, IR 7, one file, plain ai.onnx operators.
+
+    import onnx_graph
+    onnx_graph.export(model, "model.onnx")                         # input_ids and a cache -> logits and the cache
+    onnx_graph.export(model, "model_q4.onnx", quant="int4")        # "int8", "int4" and, for ternary models, "q2"
+    onnx_graph.export(model, "window.onnx", window=True)           # (batch, block) ids -> logits of the last one
+    print(onnx_graph.check(model, "model.onnx"))                   # onnxruntime beside torch
+
+The graph with a cache has the names that ONNX Runtime, onnxruntime-genai and transformers.js know (`cache_names`).
+Legend: as in model.py; P tokens in the cache, S = P + T, N outputs and K inputs of a matrix, I n_inner of a Mamba mixer.
+"""
+import copy
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from configurator import UserError
+
+QUANTS = ("fp32", "int8", "int4", "q2")
+SUFFIX = {"fp32": "", "int8": "_quantized", "int4": "_q4", "q2": "_q2"}  # of file names: transformers.js asks for these
+FLOAT, INT32, INT64 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64
+
+
+class Graph:
+    """Nodes and weights under construction: g.Mul(x, 2.0) adds a node and returns the name of what it gives.
+
+    Inputs are such names, arrays, floats (float32) or lists of int (int64).
+    """
+
+    def __init__(self, config=None, quant="fp32", cached=False):
+        self.config, self.quant, self.cached = config, quant, cached
+        self.inputs, self.outputs = {}, {}                 # {name: (type, shape)}
+        self.nodes, self.weights, self.constants, self.count = [], {}, {}, itertools.count()
+
+    def __getattr__(self, op):
+        return functools.partial(self.add, op)
+
+    def add(self, op, *inputs, n=1, name=None, domain="", **attributes):
+        outputs = [name or f"{op}_{next(self.count)}"] if n == 1 else [f"{op}_{next(self.count)}" for _ in range(n)]
+        inputs = [x if isinstance(x, str) else self.weight(x) for x in inputs]
+        self.nodes.append(helper.make_node(op, inputs, outputs, f"{op}:{outputs[0]}", domain=domain, **attributes))
+        return outputs[0] if n == 1 else outputs
+
+    def weight(self, value, name=None):
+        """Name of a constant; equal small ones are kept once."""
+        array = np.ascontiguousarray(value.detach().numpy() if isinstance(value, torch.Tensor) else value)
+        array = array.reshape(np.shape(value))             # ascontiguousarray makes a vector of a scalar
+        array = array.astype(np.float32) if array.dtype == np.float64 else array
+        if name is None:
+            key = array.dtype.str, array.shape, array.tobytes()
+            name = self.constants.setdefault(key, f"constant_{len(self.constants)}")
+        self.weights[name] = array
+        return name
+
+    def input(self, name, shape, kind=FLOAT):
+        self.inputs[name] = kind, shape
+        return name
+
+    def build(self, name):
+        values = [[helper.make_tensor_value_info(key, *kind) for key, kind in side.items()]
+                  for side in (self.inputs, self.outputs)]
+        weights = [numpy_helper.from_array(array, key) for key, array in self.weights.items()]
+        return helper.make_graph(self.nodes, name, *values, weights)
+
+
+# ---- weights
+
+def ternary_weight(module, n_in):
+    """TernaryLinear or PackedLinear -> (t (N, K) int8 of -1, 0, 1; scale () or (N, K / group_size) float32)."""
+    if hasattr(module, "codes"):
+        from kernels import ternary
+        return ternary.unpack(module.codes, n_in).numpy(), module.scales.numpy().T
+    from ternary import absmean
+    t, scale = absmean(module.weight.detach(), module.group_size)
+    return t.to(torch.int8).numpy(), scale.numpy()
+
+
+def pack(codes, bits, block):
+    """codes (N, K) below 2 ** bits -> uint8 (N, ceil(K / block), block * bits / 8), little end first: MatMulNBits."""
+    codes = np.pad(codes, ((0, 0), (0, -codes.shape[1] % block)), constant_values=1 << (bits - 1))  # which means 0
+    codes = codes.reshape(len(codes), -1, block * bits // 8, 8 // bits).astype(np.uint8)
+    return sum(codes[..., i] << (bits * i) for i in range(8 // bits)).astype(np.uint8)
+
+
+def matmul_nbits(g, x, codes, scales, bits, block, name):
+    """x (..., K) times codes (N, K) less 2 ** (bits - 1) times scales (N, ceil(K / block)) -> (..., N).
+
+    A com.microsoft operator: its weights stay packed in memory.
+    """
+    n, k = codes.shape
+    weights = g.weight(pack(codes, bits, block), f"{name}_q{bits}"), g.weight(scales, f"{name}_scales")
+    return g.MatMulNBits(x, *weights, domain="com.microsoft", K=k, N=n, bits=bits, block_size=block)
+
+
+def quantise4(weight, block=32):
+    """weight (N, K) -> codes (N, K) from 0 to 15, scales (N, blocks): w is near (code - 8) * scale.
+
+    The number of largest size in a block becomes -8, so the 16 codes are all of use (llama.cpp's Q4_0 does the same).
+    """
+    n, k = weight.shape
+    blocks = np.pad(weight, ((0, 0), (0, -k % block))).reshape(n, -1, block)
+    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1, keepdims=True), -1)
+    scales = largest / -8
+    codes = np.clip(np.round(blocks / np.where(scales, scales, 1)) + 8, 0, 15)
+    return codes.reshape(n, -1)[:, :k].astype(np.uint8), scales[..., 0].astype(np.float32)
+
+
+def quantise8(weight):
+    """weight (N, K) -> uint8 codes (N, K), scales (N,): w is near (code - 128) * scale."""
+    scales = np.maximum(np.abs(weight).max(1), 1e-12) / 127
+    return (np.round(weight / scales[:, None]) + 128).astype(np.uint8), scales.astype(np.float32)
+
+
+def absmax(g, x):
+    """x (..., K) -> (whole numbers from -127 to 127 in float32, their scale (..., 1)), as ternary.absmax."""
+    scale = g.Div(127.0, g.Max(g.ReduceMax(g.Abs(x), axes=[-1]), 1e-5))
+    return g.Round(g.Mul(x, scale)), scale
+
+
+def matmul_int8(g, x, codes, scales):
+    """Whole numbers x (..., K) times uint8 codes (K, N) less 128 -> (..., N) float32, times scales.
+
+    Both sides unsigned: x86 processors without VNNI overflow on signed times unsigned.
+    """
+    x = g.Cast(g.Add(x, 128.0), to=TensorProto.UINT8)
+    return g.Mul(g.Cast(g.MatMulInteger(x, codes, np.uint8(128), np.uint8(128)), to=FLOAT), scales)
+
+
+def linear(g, x, module, name, n_in):
+    """x (..., K) -> (..., N) by an nn.Linear, a TernaryLinear or a PackedLinear."""
+    if hasattr(module, "group_size"):
+        return ternary_linear(g, x, module, name, n_in)
+    weight = module.weight.detach().numpy()
+    if g.quant == "int8" or (g.quant == "int4" and name == "head"):
+        codes, scales = quantise8(weight)
+        q, scale = absmax(g, x)
+        return matmul_int8(g, q, g.weight(codes.T, f"{name}_q8"), g.Div(g.weight(scales), scale))
+    if g.quant == "int4":
+        return matmul_nbits(g, x, *quantise4(weight), bits=4, block=32, name=name)
+    return g.MatMul(x, g.weight(weight.T, name))
+
+
+def ternary_linear(g, x, module, name, n_in):
+    """ternary.TernaryLinear, activations rounded in the graph. Every form of it loses nothing."""
+    t, w_scale = ternary_weight(module, n_in)
+    k, group = t.shape[1], module.group_size
+    q, scale = absmax(g, x)
+    scale = g.Div(1.0 if group else w_scale, scale)        # (..., 1)
+    block = 128 if not group else math.gcd(group, 256)     # of inputs that share a scale in the file
+    bits = {"int4": 4, "q2": 2}.get(g.quant)
+    if bits and block >= 16:
+        # without groups the scales in the file are 1, so that it adds whole numbers, which float32 does exactly
+        scales = np.repeat(w_scale, group // block, 1) if group else np.ones((len(t), -(-k // block)), np.float32)
+        return g.Mul(matmul_nbits(g, q, t + np.int8(1 << (bits - 1)), scales, bits, block, name), scale)
+    if g.quant == "int8" and not group:
+        return matmul_int8(g, q, g.weight((t + np.int16(128)).astype(np.uint8).T, f"{name}_q8"), scale)
+    t = t * (np.repeat(w_scale, group, 1) if group else np.float32(1))
+    return g.Mul(g.MatMul(q, g.weight(t.T, name)), scale)
+
+
+def embed(g, ids, weight):
+    """ids (B, T), weight (V, C) -> (B, T, C)."""
+    if g.quant in ("int8", "int4"):
+        codes, scales = quantise8(weight)
+        x = g.Sub(g.Cast(g.Gather(g.weight(codes, "embed_q8"), ids), to=FLOAT), 128.0)
+        return g.Mul(x, g.Gather(g.weight(scales[:, None], "embed_scales"), ids))
+    if g.quant == "q2" and (weight.astype(np.float16) == weight).all():  # a packed model's is
+        return g.Cast(g.Gather(g.weight(weight.astype(np.float16), "embed"), ids), to=FLOAT)
+    return g.Gather(g.weight(weight, "embed"), ids)
+
+
+def tied_head(g, x):
+    """x (..., C) -> logits (..., V) by the matrix of `embed`, which the file holds once."""
+    if "embed_q8" in g.weights:
+        q, scale = absmax(g, x)
+        scales = g.Transpose("embed_scales", perm=[1, 0])
+        return matmul_int8(g, q, g.Transpose("embed_q8", perm=[1, 0]), g.Div(scales, scale))
+    weight = g.Cast("embed", to=FLOAT) if g.weights["embed"].dtype == np.float16 else "embed"
+    return g.MatMul(x, g.Transpose(weight, perm=[1, 0]))
+
+
+# ---- layers
+
+def rms_norm(g, x, module, name):
+    if isinstance(module, torch.nn.Identity):
+        return x
+    root = g.Sqrt(g.Add(g.ReduceMean(g.Pow(x, 2.0), axes=[-1]), module.eps))
+    return g.Mul(g.Div(x, root), g.weight(module.weight, name))
+
+
+def silu(g, x):
+    return g.Mul(x, g.Sigmoid(x))
+
+
+def rope_table(g, positions, head_dim, theta):
+    """positions (B, T) -> cos and signed sin, (B, T, 1, D), for `rotate`."""
+    freqs = theta ** (-torch.arange(0, head_dim, 2) / head_dim)
+    angles = g.Mul(g.Unsqueeze(g.Cast(positions, to=FLOAT), [2, 3]), freqs)
+    cos, sin = g.Cos(angles), g.Sin(angles)
+    return g.Concat(cos, cos, axis=-1), g.Concat(g.Neg(sin), sin, axis=-1)
+
+
+def rotate(g, x, cos, sin):
+    left, right = g.Split(x, n=2, axis=-1)
+    return g.Add(g.Mul(x, cos), g.Mul(g.Concat(right, left, axis=-1), sin))
+
+
+def attention(g, x, attn, name, i, rope, mask):
+    """x (B, T, C), mask (B or 1, 1, 1, T, S); keys and values of layer i come from the cache and go there."""
+    D, K, C = attn.head_dim, attn.n_kv_head, g.config.n_embd
+
+    def heads(kind, shape, norm=None):
+        y = g.Reshape(linear(g, x, getattr(attn, f"{kind}_proj"), f"{name}.{kind}_proj", C), shape)
+        if norm is not None:
+            y = rms_norm(g, y, norm, f"{name}.{kind}_norm.weight")
+        return g.Transpose(rotate(g, y, *rope) if rope and kind != "v" else y, perm=[0, 2, 1, 3])
+
+    q = heads("q", [0, 0, -1, D], getattr(attn, "q_norm", None))                             # (B, H, T, D)
+    k = heads("k", [0, 0, K, D], getattr(attn, "k_norm", None))                              # (B, K, T, D)
+    v = heads("v", [0, 0, K, D])
+    if g.cached:
+        shape = ["batch_size", K, "past_sequence_length", D]
+        k = g.Concat(g.input(f"past_key_values.{i}.key", shape), k, axis=2, name=f"present.{i}.key")  # (B, K, S, D)
+        v = g.Concat(g.input(f"past_key_values.{i}.value", shape), v, axis=2, name=f"present.{i}.value")
+        g.outputs |= {f"present.{i}.{s}": (FLOAT, ["batch_size", K, "total_sequence_length", D])
+                      for s in ("key", "value")}
+    q = g.Reshape(g.Mul(q, 1 / math.sqrt(D)), [0, K, g.config.n_head // K, -1, D])           # (B, K, H / K, T, D)
+    scores = g.MatMul(q, g.Unsqueeze(g.Transpose(k, perm=[0, 1, 3, 2]), [2]))                # (B, K, H / K, T, S)
+    y = g.MatMul(g.Softmax(g.Add(scores, mask), axis=-1), g.Unsqueeze(v, [2]))               # (B, K, H / K, T, D)
+    y = g.Reshape(g.Transpose(y, perm=[0, 3, 1, 2, 4]), [0, 0, C])                           # (B, T, C)
+    if hasattr(attn, "sub_norm"):
+        y = rms_norm(g, y, attn.sub_norm, f"{name}.sub_norm.weight")
+    return linear(g, y, attn.o_proj, f"{name}.o_proj", C)
+
+
+def mlp(g, x, module, name):
+    C, F = g.config.n_embd, module.up_proj
+    F = len(F.codes if hasattr(F, "codes") else F.weight)
+    up = linear(g, x, module.up_proj, f"{name}.up_proj", C)
+    if hasattr(module, "gate_proj"):
+        gate = linear(g, x, module.gate_proj, f"{name}.gate_proj", C)
+        gate = g.Pow(g.Relu(gate), 2.0) if getattr(module, "act", "silu") == "relu2" else silu(g, gate)
+        up = g.Mul(gate, up)
+    else:
+        up = g.Mul(g.Mul(up, 0.5), g.Add(g.Erf(g.Mul(up, math.sqrt(0.5))), 1.0))             # GELU
+    if hasattr(module, "sub_norm"):
+        up = rms_norm(g, up, module.sub_norm, f"{name}.sub_norm.weight")
+    return linear(g, up, module.down_proj, f"{name}.down_proj", F)
+
+
+def streams(g, x, module, name, f):
+    """ternary.Streams: x (B, T, n, C) -> the same, mixed around f, which maps (B, T, C) to (B, T, C)."""
+    n, C = module.n, g.config.n_embd
+    if module.proj is None:
+        pre, post, res = module.coefficients(None)
+        weights, post = torch.cat((pre[None], res.mT)), post[:, None]                        # (n + 1, n), (n, 1)
+    else:
+        flat = g.Reshape(x, [0, 0, n * C])
+        root = g.Sqrt(g.Add(g.ReduceMean(g.Pow(flat, 2.0), axes=[-1]), module.norm_eps))
+        scale = torch.cat([s.expand(size) for s, size in zip(module.scale, module.sizes, strict=True)])
+        logits = g.Div(g.MatMul(flat, g.weight((module.proj * module.gain).T, f"{name}.proj")), root)
+        logits = g.Add(g.Mul(logits, scale), module.bias)
+        pre, post, res = g.Split(logits, list(module.sizes), n=3, axis=-1)
+        res = g.Reshape(g.MatMul(g.Softmax(res, axis=-1), module.permutations.flatten(1)), [0, 0, n, n])
+        weights = g.Concat(g.Unsqueeze(g.Sigmoid(pre), [2]), g.Transpose(res, perm=[0, 1, 3, 2]), axis=2)
+        post = g.Unsqueeze(g.Mul(g.Sigmoid(post), 2.0), [3])                                 # (B, T, n, 1)
+    first, rest = g.Split(g.MatMul(weights, x), [1, n], n=2, axis=2)                         # (B, T, 1 and n, C)
+    y = f(g.Squeeze(first, [2]))
+    return g.Add(rest, g.Mul(post, g.Unsqueeze(y, [2])))
+
+
+def residual(g, x, f, block, kind, i):
+    module = getattr(block, f"{kind}_residual", None)
+    if hasattr(module, "n"):
+        return streams(g, x, module, f"blocks.{i}.{kind}_residual", f)
+    return g.Add(x, f(x))
+
+
+# ---- the whole graph
+
+def graph(model, quant, window):
+    """-> Graph of any of our models."""
+    config = model.config
+    g = Graph(config, quant, cached=not window)
+    if window:
+        ids = g.input("input_ids", ["batch", "block"], INT32)
+        T = S = g.Gather(g.Shape(ids), np.int64(1))
+        positions = g.Unsqueeze(g.Range(np.int64(0), T, np.int64(1)), [0])                   # (1, T)
+    else:
+        ids = g.input("input_ids", ["batch_size", "sequence_length"], INT64)
+        seen = g.input("attention_mask", ["batch_size", "total_sequence_length"], INT64)
+        positions = g.input("position_ids", ["batch_size", "sequence_length"], INT64)
+        T, S = g.Gather(g.Shape(ids), np.int64(1)), g.Gather(g.Shape(seen), np.int64(1))
+    keys = g.Range(np.int64(0), S, np.int64(1))
+    queries = g.Range(g.Sub(S, T), S, np.int64(1))
+    allowed = g.LessOrEqual(keys, g.Unsqueeze(queries, [1]))                                 # (T, S)
+    if not window:
+        allowed = g.And(allowed, g.Cast(g.Unsqueeze(seen, [1]), to=TensorProto.BOOL))        # (B, T, S)
+    # not -inf: a row of padding, which may see nothing, would become NaN
+    mask = g.Where(g.Unsqueeze(allowed, [0, 1, 2] if window else [1, 2]), 0.0, -1e9)         # (B or 1, 1, 1, T, S)
+    rope = rope_table(g, positions, config.n_embd // config.n_head, config.rope_theta)
+
+    x = embed(g, ids, model.embed.weight.detach().numpy())                                   # (B, T, C)
+    n = getattr(config, "n_streams", 1)
+    if n > 1:
+        x = g.Expand(g.Unsqueeze(x, [2]), [1, 1, n, 1])                                      # (B, T, n, C)
+    for i, block in enumerate(model.blocks):
+        def attend(x, block=block, name=f"blocks.{i}", i=i):
+            return attention(g, rms_norm(g, x, block.attn_norm, f"{name}.attn_norm.weight"), block.attn,
+                             f"{name}.attn", i, rope, mask)
+
+        def feed(x, block=block, name=f"blocks.{i}"):
+            return mlp(g, rms_norm(g, x, block.mlp_norm, f"{name}.mlp_norm.weight"), block.mlp, f"{name}.mlp")
+        x = residual(g, x, attend, block, "attn", i)
+        x = residual(g, x, feed, block, "mlp", i)
+    if window:
+        x = g.Gather(x, np.int64(-1), axis=1)                                                # (B, C) or (B, n, C)
+    x = rms_norm(g, x, model.norm, "norm.weight")
+    if n > 1:
+        x = g.ReduceSum(x, [-2], keepdims=0)
+    head = getattr(model, "head", None)
+    logits = tied_head(g, x) if head is None else linear(g, x, head, "head", config.n_embd)
+    g.Identity(logits, name="logits")
+    shape = ["batch"] if window else ["batch_size", "sequence_length"]
+    g.outputs = {"logits": (FLOAT, [*shape, config.vocab_size])} | g.outputs
+    return g
+
+
+@torch.no_grad()
+def export(model, path, quant="fp32", window=False):
+    """Write the model as one ONNX file: opset 14, IR 7, checked by onnx.checker, there whole or not at all.
+
+    quant: "fp32"; "int8", weights and activations of 8 bits in plain MatMulInteger; "int4", weights of 4 bits in blocks
+    of 32 in com.microsoft.MatMulNBits; "q2", the same at 2 bits for ternary models, which loses nothing. Embedding and
+    head keep 8 bits under int8 and int4, and lose nothing under q2. int8 and int4 lose nothing in a ternary matrix.
+
+    The graph takes input_ids and position_ids int64 (B, T), attention_mask int64 (B, P + T), for each layer
+    past_key_values.{i}.key and .value float32 (B, K, P, D), and gives logits float32 (B, T, V), present.{i}.key and
+    .value (B, K, P + T, D). Begin with P = 0. window=True takes input_ids int32 (batch, block), of any length up to
+    block_size, and gives the logits float32 (batch, V) of the last position. UserError for what cannot be expressed.
+    """
+    arch = type(model).__module__
+    if quant not in QUANTS:
+        raise UserError(f"--quant={quant} is not an ONNX form; choose one of {', '.join(QUANTS)}")
+    if arch not in ("model", "ternary", "hybrid_ssm"):
+        raise UserError(f"{arch}.py has no ONNX form: teach onnx_graph.py its layers, or export it with --format=hf")
+    if quant == "q2" and arch != "ternary":
+        raise UserError(f"--quant=q2 is for ternary models, not for {arch}.py; use int4 or int8")
+    if next(model.parameters()).dtype != torch.float32:
+        model = copy.deepcopy(model).float()
+    g = graph(model.cpu().eval(), quant, window)
+    if sum(array.nbytes for array in g.weights.values()) > 2**31 - 2**20:
+        raise UserError(f"{path}: an ONNX file holds 2 GB at most, this model has more; use --quant=int4 or int8")
+    domains = [("", 14)] + [("com.microsoft", 1)] * any(node.domain for node in g.nodes)
+    proto = helper.make_model(g.build(arch), opset_imports=[helper.make_opsetid(*domain) for domain in domains],
+                              ir_version=7, producer_name="thimble")
+    helper.set_model_props(proto, {"arch": arch, "quant": quant})
+    onnx.checker.check_model(proto, full_check=True)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.tmp")
+    draft.write_bytes(proto.SerializeToString())
+    os.replace(draft, path)
+
+
+# ---- the check
+
+def session(path):
+    try:
+        import onnxruntime
+    except ImportError:
+        raise UserError("to run an ONNX file install onnxruntime: pip install onnxruntime==1.31.1") from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the library has a class for each fault
+        raise UserError(f"{path}: onnxruntime does not load it: {str(error).splitlines()[0]:.200}") from None
+
+
+def empty_cache(run, batch_size):
+    """Before the first token: no keys, no values, states of 0."""
+    return {value.name: np.zeros([batch_size if d == "batch_size" else 0 if isinstance(d, str) else d
+                                  for d in value.shape], np.float32)
+            for value in run.get_inputs() if value.name.startswith("past")}
+
+
+def step(run, ids, cache, mask=None):
+    """ids (B, T), cache from `empty_cache` or the last step, mask (B, P + T) or None -> (logits (B, T, V), cache)."""
+    ids = np.asarray(ids, np.int64)
+    names = [value.name for value in run.get_outputs()]
+    known = {value.name for value in run.get_inputs()}
+    keys = next((array for name, array in cache.items() if name.endswith(".key")), None)
+    if mask is None:
+        mask = np.ones((len(ids), keys.shape[2] + ids.shape[1]), np.int64)
+    feed = {"input_ids": ids, "attention_mask": mask,
+            "position_ids": np.maximum(mask.cumsum(1) - 1, 0)[:, -ids.shape[1]:]}
+    logits, *states = run.run(names, {k: v for k, v in feed.items() if k in known} | cache)
+    return logits, {name.replace("present_", "past_").replace("present.", "past_key_values."): state
+                    for name, state in zip(names[1:], states, strict=True)}
+
+
+def round8(x):
+    """x (..., K) rounded to 8 bits a row, as `absmax` does it."""
+    scale = 127 / x.abs().amax(-1, keepdim=True).clamp(min=1e-5)
+    return (x * scale).round() / scale
+
+
+def twin(model, quant):
+    """The torch model whose weights and activations are rounded as this form of the graph rounds them."""
+    model = copy.deepcopy(model).float().eval()
+    if quant not in ("int8", "int4"):
+        return model
+
+    def dequantise8(weight):
+        codes, scales = quantise8(weight.numpy())
+        return torch.from_numpy((codes.astype(np.float32) - 128) * scales[:, None])
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.weight.copy_(dequantise8(module.weight))
+        elif isinstance(module, torch.nn.Linear) and (quant == "int8" or name == "head"):
+            module.weight.copy_(dequantise8(module.weight))
+            module.register_forward_pre_hook(lambda _, inputs: (round8(inputs[0]),))
+        elif isinstance(module, torch.nn.Linear):
+            codes, scales = quantise4(module.weight.numpy())
+            scales = np.repeat(scales, 32, 1)[:, :codes.shape[1]]
+            module.weight.copy_(torch.from_numpy((codes.astype(np.float32) - 8) * scales))
+    logits = model._logits
+    model._logits = lambda x: logits(round8(x))            # the head's input, also where the head is the embedding
+    return model
+
+
+@torch.no_grad()
+def greedy(model, ids, n):
+    """ids (B, T) -> (B, T + n)."""
+    cache, new = model.init_cache(len(ids), ids.size(1) + n), ids
+    for _ in range(n):
+        logits, cache = model.step(new, cache)
+        new = logits.argmax(-1, keepdim=True)
+        ids = torch.cat((ids, new), 1)
+    return ids
+
+
+@torch.no_grad()
+def check(model, path, prompts=None, n_new=64):
+    """Hold the file at `path`, made of `model`, against torch -> a dict of figures; UserError if it is not the model.
+
+    prompts: lists of ids; by default 50 random ones. Each is continued by n_new greedy tokens (fewer where block_size
+    ends) with onnxruntime's cache, one token at a time, and read again as a whole.
+
+    delta, rms: of logit - logit of torch, the largest and the root mean square, where both round numbers alike
+    floor: the rms that torch itself has against torch in float64. Where activations are rounded to 8 bits, as in every
+        ternary model, a last bit tips a rounding now and then, so that no two libraries agree to the last digit; there
+        the embedding is changed by some millionths too. The file may have a delta of 1e-4 or an rms of 2 floors
+    loss: the largest logit - logit of the unrounded model, what int8 and int4 cost
+    same: greedy texts equal to torch's, of `prompts`
+    bytes, parameters: size of the file, numbers in the model
+    """
+    path, run, config = Path(path), session(path), model.config
+    meta = run.get_modelmeta().custom_metadata_map
+    quant = meta.get("quant")
+    if quant not in QUANTS or meta.get("arch") != type(model).__module__:
+        raise UserError(f"{path} is not an export of a {type(model).__module__}: make it with export.py --format=onnx")
+    if prompts is None:
+        generator = torch.Generator().manual_seed(0)
+        lengths = [max(1, min(n, config.block_size // 2)) for n in (1, 4, 9, 16, 33) for _ in range(10)]
+        prompts = [torch.randint(config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+    groups = {}
+    for prompt in prompts:
+        groups.setdefault(len(prompt), []).append(prompt)
+    model = copy.deepcopy(model).float().cpu().eval()
+    rounded, wide = twin(model, quant), twin(model, quant).double()
+    if quant in ("int8", "int4") or meta["arch"] == "ternary":
+        noise = torch.randn(wide.embed.weight.shape, generator=torch.Generator().manual_seed(0))
+        wide.embed.weight.mul_(1 + 4e-6 * noise)
+    window = "attention_mask" not in {value.name for value in run.get_inputs()}
+    errors, floors, losses, same = [], [], [], 0
+    for length, group in groups.items():
+        ids = greedy(model, torch.tensor(group), max(1, min(n_new, config.block_size - length)))
+        known = ids[:, :-1]
+        want, exact, plain = (m(known)[0].numpy() for m in (rounded, wide, model))
+        logits, cache = [], None if window else empty_cache(run, len(ids))
+        for t in range(length, known.size(1) + 1):
+            if window:
+                logits.append(run.run(None, {"input_ids": known[:, :t].int().numpy()})[0])
+            else:
+                out, cache = step(run, known[:, 0 if t == length else t - 1:t], cache)
+                logits.append(out[:, -1])
+        logits = np.stack(logits, 1)
+        # the argmax after each prefix of torch's text is torch's next token: so a free run would write that text
+        same += int((logits.argmax(-1) == ids[:, length:].numpy()).all(1).sum())
+        errors.append(logits - want[:, length - 1:])
+        losses.append(logits - plain[:, length - 1:])
+        if not window:
+            errors.append(step(run, known, empty_cache(run, len(ids)))[0] - want)
+        floors.append(want - exact)
+
+    def rms(parts):
+        return math.sqrt(np.mean([np.mean(np.square(part, dtype=np.float64)) for part in parts]))
+
+    whole = type(model)(dataclasses.replace(config, packed=False)) if getattr(config, "packed", False) else model
+    found = {"quant": quant, "delta": float(max(np.abs(part).max() for part in errors)), "rms": rms(errors),
+             "floor": rms(floors), "loss": float(max(np.abs(part).max() for part in losses)), "same": same,
+             "prompts": len(prompts), "bytes": path.stat().st_size,
+             "parameters": sum(p.numel() for p in whole.parameters())}
+    if not (found["delta"] <= 1e-4 or found["rms"] <= 2 * found["floor"]):  # also where it is NaN
+        raise UserError(f"{path} is not the model: its logits are off by {found['rms']:.2g} (rms; rounding explains "
+                        f"{found['floor']:.2g}), {same} of {len(prompts)} greedy texts are equal; delete it")
+    if found["bytes"] > 4.04 * found["parameters"] + 2**14 * (config.n_layer + 4):
+        raise UserError(f"{path} has {found['bytes']:,} bytes for {found['parameters']:,} parameters: something is in "
+                        "it twice; delete it")
+    return found
