@@ -9,7 +9,6 @@
 The graph with a cache has the names that ONNX Runtime, onnxruntime-genai and transformers.js know (`cache_names`).
 Legend: as in model.py; P tokens in the cache, S = P + T, N outputs and K inputs of a matrix, I n_inner of a Mamba mixer.
 """
-import copy
 import dataclasses
 import functools
 import itertools
@@ -177,7 +176,8 @@ def embed(g, ids, weight):
         x = g.Sub(g.Cast(g.Gather(g.weight(codes, "embed_q8"), ids), to=FLOAT), 128.0)
         return g.Mul(x, g.Gather(g.weight(scales[:, None], "embed_scales"), ids))
     if g.quant == "q2" and (weight.astype(np.float16) == weight).all():  # a packed model's is
-        return g.Cast(g.Gather(g.weight(weight.astype(np.float16), "embed"), ids), to=FLOAT)
+        # not the other way round: a runtime folds this Cast when it loads, and not every GPU knows float16
+        return g.Gather(g.Cast(g.weight(weight.astype(np.float16), "embed_f16"), to=FLOAT, name="embed"), ids)
     return g.Gather(g.weight(weight, "embed"), ids)
 
 
@@ -187,8 +187,7 @@ def tied_head(g, x):
         q, scale = absmax(g, x)
         scales = g.Transpose("embed_scales", perm=[1, 0])
         return matmul_int8(g, q, g.Transpose("embed_q8", perm=[1, 0]), g.Div(scales, scale))
-    weight = g.Cast("embed", to=FLOAT) if g.weights["embed"].dtype == np.float16 else "embed"
-    return g.MatMul(x, g.Transpose(weight, perm=[1, 0]))
+    return g.MatMul(x, g.Transpose("embed", perm=[1, 0]))
 
 
 # ---- layers
@@ -338,6 +337,14 @@ def graph(model, quant, window):
     return g
 
 
+def copied(model):
+    """The same weights in float32 on the CPU, in eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        twin = type(model)(model.config)
+    twin.load_state_dict(model.state_dict())
+    return twin.eval()
+
+
 @torch.no_grad()
 def export(model, path, quant="fp32", window=False):
     """Write the model as one ONNX file: opset 14, IR 7, checked by onnx.checker, there whole or not at all.
@@ -358,9 +365,7 @@ def export(model, path, quant="fp32", window=False):
         raise UserError(f"{arch}.py has no ONNX form: teach onnx_graph.py its layers, or export it with --format=hf")
     if quant == "q2" and arch != "ternary":
         raise UserError(f"--quant=q2 is for ternary models, not for {arch}.py; use int4 or int8")
-    if next(model.parameters()).dtype != torch.float32:
-        model = copy.deepcopy(model).float()
-    g = graph(model.cpu().eval(), quant, window)
+    g = graph(copied(model), quant, window)
     if sum(array.nbytes for array in g.weights.values()) > 2**31 - 2**20:
         raise UserError(f"{path}: an ONNX file holds 2 GB at most, this model has more; use --quant=int4 or int8")
     domains = [("", 14)] + [("com.microsoft", 1)] * any(node.domain for node in g.nodes)
@@ -420,7 +425,7 @@ def round8(x):
 
 def twin(model, quant):
     """The torch model whose weights and activations are rounded as this form of the graph rounds them."""
-    model = copy.deepcopy(model).float().eval()
+    model = copied(model)
     if quant not in ("int8", "int4"):
         return model
 
@@ -481,7 +486,7 @@ def check(model, path, prompts=None, n_new=64):
     groups = {}
     for prompt in prompts:
         groups.setdefault(len(prompt), []).append(prompt)
-    model = copy.deepcopy(model).float().cpu().eval()
+    model = copied(model)
     rounded, wide = twin(model, quant), twin(model, quant).double()
     if quant in ("int8", "int4") or meta["arch"] == "ternary":
         noise = torch.randn(wide.embed.weight.shape, generator=torch.Generator().manual_seed(0))
@@ -523,3 +528,81 @@ def check(model, path, prompts=None, n_new=64):
         raise UserError(f"{path} has {found['bytes']:,} bytes for {found['parameters']:,} parameters: something is in "
                         "it twice; delete it")
     return found
+
+
+# ---- folders
+
+def export_folder(model, tokenizer, folder, quant="fp32"):
+    """Write `folder` as transformers.js and onnxruntime-genai read it -> path of the .onnx file in it.
+
+    onnx/model.onnx (or model_quantized, model_q4, model_q2), config.json, generation_config.json, genai_config.json,
+    tokenizer.json, tokenizer_config.json. config.json names an architecture that transformers.js knows and that has
+    the same cache; the graph is what computes. tokenizer: a data.Tokenizer. UserError as in `export`.
+    """
+    folder, config = Path(folder), model.config
+    path = folder / "onnx" / f"model{SUFFIX.get(quant, '')}.onnx"
+    export(model, path, quant)
+    eot = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
+    hidden = model.blocks[0].mlp.up_proj
+    sizes = {"vocab_size": config.vocab_size, "hidden_size": config.n_embd, "num_hidden_layers": config.n_layer,
+             "num_attention_heads": config.n_head, "num_key_value_heads": config.n_kv_head or config.n_head,
+             "head_dim": config.n_embd // config.n_head}
+    shim = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "original_model_type": type(model).__module__,
+            "intermediate_size": len(hidden.codes if hasattr(hidden, "codes") else hidden.weight),
+            "max_position_embeddings": config.block_size, "rms_norm_eps": config.norm_eps,
+            "rope_theta": config.rope_theta, "hidden_act": "silu", "tie_word_embeddings": False} | sizes | eot
+    shim["transformers.js_config"] = {"dtype": {"int8": "q8", "int4": "q4"}.get(quant, quant)}
+    decoder = {"filename": f"onnx/{path.name}", "session_options": {"provider_options": []},
+               "head_size": sizes["head_dim"], "hidden_size": config.n_embd,
+               "num_attention_heads": config.n_head, "num_key_value_heads": sizes["num_key_value_heads"],
+               "num_hidden_layers": config.n_layer,
+               "inputs": {name: name for name in ("input_ids", "attention_mask", "position_ids")}
+               | {f"past_{s}_names": f"past_key_values.%d.{s}" for s in ("key", "value")},
+               "outputs": {"logits": "logits"} | {f"present_{s}_names": f"present.%d.{s}" for s in ("key", "value")}}
+    genai = {"model": {"type": "llama", "context_length": config.block_size, "vocab_size": config.vocab_size,
+                       "pad_token_id": tokenizer.eot, "decoder": decoder} | eot,
+             "search": {"max_length": config.block_size, "past_present_share_buffer": False, "do_sample": False,
+                        "num_beams": 1, "top_k": 1, "top_p": 1.0, "temperature": 1.0}}
+    token = next(token for token, i in tokenizer._specials.items() if i == tokenizer.eot)
+    words = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size,
+             "clean_up_tokenization_spaces": False, "bos_token": token, "eos_token": token}
+    for name, content in (("config", shim), ("generation_config", eot), ("tokenizer_config", words),
+                          ("genai_config", genai)):
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    return path
+
+
+PACKAGES = {  # of npm, and what of each the page needs: with WebGPU, without it, the tokenizer
+    "onnxruntime-web@1.30.0": ["ort.webgpu.min.mjs", "ort-wasm-simd-threaded.asyncify.mjs",
+                               "ort-wasm-simd-threaded.asyncify.wasm", "ort.wasm.min.mjs",
+                               "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"],
+    "@huggingface/tokenizers@0.2.0": ["tokenizers.min.mjs"],
+}
+
+
+def export_web(model, tokenizer, folder, quant="fp32"):
+    """Write `folder`: a page that runs the model in a browser, to be served as plain files -> path of the .onnx file.
+
+        python -m http.server --directory FOLDER
+
+    What `export_folder` writes, web/index.html, and in lib/ what npm installs of onnxruntime-web and
+    @huggingface/tokenizers: at run time the page asks no other server. UserError without npm, or where it fails.
+    """
+    if shutil.which("npm") is None:
+        raise UserError("--format=web takes the files of onnxruntime-web from npm, which is not here: install Node.js")
+    folder = Path(folder)
+    (folder / "lib").mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as work:
+        done = subprocess.run(["npm", "install", "--prefix", work, "--ignore-scripts", "--no-audit", "--no-fund",
+                               *PACKAGES], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if done.returncode:
+            reason = next((line for line in done.stderr.splitlines() if "error" in line.lower()), "no reason given")
+            raise UserError(f"npm could not install {' and '.join(PACKAGES)}: {reason:.200}")
+        for package, files in PACKAGES.items():
+            dist = Path(work, "node_modules", package.rpartition("@")[0], "dist")
+            for name in files:
+                shutil.copyfile(dist / name, folder / "lib" / name)
+    path = export_folder(model, tokenizer, folder, quant)
+    shutil.copyfile(Path(__file__).parent / "web" / "index.html", folder / "index.html")
+    return path
