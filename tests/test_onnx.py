@@ -17,6 +17,7 @@ import torch
 from onnx import numpy_helper
 
 import data
+import onnx_check
 import onnx_graph
 from configurator import UserError
 from sample import generate
@@ -94,8 +95,8 @@ def test_without_its_roundings_a_ternary_graph_is_exact(ort, tmp_path, monkeypat
         return x * scale, scale
     monkeypatch.setattr("ternary.absmax", absmax)
     ids = torch.randint(60, (3, 48), generator=torch.Generator().manual_seed(2))
-    run = onnx_graph.session(path)
-    logits, _ = onnx_graph.step(run, ids, onnx_graph.empty_cache(run, 3))
+    run = onnx_check.session(path)
+    logits, _ = onnx_check.step(run, ids, onnx_check.empty_cache(run, 3))
     with torch.no_grad():
         assert np.abs(logits - model(ids)[0].numpy()).max() <= 1e-4
 
@@ -104,15 +105,15 @@ def test_without_its_roundings_a_ternary_graph_is_exact(ort, tmp_path, monkeypat
 def test_padding_on_the_left_and_any_chopping_change_nothing(ort, tmp_path, case):
     model, path = built(case), tmp_path / "model.onnx"
     onnx_graph.export(model, path)
-    run = onnx_graph.session(path)
+    run = onnx_check.session(path)
     ids = torch.randint(60, (2, 30), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         want = np.stack([model(ids[:1])[0][0, -5:], model(ids[1:, 12:])[0][0, -5:]])
     mask = np.ones((2, 30), np.int64)
     mask[1, :12] = 0
-    cache, start = onnx_graph.empty_cache(run, 2), 0
+    cache, start = onnx_check.empty_cache(run, 2), 0
     for end in (7, 25, 30):
-        logits, cache = onnx_graph.step(run, ids[:, start:end], cache, mask[:, :end])
+        logits, cache = onnx_check.step(run, ids[:, start:end], cache, mask[:, :end])
         start = end
     assert np.abs(logits - want).max() <= 1e-4
 
@@ -124,7 +125,7 @@ def test_window_form(ort, tmp_path, case):
     onnx_graph.export(model, path, window=True)
     found = onnx_graph.check(model, path, PROMPTS, n_new=4)
     assert found["same"] == len(PROMPTS)
-    run = onnx_graph.session(path)
+    run = onnx_check.session(path)
     (given,), (got,) = run.get_inputs(), run.get_outputs()
     assert (given.name, given.type, given.shape) == ("input_ids", "tensor(int32)", ["batch", "block"])
     assert (got.name, got.type, got.shape) == ("logits", "tensor(float)", ["batch", 60])
