@@ -39,7 +39,7 @@ class Graph:
 
     def __init__(self, config=None, quant="fp32", cached=False):
         self.config, self.quant, self.cached = config, quant, cached
-        self.inputs, self.outputs = {}, {}                 # {name: (type, shape)}
+        self.inputs, self.outputs, self.outer = {}, {}, None  # {name: (type, shape)}
         self.nodes, self.weights, self.constants, self.count = [], {}, {}, itertools.count()
 
     def __getattr__(self, op):
@@ -62,6 +62,12 @@ class Graph:
         self.weights[name] = array
         return name
 
+    def inner(self):
+        """Graph for the body of a loop, which sees the constants of this one."""
+        body = Graph()
+        body.outer, body.weights, body.constants, body.count = self, self.weights, self.constants, self.count
+        return body
+
     def input(self, name, shape, kind=FLOAT):
         self.inputs[name] = kind, shape
         return name
@@ -69,7 +75,7 @@ class Graph:
     def build(self, name):
         values = [[helper.make_tensor_value_info(key, *kind) for key, kind in side.items()]
                   for side in (self.inputs, self.outputs)]
-        weights = [numpy_helper.from_array(array, key) for key, array in self.weights.items()]
+        weights = [numpy_helper.from_array(array, key) for key, array in self.weights.items() if not self.outer]
         return helper.make_graph(self.nodes, name, *values, weights)
 
 
@@ -256,6 +262,47 @@ def mlp(g, x, module, name):
     if hasattr(module, "sub_norm"):
         up = rms_norm(g, up, module.sub_norm, f"{name}.sub_norm.weight")
     return linear(g, up, module.down_proj, f"{name}.down_proj", F)
+
+
+def mamba(g, x, mixer, name, i, seen):
+    """x (B, T, C), seen (B, T, 1), 0 on padding, or None; the last inputs and the state of layer i are in the cache."""
+    (I, N), width = mixer.A_log.shape, mixer.conv1d.weight.shape[-1]
+    u, z = g.Split(linear(g, x, mixer.in_proj, f"{name}.in_proj", g.config.n_embd), n=2, axis=-1)  # (B, T, I)
+    u = g.Transpose(g.Mul(u, seen) if seen else u, perm=[0, 2, 1])                           # (B, I, T)
+    if g.cached:
+        conv = g.Concat(g.input(f"past_conv.{i}", ["batch_size", I, width]), u, axis=2)      # (B, I, width + T)
+        g.Slice(conv, [-width], [2**31], [2], name=f"present_conv.{i}")
+        u = g.Slice(conv, [1], [2**31], [2])
+        h = g.input(f"past_ssm.{i}", ["batch_size", 1, I, N])
+        g.outputs |= {f"present_conv.{i}": (FLOAT, ["batch_size", I, width]),
+                      f"present_ssm.{i}": (FLOAT, ["batch_size", 1, I, N])}
+    else:
+        h = g.Expand(np.float32(0), g.Concat(g.Slice(g.Shape(x), [0], [1]), [1, I, N], axis=0))
+    conv = g.weight(mixer.conv1d.weight, f"{name}.conv1d.weight"), g.weight(mixer.conv1d.bias)
+    u = silu(g, g.Conv(u, *conv, group=I, pads=[0 if g.cached else width - 1, 0]))
+    u = g.Transpose(u, perm=[0, 2, 1])                                                       # (B, T, I)
+    u = g.Mul(u, seen) if seen else u
+    dt, b, c = g.Split(linear(g, u, mixer.x_proj, f"{name}.x_proj", I), [mixer.dt_proj.weight.size(1), N, N], n=3,
+                       axis=-1)
+    dt, b, c = (rms_norm(g, y, getattr(mixer, f"{kind}_layernorm"), f"{name}.{kind}_layernorm.weight")
+                for kind, y in (("dt", dt), ("b", b), ("c", c)))
+    dt = g.Softplus(g.Add(g.MatMul(dt, g.weight(mixer.dt_proj.weight.T, f"{name}.dt_proj")), mixer.dt_proj.bias))
+    a = g.weight(-mixer.A_log.exp(), f"{name}.A")
+    body = g.inner()                                       # h = exp(dt a) h + dt u b, y = h c: a token at a time
+    for key, shape in {"h": [None, 1, I, N], "u": [None, I], "dt": [None, I], "b": [None, N], "c": [None, N]}.items():
+        body.input(f"{name}.{key}", shape)
+    h_in, u_in, dt_in, b_in, c_in = body.inputs
+    decay = body.Exp(body.Mul(body.Unsqueeze(dt_in, [1, 3]), a))                             # (B, 1, I, N)
+    new = body.MatMul(body.Unsqueeze(body.Mul(dt_in, u_in), [1, 3]), body.Unsqueeze(b_in, [1, 2]))
+    body.Add(body.Mul(decay, h_in), new, name=f"{name}.h_out")
+    body.Squeeze(body.MatMul(f"{name}.h_out", body.Unsqueeze(c_in, [1, 3])), [1, 3], name=f"{name}.y")
+    body.outputs = {f"{name}.h_out": (FLOAT, [None, 1, I, N]), f"{name}.y": (FLOAT, [None, I])}
+    h, y = g.Scan(h, u, dt, b, c, n=2, body=body.build(name), num_scan_inputs=4, scan_input_axes=[1] * 4,
+                  scan_output_axes=[1])
+    if g.cached:
+        g.Identity(h, name=f"present_ssm.{i}")
+    y = g.Mul(g.Add(y, g.Mul(u, mixer.D)), silu(g, z))
+    return linear(g, y, mixer.out_proj, f"{name}.out_proj", I)
 
 
 def streams(g, x, module, name, f):
