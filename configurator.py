@@ -104,6 +104,14 @@ def from_argv(Config, argv):
     return _build(Config, _settings(argv, _types(Config, part), read))
 
 
+def split(Config, argv):
+    """(config files, flags as ["--key=value", ...]) of an `argv` that `from_argv` takes."""
+    files = []
+    _, part = _part(Config, _settings(argv, _types(Config), functools.cache(_read)))
+    flags = _settings(argv, _types(Config, part), lambda path: files.append(path) or [])
+    return files, [f"--{s.key}={s.value}" for s in flags]
+
+
 def flat(cfg):
     """{key: value} of `cfg` and of its sub config on one level, ready for JSON (tuples are lists)."""
     return {f.name: list(value) if isinstance(value, tuple) else value for f, value in _walk(cfg)}
@@ -112,6 +120,16 @@ def flat(cfg):
 def changed(cfg):
     """The part of `flat(cfg)` that differs from the defaults (those of the chosen module, for its keys)."""
     return {f.name: flat(cfg)[f.name] for f, value in _walk(cfg) if value != _default(f)}
+
+
+def given(part):
+    """The keys of a sub config that files, flags or overrides set, if only to the default; else `changed(part)`."""
+    return {key: flat(part)[key] for key in getattr(part, "_given", changed(part))}
+
+
+def hint(name, names):
+    """For the end of an error: the one of `names` that was meant, or else all of them."""
+    return _guess(name, names) or (f" - there is {', '.join(names)}" if names else "")
 
 
 def run(main, Config):
@@ -260,6 +278,7 @@ def _build(Config, settings):
         if part is not None:
             theirs = {key: values.pop(key) for key in list(values) if key in _types(part)}
             values[name] = part(**theirs)
+            object.__setattr__(values[name], "_given", tuple(theirs))  # for `given`: a default may be asked for, too
         return Config(**values)
     except ValueError as e:  # from __post_init__; model files raise plain ValueErrors, to import nothing of ours
         raise UserError(e) from None
@@ -283,8 +302,7 @@ def _module(name, shown):
         texts = {p.stem: p.read_text(encoding="utf-8", errors="replace") for p in sorted(HERE.glob("*.py"))}
         names = [n for n, text in texts.items() if len(set(re.findall(r"^class (Config|Model)\b", text, re.M))) == 2]
         reason = f"{name}.py defines no Config and Model" if there else f"there is no {name}.py"
-        hint = _guess(name, names) or names and f" - there is {', '.join(names)}" or ""
-        raise UserError(f"{shown}: {reason}{hint}")
+        raise UserError(f"{shown}: {reason}{hint(name, names)}")
     return module
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import UserError
+from configurator import UserError, hint
 
 FORMAT_VERSION = 1
 EOT = "<|endoftext|>"
@@ -78,7 +78,11 @@ def load(path):
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"there is no dataset {path}: make it with a script in prepare/, e.g. prepare/text.py")
+        there = sorted(file.parent.name for file in path.parent.glob("[!.]*/train.bin"))
+        raise UserError(
+            f"there is no dataset {path}: make it with a script in prepare/, e.g. prepare/text.py"
+            f"{hint(path.name, there)}"
+        )
     meta = _read_meta(path / "meta.json")
     dtype, vocab_size, arrays = np.dtype(meta["dtype"]).newbyteorder("<"), meta["vocab_size"], {}
     for name, entry in meta["files"].items():
@@ -108,6 +112,8 @@ def load(path):
         if top >= limit:
             raise _damaged(file, f"holds the value {top:,}, which must be below {limit:,}")
         arrays[split, is_mask] = array
+        if is_mask and not array[1:].any():  # the first token is never a target
+            raise UserError(f"{file} lets no token count: prepare it again with a 1 where the loss is to be taken")
     masks = arrays.get(("train", True)), arrays.get(("val", True))
     return Dataset(path, meta, vocab_size, arrays["train", False], arrays["val", False], *masks)
 

@@ -84,11 +84,11 @@ def lion_update(grad, momentum, betas=(0.9, 0.99)):
 class Optimizer:
     """One optimizer over a model's roles: `optimizer` for the matrices, `rest_optimizer` for all else under Muon.
 
-    lr is the peak of the matrices, rest_lr the peak of the others (used with Muon only, else lr serves all).
+    lr is the peak of the matrices, rest_lr the peak of the others (needed with Muon only, else lr serves all).
     State is kept per parameter name: `state_dict()` is a flat {name: tensor} that safetensors can hold.
     """
 
-    def __init__(self, model, optimizer="muon", lr=0.02, rest_optimizer="adamw", rest_lr=0.003, weight_decay=0.0,
+    def __init__(self, model, optimizer, lr, rest_optimizer="adamw", rest_lr=None, weight_decay=0.0,
                  betas=(0.9, 0.95), momentum=0.95):
         names = {p: name for name, p in model.named_parameters()}
         groups = model.param_groups()
@@ -133,7 +133,7 @@ class Optimizer:
             if rule == "adamw":
                 adamw(params, grads, *state[:2], [], state[2], fused=True, amsgrad=False, beta1=self.betas[0],
                       beta2=self.betas[1], lr=lr, weight_decay=decay, eps=1e-8, maximize=False)
-                torch.autograd.graph.increment_version(params)  # which the fused kernel forgets; ternary.py relies on it
+                torch.autograd.graph.increment_version(params)  # fused kernels forget it, ternary.py needs it
                 continue
             if rule == "lion":
                 updates = [lion_update(g, m) for g, m in zip(grads, state[0], strict=True)]

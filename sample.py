@@ -6,7 +6,7 @@
 """
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -38,6 +38,7 @@ class Config:
     seed: int = 1337                # the same seed writes the same text
     # machine
     device: str = "cpu"             # cpu, cuda, mps, ...
+    packed: str = ""                # folder to save a ternary model to at 2 bits a weight, 7 times smaller
 
     def __post_init__(self):
         for name in ("num_samples", "max_new_tokens"):
@@ -50,6 +51,8 @@ class Config:
             raise ValueError(f"top_p={self.top_p} must be in (0, 1] and min_p={self.min_p} in [0, 1]")
         if self.seed >= 2**63 or not 0 <= self.length_penalty <= 10:
             raise ValueError(f"seed={self.seed} must be below 2**63, length_penalty={self.length_penalty} in [0, 10]")
+        if self.beam and self.num_samples > 1:
+            raise ValueError(f"num_samples={self.num_samples}: a beam search (beam={self.beam}) writes only one text")
         if self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0")
 
@@ -194,10 +197,36 @@ def read_prompt(prompt):
         raise UserError(f"--prompt={prompt}: {path} is not UTF-8 text") from None
 
 
+def deployed(model):
+    """The model in the form in which it ships and runs fastest, for model files that know one; any other as it is."""
+    if not hasattr(model, "deploy_state") or model.config.packed:
+        return model
+    twin = type(model)(replace(model.config, packed=True))
+    twin.load_state_dict(model.deploy_state())
+    return twin.eval()
+
+
+def save_packed(folder, model, loaded):
+    """A run folder with this one checkpoint: for sample.py and export.py, nothing to resume."""
+    if not hasattr(model, "deploy_state"):
+        raise UserError(f"--packed: {loaded.path} is a {loaded.meta['arch']}, only ternary models pack")
+    if (Path(folder) / "latest").exists():
+        raise UserError(f"--packed={folder} already holds a run: name another folder")
+    meta = {k: v for k, v in loaded.meta.items() if k != "sha256"} | {"model_config": asdict(model.config)}
+    path = checkpoint.save(folder, loaded.meta["step"], model.deploy_state(), None, meta,
+                           loaded.path / "tokenizer.json", best=True)
+    print(f"packed: {path}/model.safetensors, {(path / 'model.safetensors').stat().st_size:,} bytes", file=sys.stderr)
+
+
 def main(cfg):
     loaded = checkpoint.load(cfg.checkpoint or None, which=cfg.which)
+    model = checkpoint.load_model(loaded)
+    if cfg.packed or cfg.device == "cpu":
+        model = deployed(model)
+    if cfg.packed:
+        save_packed(cfg.packed, model, loaded)
     try:
-        model = checkpoint.load_model(loaded).to(cfg.device).eval()
+        model = model.to(cfg.device).eval()
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device={cfg.device} does not work here: {str(e).splitlines()[0]}; try cpu") from None
     tokenizer = data.load_tokenizer(loaded.path)
@@ -213,7 +242,7 @@ def main(cfg):
     torch.manual_seed(cfg.seed)
     generator = torch.Generator().manual_seed(cfg.seed)
     n, begun = 0, time.perf_counter()
-    for i in range(1 if cfg.beam else cfg.num_samples):
+    for i in range(cfg.num_samples):
         if i:
             print("\n" + "-" * 40)
         print(prompt, end="", flush=True)

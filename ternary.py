@@ -94,22 +94,28 @@ def absmax(x):
 class TernaryMatmul(torch.autograd.Function):
     """x (..., K), weight (N, K) -> (..., N), both rounded; to the gradient the roundings are the identity.
 
-    t and w_scale are what `absmean` makes of the weight. With one scale for the whole matrix the sum runs over
-    integers, which float32 adds exactly: the packed model gives the same bits.
+    t and w_scale are what `absmean` makes of the weight, w = t * w_scale. In float32 and float64 the sums run over
+    integers, which are exact in any order: the packed model gives the same bits.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, t, w_scale):
+    def forward(ctx, x, weight, t, w_scale, w):
         q, scale = absmax(x)
-        ctx.save_for_backward(q, scale, t, w_scale)
-        return F.linear(q, t) * (w_scale / scale).to(x.dtype)
+        ctx.save_for_backward(q, scale, w)
+        if not w_scale.dim():
+            return F.linear(q, t) * (w_scale / scale).to(x.dtype)
+        if x.dtype == torch.bfloat16:                      # seven bits of each sum remain anyway: one product is faster
+            return F.linear(q, w) / scale
+        y, size = 0, t.size(1) // w_scale.size(1)
+        for q_g, t_g, s_g in zip(q.split(size, -1), t.split(size, -1), w_scale.unbind(1), strict=True):
+            y = y + F.linear(q_g, t_g) * s_g
+        return y / scale
 
     @staticmethod
     def backward(ctx, grad):
-        q, scale, t, w_scale = ctx.saved_tensors
-        grad_x = (grad @ t) * w_scale.to(grad.dtype)
+        q, scale, w = ctx.saved_tensors
         grad_weight = (grad / scale).flatten(0, -2).mT @ q.flatten(0, -2)
-        return grad_x, grad_weight.to(w_scale.dtype), None, None
+        return grad @ w, grad_weight.to(torch.promote_types(grad.dtype, torch.float32)), None, None, None
 
 
 class TernaryLinear(nn.Module):
@@ -117,18 +123,22 @@ class TernaryLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.group_size = group_size
-        self.rounded = None
+        self.cache = None, None
+
+    @torch.no_grad()
+    def rounded(self, dtype):
+        t, scale = absmean(self.weight.float(), self.group_size)  # in float32, whatever the model runs in
+        w = t * (scale.repeat_interleave(self.group_size, 1) if self.group_size else scale)
+        return t.to(dtype), scale.to(torch.promote_types(dtype, torch.float32)), w.to(dtype)
 
     def forward(self, x):
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        if torch.compiler.is_compiling():                  # which could not follow the cache, and fuses the rounding
+            return TernaryMatmul.apply(x.to(dtype), self.weight, *self.rounded(dtype))
         made_for = self.weight._version, self.weight.data_ptr(), dtype
-        if self.rounded is None or self.rounded[0] != made_for:  # once per optimizer step, not per micro-batch
-            with torch.no_grad():
-                t, scale = absmean(self.weight, self.group_size)
-                if self.group_size:
-                    t, scale = t * scale.repeat_interleave(self.group_size, 1), torch.ones_like(scale[0, 0])
-                self.rounded = made_for, t.to(dtype), scale
-        return TernaryMatmul.apply(x.to(dtype), self.weight, *self.rounded[1:])
+        if self.cache[0] != made_for:                      # once per optimizer step, not per micro-batch
+            self.cache = made_for, self.rounded(dtype)
+        return TernaryMatmul.apply(x.to(dtype), self.weight, *self.cache[1])
 
 
 class PackedLinear(nn.Module):
@@ -138,7 +148,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.group_size = group_size
         self.register_buffer("codes", torch.zeros(n_out, -(-n_in // 256) * 64, dtype=torch.uint8))
-        self.register_buffer("scales", torch.zeros((n_out, n_in // group_size) if group_size else ()))
+        self.register_buffer("scales", torch.zeros((n_in // group_size, n_out) if group_size else ()))
 
     def forward(self, x):
         from kernels import ternary
@@ -307,6 +317,7 @@ class Model(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)  # and the head: BitNet ties them
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self._stepper = None                               # of the packed model: what its compiled step needs
         self.init_weights()
 
     def init_weights(self):
@@ -326,7 +337,7 @@ class Model(nn.Module):
     def _hidden(self, idx, cache=None):
         B, T = idx.shape
         start = 0 if cache is None else int(cache["pos"])
-        x = self.embed(idx)                                                                  # (B, T, C)
+        x = F.embedding(idx, self._embedding())                                              # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # the residual stream too: half the memory traffic
         if self.config.n_streams > 1:
@@ -342,8 +353,13 @@ class Model(nn.Module):
         x = self.norm(x)
         return x if self.config.n_streams == 1 else x.sum(-2)                                # (B, T, C)
 
+    def _embedding(self):
+        """(V, C), rounded to float16 as it ships; the gradient goes to the float32 weights unchanged."""
+        w = self.embed.weight
+        return w + (w.half().to(w.dtype) - w).detach()
+
     def _logits(self, x):
-        return F.linear(x, self.embed.weight).float()
+        return F.linear(x, self._embedding()).float()
 
     # copied from model.py
     def forward(self, idx, targets=None):
@@ -355,18 +371,28 @@ class Model(nn.Module):
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
-    # copied from model.py
     def init_cache(self, batch_size, max_len):
         """An empty cache for max_len tokens: keys and values of every layer, and the position."""
-        kind = {"dtype": self.embed.weight.dtype, "device": self.embed.weight.device}
+        weight = self.embed.weight
+        kind = {"dtype": torch.float64 if self._compiled() else weight.dtype, "device": weight.device}
         layers = [block.attn.init_cache(batch_size, max_len, **kind) for block in self.blocks]
         return {"pos": torch.zeros((), dtype=torch.long), "layers": layers}
 
-    # copied from model.py
     def step(self, idx, cache):
         """idx: (B, T >= 1) more ids -> (logits (B, V) float32 of the last, cache). Use the returned cache."""
+        if compiled := self._compiled():
+            return compiled(idx, cache), cache | {"pos": cache["pos"] + idx.size(1)}
         x = self._hidden(idx, cache)
         return self._logits(x[:, -1]), cache | {"pos": cache["pos"] + idx.size(1)}
+
+    def _compiled(self):
+        """What does a whole step of the packed model; None where no kernel fits this machine and these dtypes."""
+        if not self.config.packed:
+            return None
+        if self._stepper is None or self._stepper[0] != self.embed.weight.data_ptr():
+            from kernels import ternary
+            self._stepper = self.embed.weight.data_ptr(), ternary.stepper(self, rope_table)
+        return self._stepper[1]
 
     def param_groups(self):
         """{role: [parameters]}: optim.py knows what each role gets. A tied matrix is an embedding."""
@@ -382,7 +408,7 @@ class Model(nn.Module):
         """Training FLOPs per token, 2 per multiply-add, backward = 2 x forward: 6 N + 12 L C T (PaLM, appendix B).
 
         N counts the matrices that multiply, the tied head included; attention counts all T x T scores. Mixing n streams
-        is n + 1 by n by C and n by 1 by C, its coefficients n! by n x n (the permutations get no gradient: backward = 1 x forward).
+        is n + 1 by n by C and n by 1 by C, its coefficients n! by n x n (without a gradient of the permutations).
         """
         L, C, n = self.config.n_layer, self.config.n_embd, self.config.n_streams
         flops = 6 * sum(p.numel() for p in self.parameters() if p.dim() == 2) + 12 * L * C * seq_len
@@ -398,5 +424,5 @@ class Model(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, TernaryLinear):          # from the shadow: rounding twice would shrink the scale
                 t, scale = absmean(module.weight.detach(), module.group_size)
-                state |= {f"{name}.codes": ternary.pack(t.to(torch.int8)), f"{name}.scales": scale}
+                state |= {f"{name}.codes": ternary.pack(t), f"{name}.scales": scale.t().contiguous()}
         return state

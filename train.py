@@ -185,16 +185,31 @@ def evaluate(model, dataset, device, autocast):
 
 
 def starting_weights(cfg, dataset):
-    """The model of --init_from: its architecture and weights, once its tokenizer proves to be the dataset's."""
+    """The model of --init_from: its architecture and weights, once its tokenizer proves to be the dataset's.
+
+    Of the model's keys, those that no weight depends on may be set anew.
+    """
     start = checkpoint.load(cfg.init_from, which="best")
     if start.meta.get("arch") != cfg.arch:
-        raise UserError(f"--init_from={cfg.init_from} is a {start.meta.get('arch')}, this run an {cfg.arch}: "
-                        f"add --arch={start.meta.get('arch')}")
+        raise UserError(f"--init_from={cfg.init_from} was trained with --arch={start.meta.get('arch')}, this run has "
+                        f"--arch={cfg.arch}: use the same")
     ours, theirs = dataset.path / "tokenizer.json", start.path / "tokenizer.json"
     if ours.read_bytes() != theirs.read_bytes():
         raise UserError(f"--init_from={cfg.init_from} was trained with another tokenizer than {dataset.path}: "
                         f"prepare the text with --tokenizer={theirs}")
-    return checkpoint.load_model(start)
+    model = checkpoint.load_model(start)
+    was = configurator.flat(model.config)
+    new = {k: v for k, v in configurator.given(cfg.model).items() if v != was[k]}
+    if other := [f"{k}={v} (it has {was[k]})" for k, v in new.items() if k not in ("dropout", "block_size")]:
+        raise UserError(f"--init_from={cfg.init_from} cannot change to {', '.join(other)}: leave that out")
+    if new:
+        try:
+            start.meta["model_config"] = was | new
+            model = checkpoint.load_model(start)
+        except UserError as e:                             # a model file may have weights for each position
+            raise UserError(f"--init_from={cfg.init_from} cannot change to "
+                            f"{', '.join(f'{k}={v} (it has {was[k]})' for k, v in new.items())}: {e}") from None
+    return model
 
 
 def check_resume(cfg, resumed, dataset, environment):
@@ -209,7 +224,7 @@ def check_resume(cfg, resumed, dataset, environment):
     changed = [f"{k}={now[k]} (was {was.get(k)})" for k in now if k not in FREE and now[k] != was.get(k)]
     old = resumed.meta["environment"]
     environment = {**environment, "dtype": old["dtype"] if cfg.dtype == "auto" else cfg.dtype,
-                   "compile": old["compile"] if cfg.compile == "auto" else cfg.compile}
+                   "compile": old["compile"] if cfg.compile in ("auto", was["compile"]) else cfg.compile}
     changed += [f"{k} {environment[k]} (was {old[k]})" for k in environment if environment[k] != old[k]]
     if changed:
         checkpoint.warn(f"resuming with {', '.join(changed)}: not bit for bit what an unbroken run would give")
@@ -240,6 +255,7 @@ def roll_back(run_dir, model, optimizer, state):
 
 def compiled(model, dataset, cfg, device, autocast):
     """torch.compile, tried out on one batch; where it fails, one line and the plain model."""
+    print("compiling the model", flush=True)
     random_state = checkpoint.random_state()
     try:
         fast = torch.compile(model)
@@ -323,21 +339,28 @@ def show_samples(model, prompts, tokenizer, cfg):
 class Log:
     """metrics.jsonl, the live line in the terminal, loss.png, and a tracker if asked for."""
 
-    def __init__(self, run_dir, cfg, step):
+    def __init__(self, run_dir, cfg, state):
         self.path, self.max_steps = run_dir / "metrics.jsonl", cfg.max_steps
-        lines = self.path.read_text().splitlines() if cfg.resume and self.path.exists() else []
-        kept = []
-        for line in lines:                                 # what came after the checkpoint is about to come again
-            with contextlib.suppress(ValueError):
-                if json.loads(line).get("step", 0) <= step:
-                    kept.append(line + "\n")
-        write_atomic(self.path, "".join(kept))
+        if not cfg.resume:
+            write_atomic(self.path, "")
+        self.go_back(state)
         self.live = sys.stdout.isatty()
         self.width = 0                                     # of the live line
         self.said = self.begun = time.perf_counter()
-        self.first_step = step
+        self.first_step = state["step"]
         self.plotted = -math.inf
-        self.track = tracker(cfg, run_dir)
+        self.track, self.finish = tracker(cfg, run_dir, state["step"])
+
+    def go_back(self, state):
+        """Drop the records beyond `state`, which are about to come again; an event has happened and stays."""
+        kept = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            with contextlib.suppress(ValueError):          # a last line that was cut off
+                record = json.loads(line)
+                known = state["record"].get("step", 0) if "val_loss" in record else state["step"]
+                if "event" in record or record.get("step", 0) <= known:
+                    kept.append(line + "\n")
+        write_atomic(self.path, "".join(kept))
 
     def record(self, record):
         with open(self.path, "a") as f:                    # closed, and so flushed, line by line
@@ -377,29 +400,31 @@ class Log:
 
     def close(self, dataset):
         self.say("") if self.width else None
+        self.finish()
         plot(self.path.parent, dataset)
 
 
-def tracker(cfg, run_dir):
-    """A function that takes a record, for the tracker that the user named."""
+def tracker(cfg, run_dir, step):
+    """Two functions for the tracker that the user named: one takes a record beyond `step`, one ends it all."""
     if cfg.tracker == "none":
-        return lambda record: None
+        return lambda record: None, lambda: None
     try:
         if cfg.tracker == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(run_dir)
+            writer = SummaryWriter(run_dir, purge_step=step + 1)  # hides what came from there on
 
             def track(record):
                 for key, value in record.items():
                     if key != "step" and value is not None:
                         writer.add_scalar(key, value, record["step"])
                 writer.flush()
-            return track
+            return track, writer.close
         module = import_module(cfg.tracker)                # trackio has the interface of wandb
     except ImportError:
         raise UserError(f"--tracker={cfg.tracker} needs a package: pip install {cfg.tracker}") from None
-    run = module.init(project="thimble", name=run_dir.name, config=configurator.flat(cfg))
-    return lambda record: run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+    name = {"name": run_dir.name} | ({"id": run_dir.name} if cfg.tracker == "wandb" else {})  # trackio goes by name
+    run = module.init(project="thimble", **name, resume="allow", config=configurator.flat(cfg))
+    return lambda record: run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"]), run.finish
 
 
 def clock(seconds):
@@ -458,13 +483,13 @@ def train(cfg):
     vocab_size = cfg.model.vocab_size or dataset.vocab_size
     if vocab_size < dataset.vocab_size:
         raise UserError(f"vocab_size={vocab_size} is less than the {dataset.vocab_size} of {dataset.path}")
-    cfg = replace(cfg, model=replace(cfg.model, vocab_size=vocab_size))
     random.seed(cfg.seed)                                  # nothing here draws from it, or from numpy's: forks may
     np.random.seed(cfg.seed % 2**32)
     torch.manual_seed(cfg.seed)
     try:
         fresh = resumed or not cfg.init_from
-        model = import_module(cfg.arch).Model(cfg.model) if fresh else starting_weights(cfg, dataset)
+        model = (import_module(cfg.arch).Model(replace(cfg.model, vocab_size=vocab_size)) if fresh
+                 else starting_weights(cfg, dataset))
         model.to(device).train()
         optimizer = optim.Optimizer(model, cfg.optimizer, cfg.lr, cfg.rest_optimizer, cfg.rest_lr, cfg.weight_decay,
                                     cfg.betas, cfg.momentum)
@@ -491,16 +516,17 @@ def train(cfg):
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     peak_flops = matmul_rate(device, dtype)
 
+    data.batch_indices(len(dataset.train), 0, 1, cfg.model.block_size, cfg.seed)  # too short a text: before a folder is
+    forward = compiled(model, dataset, cfg, device, autocast) if environment["compile"] else model
+    environment["compile"] = forward is not model          # what came of it, not what was asked for
     meta = {"arch": cfg.arch, "model_config": asdict(cfg.model), "config": configurator.flat(cfg),
             "environment": environment, "dataset": {"path": str(dataset.path), "files": dataset.meta["files"]}}
-    data.batch_indices(len(dataset.train), 0, 1, cfg.model.block_size, cfg.seed)  # too short a text: before a folder is
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(run_dir / "config.json", json.dumps(configurator.flat(cfg), indent=1) + "\n")
-    log = Log(run_dir, cfg, state["step"])
+    log = Log(run_dir, cfg, state)
     log.record({"event": "resume" if resumed else "start", "step": state["step"], "command": shlex.join(sys.argv),
                 "commit": git_commit(), **environment})
     describe(cfg, model, dataset, environment, run_dir)
-    forward = compiled(model, dataset, cfg, device, autocast) if environment["compile"] else model
 
     def save(best=False):
         tensors = optimizer.state_dict() | checkpoint.random_state()
@@ -531,10 +557,10 @@ def train(cfg):
                 state["record"] = {"step": step, **finite(result), "best_loss": state["best_loss"],
                                    "best_step": state["best_step"], "tokens": state["tokens"],
                                    "seconds": state["seconds"]}
+                log.record(state["record"])                # before the save: a resume drops it or finds it
                 if healthy:
                     save(better)
                     saved_at = step
-                log.record(state["record"])
                 log.evaluated(state["record"], dataset, better)
                 show_samples(model, prompts, tokenizer, cfg)
                 since, since_step = time.perf_counter(), step
@@ -584,6 +610,7 @@ def train(cfg):
                 log.say(f"step {step + 1}: loss {loss}, gradient norm {grad_norm}: step skipped")
                 if state["bad_steps"] == 3:
                     roll_back(run_dir, model, optimizer, state)
+                    log.go_back(state)
                     log.say(f"three in a row: back to step {state['step']} with half the rate")
                     log.record({"step": state["step"], "event": "rolled back", "lr_factor": state["lr_factor"]})
                     since, since_step = time.perf_counter(), state["step"]
@@ -618,7 +645,8 @@ def newest(out_dir):
 
 
 def main(cfg):
-    recipes = [Path(arg).stem for arg in sys.argv[1:] if arg.endswith(".py") and not arg.startswith("-")]
+    files, flags = configurator.split(Config, sys.argv[1:])
+    recipes, typed = [Path(file).stem for file in files], {flag[2:].partition("=")[0] for flag in flags}
     if not cfg.out_dir and not (cfg.resume and not recipes):
         name = Path("runs") / (recipes[-1] if recipes else cfg.arch)
         taken = newest(name)
@@ -629,11 +657,11 @@ def main(cfg):
     if cfg.resume:                                         # the run's own config, and the flags of this command
         run_dir = cfg.out_dir or str(checkpoint.newest_run())
         stored = checkpoint.load_run(run_dir).meta["config"]
-        flags = [arg for arg in sys.argv[1:] if arg.startswith("-") or not arg.endswith(".py")]
         asked = configurator.flat(configurator.from_argv(Config, [f"--arch={stored['arch']}", *flags]))
-        typed = {arg[2:].partition("=")[0].replace("-", "_") for arg in flags if arg.startswith("--")}
         given = {key: value for key, value in asked.items() if key in typed}
         cfg = configurator.load(Config, **(stored | given | {"out_dir": run_dir, "resume": True}))
+    if "dataset" in typed and "prepare" not in typed:      # what the recipe prepares is another dataset
+        cfg = replace(cfg, prepare="")
     record = train(cfg)
     print(f"best: {record['best_loss'] or math.nan:.4f} nats per token at step {record['best_step']:,}. The curve: "
           f"{cfg.out_dir}/loss.png. Now try:\n"

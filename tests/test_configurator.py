@@ -428,6 +428,22 @@ def test_exit_codes(toys, args, code, out, err):
     assert out in done.stdout if out else not done.stdout
 
 
+def test_files_and_flags_are_told_apart():
+    write("arch = 'toy_b'", "base.py")
+    args = ["--prompt", "x.py", "base.py", "--scan", "--out-dir=y.py", "--d_state", "4", "--lr=1"]
+    files, flags = configurator.split(Config, args)
+    assert files == ["base.py"]
+    assert flags == ["--prompt=x.py", "--scan=true", "--out_dir=y.py", "--d_state=4", "--lr=1"]
+    assert configurator.from_argv(Config, [*files, *flags]) == argv(*args)
+
+
+def test_what_was_given_counts_also_where_it_is_the_default():
+    assert configurator.given(argv("--n_layer=2", "--lr=1").model) == {"n_layer": 2}
+    assert configurator.given(argv("--lr=1").model) == configurator.given(Config().model) == {}
+    part = type(Config().model)
+    assert configurator.given(part(n_layer=4)) == {"n_layer": 4}                   # made by hand: what differs
+
+
 def test_a_bug_keeps_its_traceback(toys):
     done = toy(toys, "--what=bug")
     assert done.returncode == 1 and "Traceback" in done.stderr and "ValueError: a bug" in done.stderr

@@ -519,6 +519,24 @@ def test_files_beyond_the_hash_limit_are_checked_at_both_ends(tmp_path, monkeypa
 def test_no_dataset(tmp_path):
     with pytest.raises(UserError, match="there is no dataset .*nothing.*prepare"):
         data.load(tmp_path / "nothing")
+    for name in ("plays", "poems"):
+        write(tmp_path / name, data.byte_tokenizer(), np.arange(100), np.arange(100))
+    with pytest.raises(UserError, match="did you mean 'plays'"):
+        data.load(tmp_path / "play")
+    with pytest.raises(UserError, match="there is plays, poems$"):
+        data.load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("split", data.SPLITS)
+def test_a_mask_that_lets_nothing_count_is_refused(tmp_path, split):
+    mask = np.zeros(300)
+    mask[0] = 1  # the first token is never predicted
+    write(tmp_path / "ds", data.byte_tokenizer(), np.arange(300) % 256, np.arange(300) % 256, **{f"{split}_mask": mask})
+    with pytest.raises(UserError, match=f"{split}.mask.bin lets no token count"):
+        data.load(tmp_path / "ds")
+    mask[150] = 1
+    write(tmp_path / "ds", data.byte_tokenizer(), np.arange(300) % 256, np.arange(300) % 256, **{f"{split}_mask": mask})
+    data.load(tmp_path / "ds")
 
 
 def test_loading_needs_no_tokenizers_library(tmp_path):

@@ -1,11 +1,14 @@
 """Update rules against their papers' formulas and torch's own; schedules against their closed forms."""
 import math
+from dataclasses import fields
+from inspect import Parameter, signature
 
 import pytest
 import torch
 import torch.nn as nn
 
 import optim
+import train
 from optim import lr_scale
 
 
@@ -92,14 +95,14 @@ def test_lion_moves_each_weight_by_the_rate():
 @pytest.mark.parametrize("optimizer, rest", [("muon", "adamw"), ("muon", "lion"), ("adamw", "adamw"), ("lion", "lion")])
 def test_state_restores_bit_for_bit(optimizer, rest):
     toy = Toy()
-    first = optim.Optimizer(toy, optimizer, rest_optimizer=rest)
+    first = optim.Optimizer(toy, optimizer, 0.02, rest, 0.01)
     run(toy, first, 2)
     saved = {k: t.clone() for k, t in first.state_dict().items()}
     weights = {k: t.clone() for k, t in toy.state_dict().items()}
     run(toy, first, 2)
     again = Toy(seed=5)
     again.load_state_dict(weights)
-    second = optim.Optimizer(again, optimizer, rest_optimizer=rest)
+    second = optim.Optimizer(again, optimizer, 0.02, rest, 0.01)
     second.load_state_dict(saved)
     run(again, second, 2)
     assert all(torch.equal(a, b) for a, b in zip(toy.parameters(), again.parameters(), strict=True))
@@ -113,7 +116,13 @@ def test_roles_must_cover_every_parameter_once():
         groups = toy.param_groups() | {k: [toy.a.weight] if v else v for k, v in change.items()}
         toy.param_groups = lambda groups=groups: groups
         with pytest.raises(ValueError, match="param_groups"):
-            optim.Optimizer(toy)
+            optim.Optimizer(toy, "muon", 0.02)
+
+
+def test_no_default_differs_from_that_of_the_loop():
+    defaults = {f.name: f.default for f in fields(train.Config)}
+    for name, p in signature(optim.Optimizer).parameters.items():
+        assert p.default in (Parameter.empty, None, defaults.get(name)), name
 
 
 # ---- schedules: W warm-up steps, T steps in all

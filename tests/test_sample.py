@@ -278,6 +278,7 @@ def test_empty_and_long_prompts_are_defined(cli):
     (["--prompt=xyz"], "x"), (["--prompt=FILE:nowhere.txt"], "nowhere.txt"), (["--temperature=-1"], "temperature"),
     (["--top_p=0"], "top_p"), (["--tempratur=1"], "did you mean 'temperature'"), (["--device=warp"], "warp"),
     (["--checkpoint=nowhere"], "nowhere"), (["--which=worst"], "worst"), (["--num_samples=0"], "num_samples=0"),
+    (["--num_samples=3", "--beam=4"], "num_samples=3"),
 ])
 def test_mistakes_end_in_one_clear_line(cli, args, reason):
     code, _, err = cli(*args)

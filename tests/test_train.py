@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -167,7 +168,18 @@ def test_a_failing_compiler_is_not_fatal(toy, monkeypatch, capsys):
     plain = train.train(config(toy, "plain"))
     monkeypatch.setattr(torch, "compile", broken)
     assert train.train(config(toy, "compiled", compile=True))["val_loss"] == plain["val_loss"]
-    assert "torch.compile does not work here (no compiler)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "torch.compile does not work here (no compiler)" in out and "threads, compiled" not in out
+    assert lines("compiled")[0]["compile"] is False        # what came of it
+    assert checkpoint.load("compiled").meta["environment"]["compile"] is False
+    train.train(config(toy, "compiled", compile=True, resume=True))
+    assert "warning" not in capsys.readouterr().err        # as before: without
+
+
+def test_a_working_compiler_is_recorded(toy, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", lambda model: lambda *args: model(*args))
+    train.train(config(toy, compile=True))
+    assert "threads, compiled" in capsys.readouterr().out and lines("run")[0]["compile"] is True
 
 
 def test_same_seed_same_bits_and_another_seed_others(toy):
@@ -183,12 +195,52 @@ def test_sampling_and_logging_do_not_touch_the_training(toy):
 
 
 def test_a_tracker_gets_what_metrics_jsonl_gets(toy, monkeypatch):
-    import types
     seen = []
-    run = types.SimpleNamespace(log=lambda values, step: seen.append({"step": step} | values))
+    run = types.SimpleNamespace(log=lambda values, step: seen.append({"step": step} | values), finish=lambda: None)
     monkeypatch.setitem(sys.modules, "trackio", types.SimpleNamespace(init=lambda **kwargs: run))
     train.train(config(toy, tracker="trackio"))
     assert seen == [r for r in lines("run") if "event" not in r] and len(seen) == 14
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_a_tracker_goes_on_with_the_same_run_and_ends_it(toy, monkeypatch, tracker):
+    seen = []
+    run = types.SimpleNamespace(log=lambda values, step: None, finish=lambda: seen.append("finish"))
+
+    def wandb(project, name, id, resume, config):          # what each of them takes: an id is wandb's alone
+        seen.append((name, id, resume))
+        return run
+
+    def trackio(project, name, resume, config):
+        seen.append((name, name, resume))
+        return run
+    monkeypatch.setitem(sys.modules, tracker, types.SimpleNamespace(init=locals()[tracker]))
+    train.train(config(toy, "runs/mine", tracker=tracker))
+    train.train(config(toy, "runs/mine", tracker=tracker, resume=True))
+    assert seen == [("mine", "mine", "allow"), "finish"] * 2
+
+
+def test_tensorboard_hides_what_a_resume_repeats(toy, monkeypatch):
+    purged, seen, closed = [], [], []
+
+    class SummaryWriter:
+        def __init__(self, log_dir, purge_step):
+            purged.append(purge_step)
+
+        def add_scalar(self, key, value, step):
+            seen.append(step)
+
+        def flush(self):
+            pass
+
+        def close(self):
+            closed.append(True)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    cfg = config(toy, tracker="tensorboard", schedule="constant")
+    train.train(cfg)
+    seen.clear()
+    train.train(replace(cfg, max_steps=14, resume=True))
+    assert purged[1] == min(seen) == 13 and closed == [True, True]
 
 
 # ---- it resumes
@@ -236,6 +288,46 @@ def test_what_came_after_the_checkpoint_is_not_logged_twice(toy):
         f.write('{"step": 14, "loss": 1.0}\n{"step": 15, "lo')                     # died while it wrote
     train.train(config(toy, max_steps=14, schedule="constant", resume=True))
     assert [r["step"] for r in steps("run")] == list(range(1, 15))
+
+
+def evaluations(run):
+    return [r["step"] for r in lines(run) if "val_loss" in r]
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["killed before the save", "killed after it"])
+def test_no_evaluation_is_lost_or_doubled_by_a_kill(toy, monkeypatch, before):
+    save = checkpoint.save
+
+    def killed(run_dir, step, *args):
+        if step == 12 and not before:
+            save(run_dir, step, *args)
+        if step == 12:
+            raise KeyboardInterrupt
+        save(run_dir, step, *args)
+    monkeypatch.setattr(checkpoint, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config(toy, max_steps=18))
+    assert evaluations("run") == [6, 12]
+    monkeypatch.setattr(checkpoint, "save", save)
+    train.train(config(toy, max_steps=18, resume=True))
+    assert evaluations("run") == [6, 12, 18] and [r["step"] for r in steps("run")] == list(range(1, 19))
+
+
+def test_no_evaluation_is_doubled_where_the_checkpoint_had_none(toy, monkeypatch):
+    save = checkpoint.save
+    train.train(config(toy, max_steps=8, save_every=4))
+    for name in ("latest", "best", "step_000006", "step_000008"):  # step 4 was saved, not evaluated
+        path = Path("run", name)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def killed(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(checkpoint, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config(toy, max_steps=8, eval_every=4, resume=True))
+    monkeypatch.setattr(checkpoint, "save", save)
+    train.train(config(toy, max_steps=8, eval_every=4, resume=True))
+    assert evaluations("run") == [4, 8]
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -418,6 +510,8 @@ def test_three_bad_steps_go_back_to_the_last_good_state_with_half_the_rate(toy, 
     cfg = config(toy, arch="poison", schedule="constant")
     train.train(cfg)
     assert "back to step 6 with half the rate" in capsys.readouterr().out
+    assert [r["step"] for r in steps("run")] == list(range(1, 13))       # the second pass alone
+    assert [r["step"] for r in lines("run") if "event" in r] == [0, 8, 9, 10, 6]
     rates = {r["step"]: r["lr"] for r in steps("run")}
     assert rates[6] == cfg.lr and rates[7] == rates[12] == cfg.lr / 2
 
@@ -482,11 +576,35 @@ def test_a_missing_dataset_is_prepared(tmp_path):
 
 def test_fine_tuning_starts_from_a_run(toy):
     first = train.train(config(toy, "base", max_steps=100, eval_every=100, dropout=0.0))
-    cfg = config(toy, "tuned", init_from="base", max_steps=1, eval_every=1, lr=1e-6, rest_lr=1e-6, n_embd=64)
-    record = train.train(cfg)                              # the model is the run's, not this command's
+    few = {k: v for k, v in TINY.items() if k not in ("n_layer", "n_head", "n_embd", "block_size", "dropout")}
+    few |= {"dataset": str(toy), "init_from": "base", "max_steps": 1, "eval_every": 1, "lr": 1e-6, "rest_lr": 1e-6}
+    record = train.train(configurator.load(train.Config, **few, out_dir="tuned"))  # the model is that of the run
     assert abs(record["val_loss"] - first["val_loss"]) < 0.01
+    assert checkpoint.load("tuned").meta["model_config"] == checkpoint.load("base").meta["model_config"]
     with pytest.raises(configurator.UserError, match="no run folder nowhere|nowhere"):
         train.train(config(toy, "x", init_from="nowhere"))
+
+
+def test_fine_tuning_takes_or_refuses_model_flags(toy, tmp_path, monkeypatch):
+    train.train(config(toy, "base"))
+    for out, changes in (("a", {"dropout": 0.0}), ("b", {"dropout": 0.3, "block_size": 16})):
+        train.train(config(toy, out, init_from="base", **changes))
+        was = checkpoint.load("base").meta["model_config"]
+        assert checkpoint.load(out).meta["model_config"] == was | changes
+    for changes, message in (({"n_embd": 64}, r"n_embd=64 \(it has 32\)"), ({"n_layer": 4}, r"n_layer=4 \(it has 1\)")):
+        with pytest.raises(configurator.UserError, match=message):       # 4 is the default
+            train.train(config(toy, "c", init_from="base", **changes))
+    (tmp_path / "placed.py").write_text("from model import *\nfrom model import Model as Plain\n\n"
+                                        "class Model(Plain):\n    def __init__(self, config):\n"
+                                        "        super().__init__(config)\n"
+                                        "        self.register_buffer('wpe', torch.zeros(config.block_size))\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    train.train(config(toy, "placed", arch="placed"))
+    with pytest.raises(configurator.UserError, match=r"block_size=16 \(it has 32\).*wpe"):
+        train.train(config(toy, "c", arch="placed", init_from="placed", block_size=16))
+    with pytest.raises(configurator.UserError, match="trained with --arch=placed"):
+        train.train(config(toy, "c", init_from="placed"))
+    assert not os.path.exists("c")
 
 
 def test_fine_tuning_refuses_another_tokenizer(toy, tmp_path):
@@ -556,3 +674,22 @@ def test_runs_are_named_after_their_recipe_and_never_collide(toy, tmp_path, monk
     meta = checkpoint.load("runs/mine-2").meta
     assert meta["step"] == 14 and meta["config"]["seed"] == 2
     assert checkpoint.load("runs/mine").meta["step"] == 12
+
+
+def test_a_typed_dataset_is_not_made_by_the_recipes_script(toy, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.py").write_text("dataset = 'recipe'\nprepare = 'nowhere.py'\n")
+    for args, reason in ((["--dataset=typo"], "there is no dataset"),
+                         (["--dataset=typo", "--prepare", "other.py"], "could not prepare the dataset typo"),
+                         ([], "could not prepare the dataset recipe")):
+        monkeypatch.setattr(sys, "argv", ["train.py", "mine.py", *args])
+        with pytest.raises(SystemExit):
+            configurator.run(train.main, train.Config)
+        assert reason in capsys.readouterr().err
+
+
+def test_a_flag_whose_value_ends_like_a_file_counts_on_resume(toy, monkeypatch):
+    train.train(config(toy, "runs/a"))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--prepare", "x.py", "--max_steps", "14"])
+    configurator.run(train.main, train.Config)
+    assert checkpoint.load("runs/a").meta["config"]["prepare"] == "x.py"
+    assert checkpoint.load("runs/a").meta["step"] == 14

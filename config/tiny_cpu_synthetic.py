@@ -1,0 +1,25 @@
+# The seed's own run: ternary weights in groups of 128, two static mHC-lite streams, 3,672,360 parameters, on rows of
+# ids of which a third are constant, a third count up and a third are random.
+dataset = "synthetic_mix"
+prepare = "prepare/synthetic_code.py"
+
+arch = "ternary"
+n_layer = 4
+n_head = 4
+n_embd = 256
+n_hidden = 512
+block_size = 256
+group_size = 128
+sub_norm = False
+n_streams = 2
+static_streams = True
+
+batch_size = 8
+optimizer = "muon"
+lr = 0.02
+rest_optimizer = "lion"
+rest_lr = 0.001
+schedule = "wsd"
+warmup_steps = 20
+max_steps = 1000
+eval_every = 250
