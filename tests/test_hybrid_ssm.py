@@ -126,8 +126,8 @@ def test_memory_is_linear_in_the_length_and_holds_no_states_of_all_tokens(ssm):
             mixer(torch.randn(b, T, 32, requires_grad=True), None, None).square().mean().backward()
         saved[T] = sum(kept.values())
         states = b * T * 64 * N                            # of all tokens, E = 64
-        assert saved[T] < 4 * states / 3                    # bytes
-        assert largest.numel < states / 3
+        assert saved[T] < 4 * states / 2                    # bytes
+        assert largest.numel < states / 4
     assert saved[1024] - saved[512] < 2.1 * (saved[512] - saved[256])
 
 
