@@ -173,6 +173,18 @@ def test_parity_with_transformers(extra):
         assert (m(idx)[0] - jamba(m)(idx).logits).abs().max() < 1e-4
 
 
+@torch.no_grad()
+def test_mamba2_mixer_equals_that_of_transformers():
+    transformers = pytest.importorskip("transformers", reason="pip install -r requirements-test.txt")
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+    mixer = shaken(replace(CONFIG, ssm="mamba2", d_state=8)).blocks[0].mixer
+    hf = Mamba2Mixer(transformers.Mamba2Config(hidden_size=32, expand=2, num_heads=4, head_dim=16, state_size=8,
+                                               n_groups=1, conv_kernel=4, chunk_size=16, layer_norm_epsilon=1e-6), 0)
+    hf.load_state_dict(mixer.state_dict())
+    x = torch.randn(2, 100, 32)
+    assert (mixer(x, None, None) - hf(x)).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("ssm", ["mamba1", "mamba2"])
 @torch.no_grad()
 def test_decoding_equals_forward_after_2000_tokens(ssm):
