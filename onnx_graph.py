@@ -7,7 +7,8 @@
     print(onnx_graph.check(model, "model.onnx"))                   # onnxruntime beside torch: onnx_check.py
 
 The cache has the names and shapes that onnxruntime-genai and transformers.js know.
-Legend: as in model.py; P tokens in the cache, S = P + T, N outputs and K inputs of a matrix, I inner width of Mamba.
+Legend: as in model.py; P tokens in the cache, S = P + T, N outputs and K inputs of a matrix
+(in Mamba E channels with N numbers of state each).
 """
 import functools
 import itertools
@@ -180,7 +181,7 @@ def embed(g, ids, weight):
         codes, scales = quantise8(weight)
         x = g.Sub(g.Cast(g.Gather(g.weight(codes, "embed_q8"), ids), to=FLOAT), 128.0)
         return g.Mul(x, g.Gather(g.weight(scales[:, None], "embed_scales"), ids))
-    if g.quant == "q2" and (weight.astype(np.float16) == weight).all():  # a packed model's is
+    if g.quant == "q2" and (weight.astype(np.float16) == weight).all():  # a ternary model's
         # not the other way round: a runtime folds this Cast when it loads, and not every GPU knows float16
         return g.Gather(g.Cast(g.weight(weight.astype(np.float16), "embed_f16"), to=FLOAT, name="embed"), ids)
     return g.Gather(g.weight(weight, "embed"), ids)
@@ -265,44 +266,58 @@ def mlp(g, x, module, name):
 
 
 def mamba(g, x, mixer, name, i, seen):
-    """x (B, T, C), seen (B, T, 1), 0 on padding, or None; the last inputs and the state of layer i are in the cache."""
-    (I, N), width = mixer.A_log.shape, mixer.conv1d.weight.shape[-1]
-    u, z = g.Split(linear(g, x, mixer.in_proj, f"{name}.in_proj", g.config.n_embd), n=2, axis=-1)  # (B, T, I)
-    u = g.Transpose(g.Mul(u, seen) if seen else u, perm=[0, 2, 1])                           # (B, I, T)
+    """hybrid_ssm.Mamba1 and Mamba2. x (B, T, C) -> (B, T, C), with layer i's last inputs and state in the cache.
+
+    seen: (B, T, 1), 0 on padding, or None. Both kinds are one Scan: Mamba-2 has one decay for many channels.
+    """
+    E, N, second = mixer.out_proj.in_features, mixer.n_state, hasattr(mixer, "dt_bias")
+    W, _, width = mixer.conv1d.weight.shape                # E, or E + 2 N in Mamba-2, which convolves B and C too
+    u = linear(g, x, mixer.in_proj, f"{name}.in_proj", g.config.n_embd)
+    if second:
+        z, u, dt = g.Split(u, [E, W, mixer.n_head], n=3, axis=-1)
+    else:
+        u, z = g.Split(u, n=2, axis=-1)                                                      # (B, T, E)
+    u = g.Transpose(g.Mul(u, seen) if seen else u, perm=[0, 2, 1])                           # (B, W, T)
     if g.cached:
-        conv = g.Concat(g.input(f"past_conv.{i}", ["batch_size", I, width]), u, axis=2)      # (B, I, width + T)
+        conv = g.Concat(g.input(f"past_conv.{i}", ["batch_size", W, width]), u, axis=2)      # (B, W, width + T)
         g.Slice(conv, [-width], [2**31], [2], name=f"present_conv.{i}")
         u = g.Slice(conv, [1], [2**31], [2])
-        h = g.input(f"past_ssm.{i}", ["batch_size", 1, I, N])
-        g.outputs |= {f"present_conv.{i}": (FLOAT, ["batch_size", I, width]),
-                      f"present_ssm.{i}": (FLOAT, ["batch_size", 1, I, N])}
+        h = g.input(f"past_ssm.{i}", ["batch_size", 1, E, N])
+        g.outputs |= {f"present_conv.{i}": (FLOAT, ["batch_size", W, width]),
+                      f"present_ssm.{i}": (FLOAT, ["batch_size", 1, E, N])}
     else:
-        h = g.Expand(np.float32(0), g.Concat(g.Slice(g.Shape(x), [0], [1]), [1, I, N], axis=0))
+        h = g.Expand(np.float32(0), g.Concat(g.Slice(g.Shape(x), [0], [1]), [1, E, N], axis=0))
     conv = g.weight(mixer.conv1d.weight, f"{name}.conv1d.weight"), g.weight(mixer.conv1d.bias)
-    u = silu(g, g.Conv(u, *conv, group=I, pads=[0 if g.cached else width - 1, 0]))
-    u = g.Transpose(u, perm=[0, 2, 1])                                                       # (B, T, I)
+    u = silu(g, g.Conv(u, *conv, group=W, pads=[0 if g.cached else width - 1, 0]))
+    u = g.Transpose(u, perm=[0, 2, 1])                                                       # (B, T, W)
     u = g.Mul(u, seen) if seen else u
-    dt, b, c = g.Split(linear(g, u, mixer.x_proj, f"{name}.x_proj", I), [mixer.dt_proj.weight.size(1), N, N], n=3,
-                       axis=-1)
-    dt, b, c = (rms_norm(g, y, getattr(mixer, f"{kind}_layernorm"), f"{name}.{kind}_layernorm.weight")
-                for kind, y in (("dt", dt), ("b", b), ("c", c)))
-    dt = g.Softplus(g.Add(g.MatMul(dt, g.weight(mixer.dt_proj.weight.T, f"{name}.dt_proj")), mixer.dt_proj.bias))
-    a = g.weight(-mixer.A_log.exp(), f"{name}.A")
+    if second:
+        u, b, c = g.Split(u, [E, N, N], n=3, axis=-1)
+        a, skip = (p.repeat_interleave(E // mixer.n_head) for p in (-mixer.A_log.exp(), mixer.D))
+        spread = torch.eye(mixer.n_head).repeat_interleave(E // mixer.n_head, 1)             # heads to channels
+        dt, a = g.MatMul(g.Softplus(g.Add(dt, mixer.dt_bias)), spread), a[:, None]           # (B, T, E), (E, 1)
+    else:
+        dt, b, c = g.Split(linear(g, u, mixer.x_proj, f"{name}.x_proj", E), [mixer.dt_rank, N, N], n=3, axis=-1)
+        dt, b, c = (rms_norm(g, y, getattr(mixer, f"{kind}_norm"), f"{name}.{kind}_norm.weight")
+                    for kind, y in (("dt", dt), ("b", b), ("c", c)))
+        dt = g.MatMul(dt, g.weight(mixer.dt_proj.weight.T, f"{name}.dt_proj"))
+        dt, a, skip = g.Softplus(g.Add(dt, mixer.dt_proj.bias)), -mixer.A_log.exp(), mixer.D  # (B, T, E), (E, N), (E,)
     body = g.inner()                                       # h = exp(dt a) h + dt u b, y = h c: a token at a time
-    for key, shape in {"h": [None, 1, I, N], "u": [None, I], "dt": [None, I], "b": [None, N], "c": [None, N]}.items():
+    for key, shape in {"h": [None, 1, E, N], "u": [None, E], "dt": [None, E], "b": [None, N], "c": [None, N]}.items():
         body.input(f"{name}.{key}", shape)
     h_in, u_in, dt_in, b_in, c_in = body.inputs
-    decay = body.Exp(body.Mul(body.Unsqueeze(dt_in, [1, 3]), a))                             # (B, 1, I, N)
+    decay = body.Exp(body.Mul(body.Unsqueeze(dt_in, [1, 3]), g.weight(a, f"{name}.A")))      # (B, 1, E, N or 1)
     new = body.MatMul(body.Unsqueeze(body.Mul(dt_in, u_in), [1, 3]), body.Unsqueeze(b_in, [1, 2]))
     body.Add(body.Mul(decay, h_in), new, name=f"{name}.h_out")
     body.Squeeze(body.MatMul(f"{name}.h_out", body.Unsqueeze(c_in, [1, 3])), [1, 3], name=f"{name}.y")
-    body.outputs = {f"{name}.h_out": (FLOAT, [None, 1, I, N]), f"{name}.y": (FLOAT, [None, I])}
+    body.outputs = {f"{name}.h_out": (FLOAT, [None, 1, E, N]), f"{name}.y": (FLOAT, [None, E])}
     h, y = g.Scan(h, u, dt, b, c, n=2, body=body.build(name), num_scan_inputs=4, scan_input_axes=[1] * 4,
                   scan_output_axes=[1])
     if g.cached:
         g.Identity(h, name=f"present_ssm.{i}")
-    y = g.Mul(g.Add(y, g.Mul(u, mixer.D)), silu(g, z))
-    return linear(g, y, mixer.out_proj, f"{name}.out_proj", I)
+    y = g.Mul(g.Add(y, g.Mul(u, g.weight(skip, f"{name}.D"))), silu(g, z))
+    y = rms_norm(g, y, mixer.norm, f"{name}.norm.weight") if second else y
+    return linear(g, y, mixer.out_proj, f"{name}.out_proj", E)
 
 
 def streams(g, x, module, name, f):
@@ -355,20 +370,31 @@ def graph(model, quant, window):
         allowed = g.And(allowed, g.Cast(g.Unsqueeze(seen, [1]), to=TensorProto.BOOL))        # (B, T, S)
     # not -inf: a row of padding, which may see nothing, would become NaN
     mask = g.Where(g.Unsqueeze(allowed, [0, 1, 2] if window else [1, 2]), 0.0, -1e9)         # (B or 1, 1, 1, T, S)
-    rope = rope_table(g, positions, config.n_embd // config.n_head, config.rope_theta)
+    rope = None
+    if getattr(config, "rope", True):
+        rope = rope_table(g, positions, config.n_embd // config.n_head, config.rope_theta)
+    recent = None                                          # a state would remember padding, which attention masks
+    if not window and hasattr(config, "attn_layer_period"):
+        recent = g.Unsqueeze(g.Cast(g.Slice(seen, g.Unsqueeze(g.Sub(S, T), [0]), [2**31], [1]), to=FLOAT), [2])
 
-    x = embed(g, ids, model.embed.weight.detach().numpy())                                   # (B, T, C)
+    weight = model._embedding() if hasattr(model, "_embedding") else model.embed.weight
+    x = embed(g, ids, weight.detach().numpy())                                               # (B, T, C)
     n = getattr(config, "n_streams", 1)
     if n > 1:
         x = g.Expand(g.Unsqueeze(x, [2]), [1, 1, n, 1])                                      # (B, T, n, C)
+    if rope is None and not window:
+        del g.inputs["position_ids"]                       # nothing asks for it
     for i, block in enumerate(model.blocks):
-        def attend(x, block=block, name=f"blocks.{i}", i=i):
-            return attention(g, rms_norm(g, x, block.attn_norm, f"{name}.attn_norm.weight"), block.attn,
-                             f"{name}.attn", i, rope, mask)
+        def mix(x, block=block, i=i):
+            kind = "mixer" if hasattr(block, "mixer") else "attn"
+            name, mixer = f"blocks.{i}.{kind}", getattr(block, kind)
+            x = rms_norm(g, x, getattr(block, f"{kind}_norm"), f"{name}_norm.weight")
+            return attention(g, x, mixer, name, i, rope, mask) if hasattr(mixer, "q_proj") \
+                else mamba(g, x, mixer, name, i, recent)
 
         def feed(x, block=block, name=f"blocks.{i}"):
             return mlp(g, rms_norm(g, x, block.mlp_norm, f"{name}.mlp_norm.weight"), block.mlp, f"{name}.mlp")
-        x = residual(g, x, attend, block, "attn", i)
+        x = residual(g, x, mix, block, "attn", i)
         x = residual(g, x, feed, block, "mlp", i)
     if window:
         x = g.Gather(x, np.int64(-1), axis=1)                                                # (B, C) or (B, n, C)
