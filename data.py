@@ -430,9 +430,9 @@ def load_tokenizer(path):
     """
     file = Path(path)
     if file.suffix == ".gguf":
-        import export  # which imports this file
+        import foreign  # which imports this file
 
-        return export.read_tokenizer(file)
+        return foreign.read_tokenizer(file)
     if file.is_dir():
         file = file / "tokenizer.json"
     if not file.is_file():

@@ -1,23 +1,22 @@
-"""Take a model elsewhere, and prove that it is the same there; or bring real weights in.
+"""Take a model elsewhere, and prove that it is the same there.
 
     python export.py --format=hf                                   # a folder for transformers, vLLM, MLX, ...
     python export.py --format=gguf --quant=q8_0                    # a file for llama.cpp, Ollama, LM Studio, ...
-    python export.py --format=hf --checkpoint=SmolLM2.gguf         # foreign weights in, and out again
-    python sample.py --checkpoint=SmolLM2.gguf --prompt "The capital of France is"
+    python export.py --format=onnx --quant=int4                    # a folder for onnxruntime-genai, transformers.js
+    python export.py --format=web                                  # a page that runs the model in a browser
 
 What is written is read again by the program it is for: its logits and greedy texts must be ours before the artefact
 gets its name. `model.py` goes out as Llama, `ternary.py` as BitNet, `hybrid_ssm.py` as Jamba; what no stock
 architecture can express (your fork, mHC-lite streams) goes to Hugging Face with the model file itself as its code.
-In come a Hugging Face folder (safetensors, Llama) and GGUF (llama; F32, F16, BF16, Q8_0, Q4_0, Q4_1), by `read`.
+--checkpoint may also be a Hugging Face folder or a GGUF file (foreign.py).
 """
 import copy
-import functools
 import inspect
 import json
 import os
-import re
 import shutil
-import sys
+import subprocess
+import tempfile
 import time
 import urllib.request
 from dataclasses import asdict, dataclass, replace
@@ -25,8 +24,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 import torch.nn as nn
 
@@ -34,6 +31,7 @@ import checkpoint
 import configurator
 import data
 from configurator import UserError
+from foreign import JAMBA, NAMES, PRE, gguf_parts, need, permute, rename
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,8 @@ class Config:
     which: Literal["best", "latest"] = "best"  # checkpoint of the run
     format: Literal["hf", "gguf", "onnx", "web"] = "hf"
     quant: str = ""                 # how numbers are stored, see export.py --help; empty: as they are
-    out: str = ""                   # folder or file to write; empty: a name under exports/
-    window: bool = False            # onnx: the last logits of a fixed window, no cache
+    out: str = ""                   # folder or file to write (onnx: FILE.onnx is that alone); empty: under exports/
+    window: bool = False            # onnx: (batch, block) int32 ids to the last one's logits, no cache
     # check
     check: bool = True              # reload it in its own program, where that is installed
     prompts: int = 50               # greedy texts to compare
@@ -60,25 +58,9 @@ QUANTS = {  # the first is the default
     "hf": ("f32", "f16", "bf16"),
     "hf, ternary": ("online", "packed", "plain", "f16", "bf16"),
     "gguf": ("f32", "f16", "bf16", "q8_0", "q4_0", "tq1_0", "tq2_0"),
+    "onnx": ("fp32", "int8", "int4", "q2"),
+    "web": ("fp32", "int8", "int4", "q2"),
 }
-PREFIXES = ("blocks", "model.layers", "blk")
-NAMES = [  # ours, Hugging Face's Llama and BitNet, llama.cpp's
-    ("embed", "model.embed_tokens", "token_embd"),
-    ("norm", "model.norm", "output_norm"),
-    ("head", "lm_head", "output"),
-    ("*.attn_norm", "*.input_layernorm", "*.attn_norm"),
-    ("*.attn.q_proj", "*.self_attn.q_proj", "*.attn_q"),
-    ("*.attn.k_proj", "*.self_attn.k_proj", "*.attn_k"),
-    ("*.attn.v_proj", "*.self_attn.v_proj", "*.attn_v"),
-    ("*.attn.sub_norm", "*.self_attn.attn_sub_norm", "*.attn_sub_norm"),
-    ("*.attn.o_proj", "*.self_attn.o_proj", "*.attn_output"),
-    ("*.mlp_norm", "*.post_attention_layernorm", "*.ffn_norm"),
-    ("*.mlp.gate_proj", "*.mlp.gate_proj", "*.ffn_gate"),
-    ("*.mlp.up_proj", "*.mlp.up_proj", "*.ffn_up"),
-    ("*.mlp.sub_norm", "*.mlp.ffn_sub_norm", "*.ffn_sub_norm"),
-    ("*.mlp.down_proj", "*.mlp.down_proj", "*.ffn_down"),
-]
-PRE = {"gpt-2": "gpt2", "smollm": "smollm", "llama-bpe": "llama3"}  # llama.cpp's name: ours, of what splits words
 NO_MERGE = "ÿ ÿ"  # bytes FF FF, which no text holds: llama.cpp wants at least one merge
 HALVES = {"f16": torch.float16, "bf16": torch.bfloat16}
 GENERATED = "# Made by export.py: lets transformers run the model file beside it. There is no cache: each token costs"
@@ -133,36 +115,28 @@ def architecture(model):
     if arch == "ternary":
         wrong = f"n_streams={config.n_streams}" if config.n_streams > 1 else "" if config.sub_norm else "sub_norm=false"
         return ("", wrong) if wrong else ("bitnet", "")
+    if arch == "hybrid_ssm":
+        wrong = f"ssm={config.ssm}" if config.ssm != "mamba1" else "rope" if config.rope else "qk_norm"
+        return ("", wrong) if wrong != "qk_norm" or config.qk_norm else ("jamba", "")
     return "", f"a model file of its own, {arch}.py"
 
 
-def rename(name, source, target):
-    """A tensor's name, from one column of NAMES to another (0 ours, 1 Hugging Face, 2 llama.cpp); None if unknown."""
-    stem, _, kind = name.rpartition(".")
-    match = re.fullmatch(re.escape(PREFIXES[source]) + r"\.(\d{1,4})\.(.+)", stem)
-    pattern, block = (f"*.{match[2]}", f"{PREFIXES[target]}.{match[1]}.") if match else (stem, "")
-    found = [row[target] for row in NAMES if row[source] == pattern and kind in ("weight", "weight_scale")]
-    return block + found[0].removeprefix("*.") + f".{kind}" if found else None
-
-
-def permute(w, n_head, back=False):
-    """Rows of q or k (heads * D, C) from half-split to interleaved RoPE pairs, or back. llama.cpp wants the latter."""
-    shape = (n_head, -1, 2) if back else (n_head, 2, w.shape[0] // n_head // 2)
-    return w.reshape(*shape, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
+def weights(model):
+    """{name: tensor}, with the embedding of a ternary model as it ships: rounded to float16."""
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    if hasattr(model, "_embedding"):
+        tensors["embed.weight"] = model._embedding().detach().float()
+    return tensors
 
 
 def ternary_parts(model):
     """{name of a matrix: (t of -1, 0, 1; scale, () or (N, groups))} of a ternary model, packed or not."""
-    parts, config = {}, model.config
+    from onnx_graph import ternary_weight
+    parts = {}
     for name, module in model.named_modules():
-        if hasattr(module, "codes"):
-            from kernels import ternary
-            n_in = config.n_embd
-            if name.endswith("down_proj"):
-                n_in = len(model.get_submodule(name.replace("down_proj", "gate_proj")).codes)
-            parts[name] = ternary.unpack(module.codes, n_in).float(), module.scales.t()
-        elif type(module).__name__ == "TernaryLinear":
-            parts[name] = sys.modules[type(module).__module__].absmean(module.weight.detach(), module.group_size)
+        if hasattr(module, "group_size"):
+            n_in = n_hidden(model) if name.endswith("down_proj") else model.config.n_embd
+            parts[name] = [torch.from_numpy(np.array(part, np.float32)) for part in ternary_weight(module, n_in)]
     return parts
 
 
@@ -208,15 +182,13 @@ def write_hf(folder, model, tokenizer, quant, meta):
     dtype = HALVES.get(quant, torch.float32)
     if quant in HALVES:
         twin = with_weights(twin, lambda name, tensor: tensor.to(dtype).float())
-    tensors = {name: tensor.detach() for name, tensor in twin.state_dict().items()}
-    ends = sorted({tokenizer.eot, *meta.get("stop_ids", ())}, key=lambda i: i != meta.get("eos", tokenizer.eot))
-    bos = meta.get("bos", tokenizer.eot)
-    about = {"vocab_size": config.vocab_size, "max_position_embeddings": config.block_size, "bos_token_id": bos,
-             "eos_token_id": ends[0], "pad_token_id": None, "dtype": str(dtype)[6:], "torch_dtype": str(dtype)[6:]}
+    tensors = weights(twin)
+    bos, stop = ends(tokenizer, meta)
+    about = {"vocab_size": config.vocab_size, "max_position_embeddings": config.block_size, "pad_token_id": None,
+             "bos_token_id": bos, "eos_token_id": stop[0], "dtype": str(dtype)[6:], "torch_dtype": str(dtype)[6:]}
     if stock:
         if quant == "packed":
             tensors = {name: tensor for name, tensor in tensors.items() if "_proj." not in name}
-            tensors["embed.weight"] = tensors["embed.weight"].float()
             for name, (t, scale) in ternary_parts(model).items():
                 if len(t) % 4:
                     raise UserError(f"--quant=packed: {name} has {len(t)} rows, which must be a multiple of 4: "
@@ -224,8 +196,8 @@ def write_hf(folder, model, tokenizer, quant, meta):
                 u = (t + 1).to(torch.uint8).unflatten(0, (4, -1))                            # (4, N / 4, K)
                 tensors[f"{name}.weight"] = u[0] | u[1] << 2 | u[2] << 4 | u[3] << 6
                 tensors[f"{name}.weight_scale"] = scale.reshape(1)
-        tensors = {rename(name, 0, 1): tensor for name, tensor in tensors.items()}
-        about |= llama_config(model, stock)
+        tensors = {rename(name, 0, 1, table(stock)): tensor for name, tensor in tensors.items()}
+        about |= hf_config(model, stock)
         if quant in ("online", "packed"):
             about["quantization_config"] = {"quant_method": "bitnet", "linear_class": "autobitlinear",
                                             "quantization_mode": "online" if quant == "online" else "offline"}
@@ -242,35 +214,64 @@ def write_hf(folder, model, tokenizer, quant, meta):
     tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     (folder / "model.safetensors").write_bytes(checkpoint._pack(tensors))
     write_json(folder / "config.json", about)
-    write_json(folder / "generation_config.json", {"bos_token_id": bos, "eos_token_id": ends})
+    side_files(folder, model, tokenizer, meta)
+    return twin, tensors
+
+
+def table(stock):
+    return JAMBA if stock == "jamba" else NAMES
+
+
+def hf_config(model, stock):
+    """What config.json of a stock architecture says about the shape; old and new names of RoPE."""
+    config = model.config
+    about = {"architectures": [{"llama": "LlamaForCausalLM", "bitnet": "BitNetForCausalLM",
+                                "jamba": "JambaForCausalLM"}[stock]],
+             "model_type": stock, "hidden_size": config.n_embd, "intermediate_size": n_hidden(model),
+             "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
+             "num_key_value_heads": n_kv_head(config), "hidden_act": getattr(config, "act", "silu"),
+             "rms_norm_eps": config.norm_eps, "tie_word_embeddings": getattr(config, "tie_embeddings", True),
+             "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True}
+    if stock == "jamba":
+        mixer = next(block.mixer for block in model.blocks if hasattr(block.mixer, "dt_rank"))
+        return about | {"attn_layer_period": config.attn_layer_period, "attn_layer_offset": config.attn_layer_offset,
+                        "num_experts": 1, "num_experts_per_tok": 1, "expert_layer_period": 1, "expert_layer_offset": 0,
+                        "output_router_logits": False, "mamba_expand": config.expand, "mamba_d_conv": config.d_conv,
+                        "mamba_d_state": mixer.n_state, "mamba_dt_rank": mixer.dt_rank, "mamba_conv_bias": True,
+                        "mamba_proj_bias": False}
+    return about | {"head_dim": config.n_embd // config.n_head, "attention_bias": False, "mlp_bias": False,
+                    "rope_theta": config.rope_theta, "rope_scaling": None,
+                    "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
+
+
+def n_kv_head(config):
+    return config.n_kv_head or config.n_head
+
+
+def n_hidden(model):
+    up = model.blocks[0].mlp.up_proj
+    return len(up.codes if hasattr(up, "codes") else up.weight)
+
+
+def ends(tokenizer, meta):
+    """-> (the id a text begins with, [ids that end it, the main one first])."""
+    eos = meta.get("eos", tokenizer.eot)
+    return meta.get("bos", tokenizer.eot), [eos, *sorted({tokenizer.eot, *meta.get("stop_ids", ())} - {eos})]
+
+
+def side_files(folder, model, tokenizer, meta):
+    """generation_config.json and the tokenizer's files, which transformers, its JavaScript and others read."""
+    bos, stop = ends(tokenizer, meta)
+    write_json(folder / "generation_config.json", {"bos_token_id": bos, "eos_token_id": stop})
     (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-    special = {"bos_token": tokenizer.token(bos), "eos_token": tokenizer.token(ends[0])}
+    special = {"bos_token": tokenizer.token(bos), "eos_token": tokenizer.token(stop[0])}
     write_json(folder / "special_tokens_map.json", special)
-    settings = {**special, "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size,
-                "clean_up_tokenization_spaces": False}
+    settings = {**special, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+                "model_max_length": model.config.block_size}
     if meta.get("chat_template"):
         settings["chat_template"] = meta["chat_template"]
         (folder / "chat_template.jinja").write_text(meta["chat_template"], encoding="utf-8")
     write_json(folder / "tokenizer_config.json", settings)
-    return twin, tensors
-
-
-def llama_config(model, stock):
-    """What config.json of a LlamaForCausalLM or BitNetForCausalLM says about the shape; old and new names of RoPE."""
-    config, block = model.config, model.blocks[0]
-    tied, act = getattr(config, "tie_embeddings", True), getattr(config, "act", "silu")
-    return {"architectures": [{"llama": "LlamaForCausalLM", "bitnet": "BitNetForCausalLM"}[stock]],
-            "model_type": stock, "hidden_size": config.n_embd, "intermediate_size": n_hidden(model),
-            "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
-            "num_key_value_heads": block.attn.n_kv_head, "head_dim": block.attn.head_dim, "hidden_act": act,
-            "rms_norm_eps": config.norm_eps, "tie_word_embeddings": tied, "attention_bias": False, "mlp_bias": False,
-            "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True, "rope_theta": config.rope_theta,
-            "rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
-
-
-def n_hidden(model):
-    gate = model.blocks[0].mlp.gate_proj
-    return len(gate.codes if hasattr(gate, "codes") else gate.weight)
 
 
 def write_json(path, value):
@@ -280,19 +281,11 @@ def write_json(path, value):
 # ---- out: GGUF
 
 
-def need(package, what):
-    """Import an optional package; UserError says how to get it."""
-    try:
-        return __import__(package)
-    except ImportError:
-        raise UserError(f"{what} needs the package {package}: pip install {package}") from None
-
-
-def gguf_type(gguf, tensor, quant, is_ternary):
+def gguf_type(gguf, name, tensor, quant, is_ternary):
     """The type in which `tensor` is stored: the one asked for, a wider one where its rows do not fit blocks."""
     kind = gguf.GGMLQuantizationType[quant.upper()]
     block = gguf.GGML_QUANT_SIZES[kind][0]
-    if tensor.dim() < 2 or quant == "f32":
+    if tensor.dim() < 2 or name.endswith(("A_log", "conv1d.weight")):
         return gguf.GGMLQuantizationType.F32
     if tensor.size(1) % block or block == 256 and not is_ternary:
         return gguf.GGMLQuantizationType.F16
@@ -310,7 +303,10 @@ def write_gguf(path, model, tokenizer, quant, meta):
         raise UserError(f"--quant={quant} holds -1, 0, 1 and a scale for each matrix: use --quant=q8_0 or q4_0 here")
     if getattr(config, "act", "silu") != "silu":
         checkpoint.warn(f"llama.cpp knows no act={config.act} in BitNet and WILL COMPUTE SILU: this file gives WRONG "
-                        "TEXT there until that changes. Use --format=hf, or train with --act=silu")
+                        "TEXT there, so its check fails (--check=false writes it). Use --format=hf, or train with "
+                        "--act=silu")
+    if stock == "jamba" and config.expand != 2:
+        raise UserError(f"llama.cpp reads Jamba with expand=2 only, this model has {config.expand}: use --format=hf")
     writer = gguf.GGUFWriter(path, stock)
     writer.add_file_type(gguf.LlamaFileType[{"f32": "ALL_F32"}.get(quant, f"MOSTLY_{quant.upper()}")])
     writer.add_name(meta.get("name") or path.stem)
@@ -320,27 +316,38 @@ def write_gguf(path, model, tokenizer, quant, meta):
     writer.add_block_count(config.n_layer)
     writer.add_feed_forward_length(n_hidden(model))
     writer.add_head_count(config.n_head)
-    writer.add_head_count_kv(model.blocks[0].attn.n_kv_head)
     writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_dimension_count(config.n_embd // config.n_head)
-    writer.add_rope_freq_base(config.rope_theta)
+    if stock == "jamba":
+        mixers = [block.mixer for block in model.blocks]
+        writer.add_head_count_kv([getattr(mixer, "n_kv_head", 0) for mixer in mixers])  # 0: a Mamba layer
+        writer.add_ssm_conv_kernel(config.d_conv)
+        writer.add_ssm_inner_size(config.expand * config.n_embd)
+        writer.add_ssm_state_size(next(mixer.n_state for mixer in mixers if hasattr(mixer, "n_state")))
+        writer.add_ssm_time_step_rank(next(mixer.dt_rank for mixer in mixers if hasattr(mixer, "dt_rank")))
+    else:
+        writer.add_head_count_kv(n_kv_head(config))
+        writer.add_rope_dimension_count(config.n_embd // config.n_head)
+        writer.add_rope_freq_base(config.rope_theta)
     if hasattr(config, "act"):
         writer.add_string(f"{stock}.hidden_activation", config.act)
     gguf_tokens(gguf, writer, tokenizer, config.vocab_size, meta)
     stored, twin = {}, {}
-    rotated = {"q_proj": config.n_head, "k_proj": model.blocks[0].attn.n_kv_head} if stock == "llama" else {}
-    for name, tensor in plain(model).state_dict().items():
-        there, heads = rename(name, 0, 2), rotated.get(name.split(".")[-2])
+    rotated = {"q_proj": config.n_head, "k_proj": n_kv_head(config)} if stock == "llama" else {}
+    for name, tensor in weights(plain(model)).items():
+        there, heads = rename(name, 0, 2, table(stock)), rotated.get(name.split(".")[-2])
         t, scale = parts.get(name.removesuffix(".weight"), (tensor, None))
-        kind = gguf_type(gguf, t, quant, name.removesuffix(".weight") in parts)
-        raw = gguf.quantize((permute(t, heads) if heads else t).contiguous().numpy(), kind)
+        kind = gguf_type(gguf, name, t, quant, scale is not None)
+        w = permute(t, heads) if heads else -t.exp() if name.endswith("A_log") else t.squeeze(1)  # conv1d: (E, 1, k)
+        raw = gguf.quantize(w.contiguous().numpy(), kind)
         writer.add_tensor(there, raw, raw_dtype=kind)
         stored[there] = gguf.dequantize(raw, kind).astype(np.float32)
         twin[name] = torch.from_numpy(stored[there])
         if heads:
             twin[name] = permute(twin[name], heads, back=True)
+        elif name.endswith(("A_log", "conv1d.weight")):
+            twin[name] = tensor
         if scale is not None:
-            stored[there.replace(".weight", ".scale")] = factor = scale.reshape(1).float().numpy()
+            stored[there.replace(".weight", ".scale")] = factor = scale.reshape(1).numpy()
             writer.add_tensor(there.replace(".weight", ".scale"), factor)
             twin[name] = twin[name] * scale
     writer.write_header_to_file()
@@ -403,6 +410,75 @@ def same_split(one, other):
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(same_split, one, other))
     return one == other
+
+
+# ---- out: ONNX and the page
+
+SUFFIX = {"fp32": "", "int8": "_quantized", "int4": "_q4", "q2": "_q2"}  # transformers.js asks for these names
+PACKAGES = {  # of npm, and what of each the page needs: with WebGPU, without it, the tokenizer
+    "onnxruntime-web@1.30.0": ["ort.webgpu.min.mjs", "ort-wasm-simd-threaded.asyncify.mjs",
+                               "ort-wasm-simd-threaded.asyncify.wasm", "ort.wasm.min.mjs",
+                               "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"],
+    "@huggingface/tokenizers@0.2.0": ["tokenizers.min.mjs"],
+}
+
+
+def write_onnx(folder, model, tokenizer, quant, meta):
+    """Write a folder as transformers.js and onnxruntime-genai read it.
+
+    config.json names an architecture that transformers.js knows and that has the same cache; the graph is what
+    computes. onnxruntime-genai knows no such cache as a hybrid's.
+    """
+    import onnx_graph
+    config, file = model.config, f"onnx/model{SUFFIX[quant]}.onnx"
+    onnx_graph.export(model, folder / file, quant)
+    bos, stop = ends(tokenizer, meta)
+    sizes = {"vocab_size": config.vocab_size, "hidden_size": config.n_embd, "num_hidden_layers": config.n_layer,
+             "num_attention_heads": config.n_head, "num_key_value_heads": n_kv_head(config)}
+    head_dim, ids = config.n_embd // config.n_head, {"bos_token_id": bos, "eos_token_id": stop}
+    shim = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "original_model_type": type(model).__module__,
+            "head_dim": head_dim, "intermediate_size": n_hidden(model), "max_position_embeddings": config.block_size,
+            "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta, "hidden_act": "silu",
+            "tie_word_embeddings": False} | sizes | ids
+    shim["transformers.js_config"] = {"dtype": {"int8": "q8", "int4": "q4"}.get(quant, quant)}
+    if hasattr(model.blocks[0], "mixer"):
+        kinds = ["attention" if hasattr(block.mixer, "q_proj") else "mamba" for block in model.blocks]
+        shim |= {"model_type": "granitemoehybrid", "architectures": ["GraniteMoeHybridForCausalLM"],
+                 "layers_block_type": kinds}
+    else:
+        names = "input_ids", "attention_mask", "position_ids"
+        decoder = {"filename": file, "session_options": {"provider_options": []}, "head_size": head_dim,
+                   "inputs": {name: name for name in names}
+                   | {f"past_{s}_names": f"past_key_values.%d.{s}" for s in ("key", "value")},
+                   "outputs": {"logits": "logits"}
+                   | {f"present_{s}_names": f"present.%d.{s}" for s in ("key", "value")}}
+        decoder |= {key: sizes[key] for key in list(sizes)[1:]}
+        write_json(folder / "genai_config.json", {
+            "model": {"type": "llama", "context_length": config.block_size, "vocab_size": config.vocab_size,
+                      "pad_token_id": stop[0], "decoder": decoder} | ids,
+            "search": {"max_length": config.block_size, "past_present_share_buffer": False, "do_sample": False,
+                       "num_beams": 1, "top_k": 1, "top_p": 1.0, "temperature": 1.0}})
+    write_json(folder / "config.json", shim)
+    side_files(folder, model, tokenizer, meta)
+
+
+def write_web(folder, model, tokenizer, quant, meta):
+    """What `write_onnx` writes, web/index.html, and in lib/ what npm installs: the page asks no other server."""
+    if shutil.which("npm") is None:
+        raise UserError("--format=web takes the files of onnxruntime-web from npm, which is not here: install Node.js")
+    (folder / "lib").mkdir()
+    with tempfile.TemporaryDirectory() as work:
+        done = subprocess.run(["npm", "install", "--prefix", work, "--ignore-scripts", "--no-audit", "--no-fund",
+                               *PACKAGES], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if done.returncode:
+            reason = next((line for line in done.stderr.splitlines() if "error" in line.lower()), "no reason given")
+            raise UserError(f"npm could not install {' and '.join(PACKAGES)}: {reason:.200}")
+        for package, files in PACKAGES.items():
+            for name in files:
+                shutil.copyfile(Path(work, "node_modules", package.rpartition("@")[0], "dist", name),
+                                folder / "lib" / name)
+    write_onnx(folder, model, tokenizer, quant, meta)
+    shutil.copyfile(Path(__file__).parent / "web" / "index.html", folder / "index.html")
 
 
 # ---- the check
@@ -518,7 +594,7 @@ def check(path, form, model, twin, stored, tokenizer, meta, quant, n_prompts=50,
         consumer = reader(path, model)
     except UserError as error:
         checkpoint.warn(f"not checked: {error}")
-        return
+        return {}
     except Exception as error:  # whatever a foreign loader raises
         raise UserError(f"check failed: it does not load ({checkpoint._short(error)[:300]})") from None
     try:
@@ -551,15 +627,34 @@ def check(path, form, model, twin, stored, tokenizer, meta, quant, n_prompts=50,
             raise UserError(f"check failed: the end-of-text id is {consumer.eos}, not {tokenizer.eot}")
     finally:
         consumer.close()
-    lost = "" if twin is model else f"; {(model(few)[0] - twin(few)[0]).abs().max().item():.2g} off the checkpoint's"
-    print(f"checked in {reader.__name__}: max |dlogit| {gap:.2g} (logits spread by {spread:.2g}){lost}; greedy texts "
-          f"of {n_tokens} tokens: {same}/{n_prompts} identical" + f", {tied} part at a near tie" * bool(tied))
+    return {"runtime": reader.__name__, "delta": gap, "same": same, "tied": tied, "prompts": n_prompts,
+            "tokens": n_tokens, "loss": (model(few)[0] - twin(few)[0]).abs().max().item()}
 
 
 # how far log p may be off, in units of the spread of logits; 1e-4 (times the spread, where above 1) if not named here.
 # In llama.cpp what meets 8-bit weights is rounded to 8 bits, what meets halves to halves.
 TOLERANCE = {"hf": {"online": 0.03, "packed": 0.03},
              "gguf": {"f16": 0.01, "bf16": 0.05, "q8_0": 0.1, "q4_0": 0.1, "tq1_0": 0.3, "tq2_0": 0.3}}
+
+
+def check_onnx(path, model, tokenizer, n_prompts, n_tokens):
+    """Hold the ONNX file at `path`, or in that folder, against the model by onnx_check.py; UserError if it fails."""
+    try:
+        need("onnxruntime", "the check")
+    except UserError as error:
+        checkpoint.warn(f"not checked: {error}")
+        return {}
+    import onnx_check
+    random, size = torch.Generator().manual_seed(0), model.config.block_size
+    lengths = [max(1, min(1 + i * 8 // n_prompts * 4, size // 2)) for i in range(n_prompts)]
+    prompts = [torch.randint(model.config.vocab_size, (length,), generator=random).tolist() for length in lengths]
+    if path.is_dir():
+        settings = path / "tokenizer.json"
+        if not settings.is_file() or data.load_tokenizer(settings).to_json() != tokenizer.to_json():
+            raise UserError("check failed: tokenizer.json is missing or another")
+        path = next(path.glob("onnx/*.onnx"))
+    found = onnx_check.check(model, path, prompts, n_tokens)
+    return found | {"runtime": "onnxruntime", "tokens": min(n_tokens, size - max(lengths))}
 
 
 def check_tokenizer(consumer, tokenizer, texts):
@@ -593,290 +688,60 @@ def read_back(path, form, stored):
         raise UserError(f"check failed: {bad[0]} is not in the file as it should be")
 
 
-# ---- in
-
-KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")  # of tensors in a GGUF file
-MAX_STRINGS = 2**20  # in one list of a GGUF file; Llama 3 has 280,000 merges
-
-
-def read(path):
-    """A Checkpoint (arch "model", its config, tensors) of a Hugging Face folder or a GGUF file. UserError otherwise."""
-    path = Path(path)
-    if path.is_dir():
-        config, tensors, meta = read_hf(path)
-    elif path.suffix == ".gguf":
-        config, tensors, meta = read_gguf(path)
-    else:
-        raise UserError(f"{path} is no checkpoint folder, Hugging Face folder or .gguf file; pickles (.bin, .pt, .pth) "
-                        "can run code and are never read: convert it to safetensors")
-    try:
-        import model
-        config = configurator.from_flat(model.Config, config)
-    except ValueError as error:
-        raise UserError(f"{path}: model.py cannot be what it describes ({error})") from None
-    meta = {"arch": "model", "model_config": asdict(config), "step": 0, "name": path.stem} | meta
-    return checkpoint.Checkpoint(path, meta, tensors, None)
-
-
-def read_hf(folder):
-    """-> (settings of model.Config, {our name: float32 tensor}, meta) of a folder with a LlamaForCausalLM."""
-    about, generation = read_json(folder / "config.json"), read_json(folder / "generation_config.json", {})
-    rope = about.get("rope_parameters") or about.get("rope_scaling") or {}
-    expected = {"model_type": ("llama",), "hidden_act": ("silu",), "attention_bias": (False, None),
-                "mlp_bias": (False, None), "quantization_config": (None,)}
-    for key, values in expected.items():
-        if about.get(key) not in values:
-            raise UserError(f"{folder}/config.json has {key}={str(about.get(key))[:80]}, which cannot be read: "
-                            f"only Llama with {key}={values[0]}")
-    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise UserError(f"{folder}/config.json has scaled RoPE ({str(rope)[:80]}), which model.py does not know")
-    theta = rope.get("rope_theta", about.get("rope_theta", 10000.0))
-    config = shape(folder / "config.json", about, "vocab_size", "num_hidden_layers", "num_attention_heads",
-                   "num_key_value_heads", "hidden_size", "intermediate_size", "max_position_embeddings",
-                   "rms_norm_eps", theta, about.get("head_dim"))
-    config["tie_embeddings"] = about.get("tie_word_embeddings") is True
-    tensors = {}
-    for file in safetensors_files(folder):
-        for name, tensor in read_safetensors(file):
-            ours = rename(name, 1, 0)
-            if ours == "head.weight" and config["tie_embeddings"] or name.endswith("rotary_emb.inv_freq"):
-                continue
-            if ours is None or ours in tensors:
-                raise UserError(f"{file}: tensor {name} is {'stored twice' if ours else 'not one of a plain Llama'}")
-            tensors[ours] = tensor
-    ends = generation.get("eos_token_id", about.get("eos_token_id"))
-    ends = [i for i in (ends if isinstance(ends, list) else [ends]) if type(i) is int and 0 <= i < config["vocab_size"]]
-    bos = about.get("bos_token_id")
-    meta = {"stop_ids": ends} | ({"eos": ends[0]} if ends else {}) | ({"bos": bos} if type(bos) is int else {})
-    template = folder / "chat_template.jinja"
-    if template.is_file():
-        meta["chat_template"] = template.read_text(encoding="utf-8")
-    elif template := read_json(folder / "tokenizer_config.json", {}).get("chat_template"):
-        meta["chat_template"] = str(template)
-    return config, tensors, meta
-
-
-def shape(where, about, vocab, layers, heads, kv_heads, width, hidden, context, eps, theta, head_dim):
-    """Settings of model.Config from keys of a foreign description; UserError if one is missing or is no number."""
-    def number(key, value, kind=int, most=2**20):
-        if type(value) not in (int, kind) or not 0 < value < most:
-            raise UserError(f"{where}: {key} is {str(value)[:40]!r}, not a number in its range")
-        return value
-
-    n_head = number(heads, about.get(heads))
-    config = {"n_layer": number(layers, about.get(layers), most=1000), "n_head": n_head,
-              "n_kv_head": number(kv_heads, about.get(kv_heads) or n_head), "n_embd": number(width, about.get(width)),
-              "n_hidden": number(hidden, about.get(hidden)), "vocab_size": number(vocab, about.get(vocab), most=2**24),
-              "block_size": number(context, about.get(context), most=2**28),
-              "rope_theta": float(number("the base of RoPE", theta, float, 2**60)),
-              "norm_eps": float(f"{number(eps, about.get(eps), float):.7g}")}  # a float32 in GGUF: 9.99999974e-06
-    if head_dim not in (None, config["n_embd"] // n_head):
-        raise UserError(f"{where}: heads of {str(head_dim)[:40]} are not {width} / {heads}, which model.py needs")
-    return config
-
-
-def safetensors_files(folder):
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        if not (folder / "model.safetensors").is_file():
-            pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
-            raise UserError(f"{folder} has no model.safetensors" + (f"; {pickles[0]} is a pickle, which can run code "
-                            "and is never read: convert it to safetensors" if pickles else ""))
-        return [folder / "model.safetensors"]
-    names = read_json(index).get("weight_map")
-    names = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
-    for name in names:
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,150}\.safetensors", name):
-            raise UserError(f"{index} names the file {name[:80]!r}, which is not a plain name")
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name} is missing, but {index.name} names it: download it")
-    if not names:
-        raise UserError(f"{index} names no files")
-    return [folder / name for name in names]
-
-
-def read_safetensors(file):
-    """Yield (name, float32 tensor) of a safetensors file, which is checked against its size before anything is read."""
-    try:
-        with open(file, "rb") as raw:
-            size = int.from_bytes(raw.read(8), "little")
-            header = raw.read(size) if size < min(10**8, file.stat().st_size) else b""
-        names = json.loads(header, object_pairs_hook=lambda pairs: [key for key, _ in pairs])
-        if len(set(names)) < len(names):
-            raise ValueError("a tensor is named twice")
-        with safetensors.safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (it is no dict)
-                tensor = tensors.get_tensor(name)
-                if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-                    raise ValueError(f"tensor {name} is {tensor.dtype}, which is none of float32, float16, bfloat16")
-                yield name, tensor.float()
-    except Exception as error:  # the library's errors share no base class
-        raise UserError(f"{file} is not a valid safetensors file ({checkpoint._short(error)[:200]}): "
-                        "download it again") from None
-
-
-def read_json(path, default=None):
-    if default is not None and not path.is_file():
-        return default
-    try:
-        if path.stat().st_size > 2**26:
-            raise ValueError("it is over 64 MB")
-        value = json.loads(path.read_bytes())
-        if not isinstance(value, dict):
-            raise ValueError("it holds no JSON object")
-    except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({checkpoint._short(error)[:100]}): download it again") from None
-    return value
-
-
-@functools.lru_cache(maxsize=1)  # weights and tokenizer are asked for one after the other
-def open_gguf(path, _):
-    import gguf
-
-    class Reader(gguf.GGUFReader):
-        """The package's own believes any length that a file claims, and makes an object of every number."""
-
-        def _get(self, offset, dtype, count=1, override_order=None):
-            if offset + np.dtype(dtype).itemsize * int(count) > self.data.size:
-                raise ValueError("it ends too early")
-            return np.frombuffer(self.data, dtype, int(count), offset) if count else np.empty(0, dtype)
-
-        def _get_field_parts(self, orig_offs, raw_type):
-            if raw_type != gguf.GGUFValueType.ARRAY:
-                return super()._get_field_parts(orig_offs, raw_type)
-            kind, n = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
-            if kind[0] == gguf.GGUFValueType.STRING and n[0] <= MAX_STRINGS:
-                return super()._get_field_parts(orig_offs, raw_type)
-            dtype = self.gguf_scalar_to_np.get(gguf.GGUFValueType(kind[0]))
-            if dtype is None:
-                raise ValueError("a list is too long, or holds lists")
-            part = self._get(orig_offs + 12, dtype, n[0])
-            return 12 + part.nbytes, [kind, n, part], [2], [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType(kind[0])]
-
-    try:
-        reader = Reader(path)
-        if sum(tensor.n_bytes for tensor in reader.tensors) > reader.data.size:
-            raise ValueError("its tensors overlap")
-        return reader, {name: field.contents() for name, field in reader.fields.items()}
-    except Exception as error:  # of many kinds
-        reason = checkpoint._short(error)[:100]
-        raise UserError(f"{path} is not a sound GGUF file ({reason}): download it again") from None
-
-
-def gguf_parts(path):
-    """-> (metadata, {tensor name: function that gives it as float32}, its reader) of a GGUF file."""
-    gguf, stat = need("gguf", f"reading {path}"), os.stat(path)
-    reader, values = open_gguf(Path(path), (stat.st_mtime_ns, stat.st_size))
-    arrays = {t.name: functools.partial(gguf.dequantize, t.data, t.tensor_type) for t in reader.tensors}
-    return dict(values), arrays, reader
-
-
-def read_gguf(path):
-    """-> (settings of model.Config, {our name: float32 tensor}, meta) of a GGUF file of architecture llama."""
-    values, arrays, reader = gguf_parts(path)
-    if values.get("general.architecture") != "llama":
-        raise UserError(f"{path} is of architecture {str(values.get('general.architecture'))[:40]!r}: only llama can "
-                        "be read")
-    for key in ("llama.rope.scaling.type", "llama.expert_count"):
-        if values.get(key) not in (None, 0, "none"):
-            raise UserError(f"{path} has {key}={str(values[key])[:40]}, which model.py does not know")
-    for tensor in reader.tensors:
-        if tensor.tensor_type.name not in KINDS:
-            raise UserError(f"{path}: tensor {tensor.name} is {tensor.tensor_type.name}, which cannot be read: only "
-                            + ", ".join(KINDS))
-        if rename(tensor.name, 2, 0) is None:
-            raise UserError(f"{path}: tensor {tensor.name} is not one of a plain Llama")
-    values.setdefault("llama.vocab_size", len(values.get("tokenizer.ggml.tokens", ())))
-    config = shape(path, values, "llama.vocab_size", "llama.block_count", "llama.attention.head_count",
-                   "llama.attention.head_count_kv", "llama.embedding_length", "llama.feed_forward_length",
-                   "llama.context_length", "llama.attention.layer_norm_rms_epsilon",
-                   values.get("llama.rope.freq_base", 10000.0), values.get("llama.rope.dimension_count"))
-    config["tie_embeddings"] = "output.weight" not in arrays
-    tensors = {}
-    for name, array in arrays.items():
-        tensor = torch.from_numpy(np.array(array(), np.float32))
-        for stem, heads in (("attn_q.", config["n_head"]), ("attn_k.", config["n_kv_head"])):
-            if stem in name and tensor.dim() == 2 and tensor.size(0) % (2 * heads) == 0:
-                tensor = permute(tensor, heads, back=True)
-        tensors[rename(name, 2, 0)] = tensor.contiguous()
-    eos, bos = values.get("tokenizer.ggml.eos_token_id"), values.get("tokenizer.ggml.bos_token_id")
-    meta = {key: i for key, i in (("eos", eos), ("bos", bos)) if type(i) is int and 0 <= i < config["vocab_size"]}
-    if "eos" in meta:
-        meta["stop_ids"] = [eos]
-    if isinstance(values.get("tokenizer.chat_template"), str):
-        meta["chat_template"] = values["tokenizer.chat_template"]
-    return config, tensors, meta
-
-
-def read_tokenizer(path):
-    """The data.Tokenizer that a GGUF file carries."""
-    values = gguf_parts(path)[0]
-    model, pre = values.get("tokenizer.ggml.model"), values.get("tokenizer.ggml.pre")
-    tokens, types, merges = (values.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type", "merges"))
-    if model != "gpt2" or pre not in PRE:
-        raise UserError(f"{path}: its tokenizer ({str(model)[:20]}, {str(pre)[:20]}) cannot be read: only byte-level "
-                        f"BPE (gpt2) with {', '.join(PRE)}; use the Hugging Face folder of this model")
-    lists = [tokens, types, merges]
-    if not all(isinstance(part, list) for part in lists) or len(tokens) != len(types) or len(set(tokens)) < len(tokens):
-        raise UserError(f"{path}: its tokenizer is damaged: download it again")
-    normal = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind in (1, 6)}
-    last = max(normal.values(), default=0)  # a special token before the last normal one is part of the vocabulary
-    inside = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind in (3, 4) and i < last}
-    byte_of = {char: byte for byte, char in enumerate(data.byte_alphabet())}
-    pairs = [tuple(merge.partition(" ")[::2]) for merge in merges]
-    pairs = [pair for pair in pairs if all(part in normal for part in (*pair, "".join(pair)))]
-
-    def build():
-        import tokenizers
-        if not pairs and len(normal) != 256:  # characters, each made of its bytes
-            chars = {bytes(byte_of[char] for char in token).decode(): i for token, i in normal.items()}
-            hf = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=chars | inside, merges=[]))
-            hf.decoder = tokenizers.decoders.Fuse()
-        else:
-            split = data._pre_tokenizer(PRE[pre]) if pairs else data.byte_tokenizer()._hf.pre_tokenizer
-            hf = data._byte_level(normal | inside, pairs, split, ignore_merges=pre == "llama-bpe")
-        for kind, add in ((4, hf.add_tokens), (3, hf.add_special_tokens)):
-            wanted = [(i, token) for i, token in enumerate(tokens) if types[i] == kind]
-            for i, token in wanted:
-                if hf.token_to_id(token) is None and hf.get_vocab_size() != i:
-                    raise ValueError(f"token {token!r} has id {i}, out of order")
-                add([token])
-        return data.Tokenizer(hf, name=str(path))
-
-    return data._guard(f"{path}: its tokenizer is damaged", build)
-
-
 # ---- the command
 
 
-def export(model, tokenizer, out, form, quant="", meta=None, checked=True, prompts=50, prompt_tokens=64):
-    """Write `model` to `out` (a folder, or a .gguf file), which gets its name only once the check has passed."""
+def export(model, tokenizer, out, form, quant="", meta=None, window=False, checked=True, prompts=50, prompt_tokens=64,
+           quiet=False):
+    """Write `model` to `out` (a folder, a .gguf or .onnx file), which gets its name only once the check has passed.
+
+    -> {"bytes": size of all files} and, where checked, "delta", largest logit - ours with the stored weights, "loss",
+    the same with the checkpoint's weights, "same" greedy texts of `prompts` ("tied": those that part at a near tie).
+    """
     out, meta, begun = Path(out), meta or {}, time.perf_counter()
     allowed = QUANTS["hf, ternary" if form == "hf" and architecture(model)[0] == "bitnet" else form]
     quant = quant or ("packed" if getattr(model.config, "packed", False) and "packed" in allowed else allowed[0])
     if quant not in allowed:
         raise UserError(f"--quant={quant} is not for --format={form} of this model: use {', '.join(allowed)}")
+    if window and form != "onnx":
+        raise UserError(f"--window is a form of ONNX: use --format=onnx, not {form}")
     if os.path.lexists(out):
         raise UserError(f"{out} already exists: remove it, or name another with --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     temp = out.with_name(f".{out.stem}.tmp-{os.getpid()}{out.suffix}")
+    twin = stored = None
     try:
-        if form == "hf":
+        if form == "gguf":
+            twin, stored = write_gguf(temp, model, tokenizer, quant, meta)
+        elif form == "onnx" and (window or out.suffix == ".onnx"):
+            import onnx_graph
+            onnx_graph.export(model, temp, quant, window)
+        else:
             temp.mkdir()
-        twin, stored = (write_hf if form == "hf" else write_gguf)(temp, model, tokenizer, quant, meta)
-        files = sorted(temp.iterdir()) if temp.is_dir() else [temp]
+            if form == "hf":
+                twin, stored = write_hf(temp, model, tokenizer, quant, meta)
+            else:
+                (write_web if form == "web" else write_onnx)(temp, model, tokenizer, quant, meta)
+        files = sorted(file for file in temp.rglob("*") if file.is_file()) if temp.is_dir() else [temp]
         for file in files:
             with open(file, "rb+") as f:
                 os.fsync(f.fileno())
-        if checked:
-            check(temp, form, model, twin, stored, tokenizer, meta, quant, prompts, prompt_tokens)
-        size = sum(file.stat().st_size for file in files)
+        found = {"bytes": sum(file.stat().st_size for file in files)}
+        if checked and twin is None:
+            found = check_onnx(temp, model, tokenizer, prompts, prompt_tokens) | found
+        elif checked:
+            found |= check(temp, form, model, twin, stored, tokenizer, meta, quant, prompts, prompt_tokens)
         os.rename(temp, out)
         checkpoint._sync_folder(out.parent)
     finally:
         checkpoint._remove(temp)
-    print(f"{out}: {size:,} bytes, {quant}, {time.perf_counter() - begun:.0f} s")
-    return out
+    if "delta" in found and not quiet:
+        print(f"checked in {found['runtime']}: max |dlogit| {found['delta']:.2g}, {found['loss']:.2g} off the "
+              f"checkpoint's; greedy texts of {found['tokens']} tokens: {found['same']}/{prompts} identical"
+              + f", {found['tied']} part at a near tie" * bool(found.get("tied")))
+    if not quiet:
+        print(f"{out}: {found['bytes']:,} bytes, {quant}, {time.perf_counter() - begun:.0f} s")
+    return found
 
 
 def main(cfg):
@@ -886,13 +751,12 @@ def main(cfg):
         raise UserError(f"{loaded.path}: the tokenizer has {tokenizer.vocab_size} ids, the model "
                         f"{model.config.vocab_size}: they do not belong together")
     run = loaded.path.parent.name if checkpoint.STEP.fullmatch(loaded.path.name) else loaded.path.stem
-    ending = {"gguf": ".gguf", "onnx": ".onnx"}.get(cfg.format, "")
-    out = cfg.out or f"exports/{'-'.join(filter(None, [run, cfg.format * (not ending), cfg.quant]))}{ending}"
-    if cfg.format in ("onnx", "web"):
-        import onnx_graph
-        onnx_graph.main(cfg, model, tokenizer, out)
-    else:
-        export(model, tokenizer, out, cfg.format, cfg.quant, loaded.meta, cfg.check, cfg.prompts, cfg.prompt_tokens)
+    ending = ".gguf" if cfg.format == "gguf" else ".onnx" if cfg.window else ""
+    name = "-".join(filter(None, [run, "window" if cfg.window else cfg.format * (not ending), cfg.quant]))
+    export(model, tokenizer, cfg.out or f"exports/{name}{ending}", cfg.format, cfg.quant, loaded.meta, cfg.window,
+           cfg.check, cfg.prompts, cfg.prompt_tokens)
+    if cfg.format == "web":
+        print(f"python -m http.server --directory {cfg.out or f'exports/{name}'}   # then open http://localhost:8000")
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def check(model, path, prompts=None, n_new=64):
         losses.append(logits - plain)
 
     for length, group in groups.items():
-        teacher = model if getattr(config, "packed", False) else rounded  # what is packed decodes in a kernel of its own
+        teacher = model if getattr(config, "packed", False) else rounded  # packed: decodes in a kernel of its own
         ids = greedy(teacher, torch.tensor(group), max(1, min(n_new, config.block_size - length)))
         known, logits, cache = ids[:, :-1], [], None if window else empty_cache(run, len(ids))
         for t in range(length, known.size(1) + 1):

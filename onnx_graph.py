@@ -4,7 +4,7 @@
     onnx_graph.export(model, "model.onnx")                         # input_ids and a cache -> logits and the cache
     onnx_graph.export(model, "model_q4.onnx", quant="int4")        # "int8", "int4" and, for ternary models, "q2"
     onnx_graph.export(model, "window.onnx", window=True)           # (batch, block) ids -> logits of the last one
-    print(onnx_graph.check(model, "model.onnx"))                   # onnxruntime beside torch: onnx_check.py
+    print(onnx_check.check(model, "model.onnx"))                   # onnxruntime beside torch
 
 The cache has the names and shapes that onnxruntime-genai and transformers.js know.
 Legend: as in model.py; P tokens in the cache, S = P + T, N outputs and K inputs of a matrix
@@ -12,12 +12,8 @@ Legend: as in model.py; P tokens in the cache, S = P + T, N outputs and K inputs
 """
 import functools
 import itertools
-import json
 import math
 import os
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +24,6 @@ from onnx import TensorProto, helper, numpy_helper
 from configurator import UserError
 
 QUANTS = ("fp32", "int8", "int4", "q2")
-SUFFIX = {"fp32": "", "int8": "_quantized", "int4": "_q4", "q2": "_q2"}  # of file names: transformers.js asks for these
 FLOAT, INT32, INT64 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64
 
 
@@ -450,87 +445,3 @@ def export(model, path, quant="fp32", window=False):
     draft = path.with_name(f".{path.name}.tmp")
     draft.write_bytes(proto.SerializeToString())
     os.replace(draft, path)
-
-
-def check(model, path, prompts=None, n_new=64):
-    """onnx_check.check, which needs onnxruntime, as nothing else here does."""
-    import onnx_check
-    return onnx_check.check(model, path, prompts, n_new)
-
-
-# ---- folders
-
-def export_folder(model, tokenizer, folder, quant="fp32"):
-    """Write `folder` as transformers.js and onnxruntime-genai read it -> path of the .onnx file in it.
-
-    onnx/model.onnx (or model_quantized, model_q4, model_q2), config.json, generation_config.json, genai_config.json,
-    tokenizer.json, tokenizer_config.json. config.json names an architecture that transformers.js knows and that has
-    the same cache; the graph is what computes. tokenizer: a data.Tokenizer. UserError as in `export`.
-    """
-    folder, config = Path(folder), model.config
-    path = folder / "onnx" / f"model{SUFFIX.get(quant, '')}.onnx"
-    export(model, path, quant)
-    eot = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
-    hidden = model.blocks[0].mlp.up_proj
-    sizes = {"vocab_size": config.vocab_size, "hidden_size": config.n_embd, "num_hidden_layers": config.n_layer,
-             "num_attention_heads": config.n_head, "num_key_value_heads": config.n_kv_head or config.n_head,
-             "head_dim": config.n_embd // config.n_head}
-    shim = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "original_model_type": type(model).__module__,
-            "intermediate_size": len(hidden.codes if hasattr(hidden, "codes") else hidden.weight),
-            "max_position_embeddings": config.block_size, "rms_norm_eps": config.norm_eps,
-            "rope_theta": config.rope_theta, "hidden_act": "silu", "tie_word_embeddings": False} | sizes | eot
-    shim["transformers.js_config"] = {"dtype": {"int8": "q8", "int4": "q4"}.get(quant, quant)}
-    decoder = {"filename": f"onnx/{path.name}", "session_options": {"provider_options": []},
-               "head_size": sizes["head_dim"], "hidden_size": config.n_embd,
-               "num_attention_heads": config.n_head, "num_key_value_heads": sizes["num_key_value_heads"],
-               "num_hidden_layers": config.n_layer,
-               "inputs": {name: name for name in ("input_ids", "attention_mask", "position_ids")}
-               | {f"past_{s}_names": f"past_key_values.%d.{s}" for s in ("key", "value")},
-               "outputs": {"logits": "logits"} | {f"present_{s}_names": f"present.%d.{s}" for s in ("key", "value")}}
-    genai = {"model": {"type": "llama", "context_length": config.block_size, "vocab_size": config.vocab_size,
-                       "pad_token_id": tokenizer.eot, "decoder": decoder} | eot,
-             "search": {"max_length": config.block_size, "past_present_share_buffer": False, "do_sample": False,
-                        "num_beams": 1, "top_k": 1, "top_p": 1.0, "temperature": 1.0}}
-    token = next(token for token, i in tokenizer._specials.items() if i == tokenizer.eot)
-    words = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size,
-             "clean_up_tokenization_spaces": False, "bos_token": token, "eos_token": token}
-    for name, content in (("config", shim), ("generation_config", eot), ("tokenizer_config", words),
-                          ("genai_config", genai)):
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-    return path
-
-
-PACKAGES = {  # of npm, and what of each the page needs: with WebGPU, without it, the tokenizer
-    "onnxruntime-web@1.30.0": ["ort.webgpu.min.mjs", "ort-wasm-simd-threaded.asyncify.mjs",
-                               "ort-wasm-simd-threaded.asyncify.wasm", "ort.wasm.min.mjs",
-                               "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"],
-    "@huggingface/tokenizers@0.2.0": ["tokenizers.min.mjs"],
-}
-
-
-def export_web(model, tokenizer, folder, quant="fp32"):
-    """Write `folder`: a page that runs the model in a browser, to be served as plain files -> path of the .onnx file.
-
-        python -m http.server --directory FOLDER
-
-    What `export_folder` writes, web/index.html, and in lib/ what npm installs of onnxruntime-web and
-    @huggingface/tokenizers: at run time the page asks no other server. UserError without npm, or where it fails.
-    """
-    if shutil.which("npm") is None:
-        raise UserError("--format=web takes the files of onnxruntime-web from npm, which is not here: install Node.js")
-    folder = Path(folder)
-    (folder / "lib").mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as work:
-        done = subprocess.run(["npm", "install", "--prefix", work, "--ignore-scripts", "--no-audit", "--no-fund",
-                               *PACKAGES], capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        if done.returncode:
-            reason = next((line for line in done.stderr.splitlines() if "error" in line.lower()), "no reason given")
-            raise UserError(f"npm could not install {' and '.join(PACKAGES)}: {reason:.200}")
-        for package, files in PACKAGES.items():
-            dist = Path(work, "node_modules", package.rpartition("@")[0], "dist")
-            for name in files:
-                shutil.copyfile(dist / name, folder / "lib" / name)
-    path = export_folder(model, tokenizer, folder, quant)
-    shutil.copyfile(Path(__file__).parent / "web" / "index.html", folder / "index.html")
-    return path

@@ -17,6 +17,7 @@ import torch
 from onnx import numpy_helper
 
 import data
+import export
 import onnx_check
 import onnx_graph
 from configurator import UserError
@@ -69,7 +70,7 @@ FORMS = [(case, quant, packed) for case in CASES for quant in onnx_graph.QUANTS 
 def test_onnxruntime_says_what_torch_says(ort, tmp_path, case, quant, packed):
     model, path = built(case, packed), tmp_path / "model.onnx"
     onnx_graph.export(model, path, quant)
-    found = onnx_graph.check(model, path, PROMPTS, n_new=12)
+    found = onnx_check.check(model, path, PROMPTS, n_new=12)
     if CASES[case][0] != "ternary" and quant == "fp32":
         assert found["delta"] <= 1e-4 and found["same"] == len(PROMPTS)
     if quant in ("fp32", "q2"):
@@ -125,7 +126,7 @@ def test_window_form(ort, tmp_path, case):
     """The form that the Elixir service of a seed loads: int32 in, the last position's logits out."""
     model, path = built(case), tmp_path / "window.onnx"
     onnx_graph.export(model, path, window=True)
-    found = onnx_graph.check(model, path, PROMPTS, n_new=4)
+    found = onnx_check.check(model, path, PROMPTS, n_new=4)
     assert found["same"] == len(PROMPTS)
     run = onnx_check.session(path)
     (given,), (got,) = run.get_inputs(), run.get_outputs()
@@ -175,10 +176,10 @@ SABOTAGE = [("dense", "fp32", "blocks.1.attn.o_proj", lambda w: w * 0),
 def test_the_check_sees_a_wrong_weight(ort, tmp_path, case, quant, name, change):
     model, path = built(case), tmp_path / "model.onnx"
     onnx_graph.export(model, path, quant)
-    onnx_graph.check(model, path, PROMPTS, n_new=12)
+    onnx_check.check(model, path, PROMPTS, n_new=12)
     edit(path, name, change)
     with pytest.raises(UserError, match="is not the model"):
-        onnx_graph.check(model, path, PROMPTS, n_new=12)
+        onnx_check.check(model, path, PROMPTS, n_new=12)
 
 
 def test_refusals_are_one_line(tmp_path, monkeypatch):
@@ -191,10 +192,10 @@ def test_refusals_are_one_line(tmp_path, monkeypatch):
         assert "\n" not in str(error.value) and not path.exists()
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match="pip install onnxruntime"):
-        onnx_graph.check(built("dense"), path)
+        onnx_check.check(built("dense"), path)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="install Node.js"):
-        onnx_graph.export_web(built("dense"), data.byte_tokenizer(), tmp_path / "web")
+        export.export(built("dense"), data.byte_tokenizer(), tmp_path / "web", "web")
 
 
 def test_check_refuses_files_that_are_not_ours(ort, tmp_path):
@@ -202,11 +203,11 @@ def test_check_refuses_files_that_are_not_ours(ort, tmp_path):
     for content in (b"", b"no protobuf", np.random.default_rng(0).bytes(5000)):
         path.write_bytes(content)
         with pytest.raises(UserError, match="onnxruntime does not load it") as error:
-            onnx_graph.check(built("dense"), path)
+            onnx_check.check(built("dense"), path)
         assert "\n" not in str(error.value)
     onnx_graph.export(built("ternary"), path)
     with pytest.raises(UserError, match="is not an export of a model"):
-        onnx_graph.check(built("dense"), path)
+        onnx_check.check(built("dense"), path)
 
 
 @functools.cache
@@ -226,8 +227,9 @@ def spoken():
 def test_onnxruntime_genai_reads_the_folder(tmp_path):
     genai = pytest.importorskip("onnxruntime_genai", reason="pip install onnxruntime-genai reads the folder")
     model, tokenizer, ids, want = spoken()
-    onnx_graph.export_folder(model, tokenizer, tmp_path)
-    loaded = genai.Model(str(tmp_path))
+    folder = tmp_path / "out"
+    export.export(model, tokenizer, folder, "onnx", checked=False)
+    loaded = genai.Model(str(folder))
     settings = genai.GeneratorParams(loaded)
     settings.set_search_options(max_length=len(ids) + len(want))
     generator = genai.Generator(loaded, settings)
@@ -243,10 +245,11 @@ def test_the_page_writes_the_same_text_in_a_browser(tmp_path):
     if not (shutil.which("chromium") and shutil.which("npm")):
         pytest.skip("needs chromium and npm")
     model, tokenizer, _, want = spoken()
-    path = onnx_graph.export_web(model, tokenizer, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert path == tmp_path / "onnx" / "model.onnx" and config["transformers.js_config"] == {"dtype": "fp32"}
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    folder = tmp_path / "web"
+    export.export(model, tokenizer, folder, "web", checked=False)
+    config = json.loads((folder / "config.json").read_text())
+    assert (folder / "onnx" / "model.onnx").is_file() and config["transformers.js_config"] == {"dtype": "fp32"}
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
     handler.log_message = http.server.SimpleHTTPRequestHandler.log_message = lambda *_: None
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
