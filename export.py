@@ -99,7 +99,9 @@ class ThimbleForCausalLM(PreTrainedModel, GenerationMixin):
             loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-1)
         return CausalLMOutput(loss=loss, logits=logits)
 
-    def prepare_inputs_for_generation(self, input_ids, **ignored):
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **ignored):
+        if attention_mask is not None and not attention_mask.all():
+            raise ValueError("this model knows no padding: generate for one prompt, or for prompts of equal length")
         return {{"input_ids": input_ids[:, -self.model.config.block_size:]}}
 '''
 
@@ -337,7 +339,8 @@ def write_gguf(path, model, tokenizer, quant, meta):
         there, heads = rename(name, 0, 2, table(stock)), rotated.get(name.split(".")[-2])
         t, scale = parts.get(name.removesuffix(".weight"), (tensor, None))
         kind = gguf_type(gguf, name, t, quant, scale is not None)
-        w = permute(t, heads) if heads else -t.exp() if name.endswith("A_log") else t.squeeze(1)  # conv1d: (E, 1, k)
+        w = permute(t, heads) if heads else -t.exp() if name.endswith("A_log") else t
+        w = w.flatten(1) if w.dim() == 3 else w            # a convolution's (E, 1, k)
         raw = gguf.quantize(w.contiguous().numpy(), kind)
         writer.add_tensor(there, raw, raw_dtype=kind)
         stored[there] = gguf.dequantize(raw, kind).astype(np.float32)
@@ -634,7 +637,7 @@ def check(path, form, model, twin, stored, tokenizer, meta, quant, n_prompts=50,
 # how far log p may be off, in units of the spread of logits; 1e-4 (times the spread, where above 1) if not named here.
 # In llama.cpp what meets 8-bit weights is rounded to 8 bits, what meets halves to halves.
 TOLERANCE = {"hf": {"online": 0.03, "packed": 0.03},
-             "gguf": {"f16": 0.01, "bf16": 0.05, "q8_0": 0.1, "q4_0": 0.1, "tq1_0": 0.3, "tq2_0": 0.3}}
+             "gguf": {"f16": 0.01, "bf16": 0.05, "q8_0": 0.15, "q4_0": 0.15, "tq1_0": 0.3, "tq2_0": 0.3}}
 
 
 def check_onnx(path, model, tokenizer, n_prompts, n_tokens):
@@ -738,7 +741,7 @@ def export(model, tokenizer, out, form, quant="", meta=None, window=False, check
     if "delta" in found and not quiet:
         print(f"checked in {found['runtime']}: max |dlogit| {found['delta']:.2g}, {found['loss']:.2g} off the "
               f"checkpoint's; greedy texts of {found['tokens']} tokens: {found['same']}/{prompts} identical"
-              + f", {found['tied']} part at a near tie" * bool(found.get("tied")))
+              + (f", {found['tied']} part at a near tie" if found.get("tied") else ""))
     if not quiet:
         print(f"{out}: {found['bytes']:,} bytes, {quant}, {time.perf_counter() - begun:.0f} s")
     return found

@@ -50,14 +50,16 @@ def tokenizers():
     """{kind: tokenizer} made of this repository's own text."""
     text = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(export.__file__).parent.glob("*.py")))
     text += "héllo — ¿ 🎉 日本語 naïve 1234567"
-    return {"bpe": data.train_bpe([text], 600, "gpt2"), "byte": data.byte_tokenizer(), "char": data.char_tokenizer(text)}
+    return {"bpe": data.train_bpe([text], 600, "gpt2"), "byte": data.byte_tokenizer(),
+            "char": data.char_tokenizer(text)}
 
 
 def build(arch, settings, vocab_size):
     """A model with weights that spread its logits by about 1."""
     module, packed = importlib.import_module(arch), settings.get("packed", False)
     torch.manual_seed(0)
-    model = module.Model(module.Config(**SHAPE | settings | {"vocab_size": vocab_size} | ({"packed": False} if packed else {})))
+    settings = {key: value for key, value in settings.items() if key != "packed"}
+    model = module.Model(module.Config(**SHAPE | settings, vocab_size=vocab_size))
     with torch.no_grad():
         for p in model.parameters():
             p += (0.2 if p.dim() < 2 else 0.1) * torch.randn_like(p)
@@ -76,18 +78,25 @@ def main(cfg):
             continue
         model = build(arch, settings, made[kind].vocab_size)
         for form, quant in FORMS:
-            allowed = export.QUANTS["hf, ternary" if form == "hf" and export.architecture(model)[0] == "bitnet" else
-                                    "onnx" if form == "window" else form]
-            if quant not in allowed or cfg.format not in ("", form) or form == "gguf" and kind == "char" and quant != "f32":
+            stock = export.architecture(model)[0]
+            bitnet = form == "hf" and stock == "bitnet"
+            allowed = export.QUANTS["onnx" if form == "window" else "hf, ternary" if bitnet else form]
+            if cfg.format not in ("", form) or quant not in allowed or quant == "online" and "packed" in settings:
                 continue
+            if quant in ("tq1_0", "tq2_0", "q2") and arch != "ternary":
+                continue
+            if form == "gguf" and not stock and quant != "f32":
+                continue                                   # one row says why there is none
             with tempfile.TemporaryDirectory() as folder:
                 suffix = {"gguf": ".gguf", "window": ".onnx"}.get(form, "")
                 try:
                     found = export.export(model, made[kind], Path(folder, "model" + suffix),
                                           "onnx" if form == "window" else form, quant, window=form == "window",
                                           prompts=cfg.prompts, prompt_tokens=cfg.prompt_tokens, quiet=True)
-                    row = [f"{found['delta']:.1e}", f"{found['loss']:.1e}", f"{found['same']} of {found['prompts']}"
-                           + f", {found['tied']} at a near tie" * bool(found.get("tied")), f"{found['bytes']:,}"]
+                    texts = f"{found['same']} of {found['prompts']}"
+                    if found.get("tied"):
+                        texts += f", {found['tied']} part at a near tie"
+                    row = [f"{found['delta']:.1e}", f"{found['loss']:.1e}", texts, f"{found['bytes']:,}"]
                 except configurator.UserError as error:
                     row = [str(error), "", "", ""]
             print("|", " | ".join([name, f"{form} {quant}", *row]), "|", flush=True)
