@@ -83,7 +83,8 @@ class ThimbleForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config):
         super().__init__(config)
-        self.model = Model(Config(**config.thimble))
+        with torch.device("cpu"):                          # not "meta", where some models cannot be built
+            self.model = Model(Config(**config.thimble))
         for module in self.modules():
             module._non_persistent_buffers_set.clear()     # or from_pretrained leaves them empty
         self.post_init()
@@ -115,7 +116,8 @@ def architecture(model):
         wrong = "qk_norm" if config.qk_norm else "mlp=gelu" if config.mlp == "gelu" else ""
         return ("", wrong) if wrong else ("llama", "")
     if arch == "ternary":
-        wrong = f"n_streams={config.n_streams}" if config.n_streams > 1 else "" if config.sub_norm else "sub_norm=false"
+        wrong = f"n_streams={config.n_streams}" if config.n_streams > 1 else \
+            f"group_size={config.group_size}" if config.group_size else "" if config.sub_norm else "sub_norm=false"
         return ("", wrong) if wrong else ("bitnet", "")
     if arch == "hybrid_ssm":
         wrong = f"ssm={config.ssm}" if config.ssm != "mamba1" else "rope" if config.rope else "qk_norm"
@@ -132,7 +134,7 @@ def weights(model):
 
 
 def ternary_parts(model):
-    """{name of a matrix: (t of -1, 0, 1; scale, () or (N, groups))} of a ternary model, packed or not."""
+    """{name of a matrix: (t of -1, 0, 1; its scale, ())} of a ternary model without groups, packed or not."""
     from onnx_graph import ternary_weight
     parts = {}
     for name, module in model.named_modules():
@@ -153,8 +155,6 @@ def plain(model):
     else:
         twin = copy.deepcopy(model)
     for name, (t, scale) in parts.items():
-        if scale.dim():
-            scale = scale.repeat_interleave(config.group_size, 1)
         linear = nn.Linear(t.size(1), t.size(0), bias=False)
         linear.weight = nn.Parameter(t * scale)
         twin.set_submodule(name, linear)
@@ -300,7 +300,7 @@ def write_gguf(path, model, tokenizer, quant, meta):
     (stock, why), config = architecture(model), model.config
     if not stock:
         raise UserError(f"llama.cpp has no architecture for this model ({why}): use --format=hf or --format=onnx")
-    parts = ternary_parts(model) if stock == "bitnet" and not config.group_size else {}
+    parts = ternary_parts(model) if stock == "bitnet" else {}
     if quant.startswith("tq") and not parts:
         raise UserError(f"--quant={quant} holds -1, 0, 1 and a scale for each matrix: use --quant=q8_0 or q4_0 here")
     if getattr(config, "act", "silu") != "silu":
@@ -512,13 +512,13 @@ class Transformers:
         problems = [f"{key}: {', '.join(sorted(map(str, info[key])))}" for key in info if info[key]]
         if problems:
             raise ValueError("transformers finds " + "; ".join(problems)[:300])
-        self.eos = self.tokenizer.eos_token_id
+        self.end, self.stop = self.tokenizer.eos_token, self.model.generation_config.eos_token_id
 
     @torch.no_grad()
     def logprobs(self, prompts):
         return self.model(prompts).logits[:, -1].log_softmax(-1)
 
-    def greedy(self, prompts, n, ends):
+    def greedy(self, prompts, n):
         mask = torch.ones_like(prompts)
         out = self.model.generate(prompts, attention_mask=mask, generation_config=self.settings, max_new_tokens=n)
         return out[:, prompts.size(1):].tolist()
@@ -545,11 +545,11 @@ class LlamaCpp:
         p.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         p.cpuparams.n_threads = p.cpuparams_batch.n_threads = torch.get_num_threads()
         self.server = xllamacpp.Server(p)
-        self.eos = self.ascii = None
+        self.end, self.stop = self.ask("/props")["eos_token"], None
 
-    def post(self, route, **body):
-        request = urllib.request.Request(self.server.listening_address + route, json.dumps(body).encode(),
-                                         {"Content-Type": "application/json"})
+    def ask(self, route, **body):
+        request = urllib.request.Request(self.server.listening_address + route,
+                                         json.dumps(body).encode() if body else None)
         with urllib.request.urlopen(request, timeout=600) as answer:
             return json.load(answer)
 
@@ -557,21 +557,21 @@ class LlamaCpp:
         rows = torch.full((len(prompts), self.vocab_size), torch.nan)
         plain_text = self.encode("a") or self.encode(" ")  # or half a character would come with no probabilities
         for row, prompt in zip(rows, prompts.tolist(), strict=True):
-            answer = self.post("/completion", prompt=prompt, n_predict=1, n_probs=self.vocab_size, temperature=1.0,
+            answer = self.ask("/completion", prompt=prompt, n_predict=1, n_probs=self.vocab_size, temperature=1.0,
                                samplers=["temperature"], cache_prompt=False, logit_bias=[[plain_text[0], 1000]])
             for entry in answer["completion_probabilities"][0]["top_logprobs"]:
                 row[entry["id"]] = entry["logprob"]
         return rows
 
-    def greedy(self, prompts, n, ends):
-        return [self.post("/completion", prompt=prompt, n_predict=n, samplers=["top_k"], top_k=1, return_tokens=True,
+    def greedy(self, prompts, n):
+        return [self.ask("/completion", prompt=prompt, n_predict=n, samplers=["top_k"], top_k=1, return_tokens=True,
                           cache_prompt=False)["tokens"] for prompt in prompts.tolist()]
 
     def encode(self, text):
-        return self.post("/tokenize", content=text, parse_special=False)["tokens"]
+        return self.ask("/tokenize", content=text, parse_special=False)["tokens"]
 
     def decode(self, ids):
-        return self.post("/detokenize", tokens=ids)["content"]
+        return self.ask("/detokenize", tokens=ids)["content"]
 
     def close(self):
         del self.server
@@ -584,60 +584,57 @@ def ties(model, prompt, ours, theirs, tolerance):
     return (logits[ours[at]] - logits[theirs[at]]).item() < 2 * tolerance
 
 
-@torch.no_grad()
-def check(path, form, model, twin, stored, tokenizer, meta, quant, n_prompts=50, n_tokens=64):
-    """Hold the artefact at `path` against `twin` (the stored weights in Thimble); print figures; UserError if it fails.
+# How far log p may be off, in units of the spread of logits; 1e-4 (times the spread, where above 1) if not named here.
+# In llama.cpp what meets 8-bit weights is rounded to 8 bits, what meets halves to halves.
+TOLERANCE = {("hf", "online"): 0.03, ("hf", "packed"): 0.03, ("gguf", "f16"): 0.01, ("gguf", "bf16"): 0.05,
+             ("gguf", "q8_0"): 0.25, ("gguf", "q4_0"): 0.25, ("gguf", "tq1_0"): 0.3, ("gguf", "tq2_0"): 0.3}
 
-    Every tensor is compared with what was meant to be stored, logits and greedy texts with the twin's, the tokenizer
+
+@torch.no_grad()
+def check(path, form, quant, model, twin, stored, tokenizer, meta, n_prompts=50, n_tokens=64):
+    """Hold the artefact at `path` against `twin` (the stored weights in Thimble) -> figures; UserError if it fails.
+
+    Every tensor is compared with what was meant to be stored, log p and greedy texts with the twin's, the tokenizer
     with ours. Two texts may part where the best two tokens are closer than the tolerance.
     """
     read_back(path, form, stored)
-    reader = Transformers if form == "hf" else LlamaCpp
     try:
-        consumer = reader(path, model)
+        consumer = (Transformers if form == "hf" else LlamaCpp)(path, model)
     except UserError as error:
         checkpoint.warn(f"not checked: {error}")
         return {}
     except Exception as error:  # whatever a foreign loader raises
         raise UserError(f"check failed: it does not load ({checkpoint._short(error)[:300]})") from None
     try:
-        size = model.config.block_size
+        size, stop = model.config.block_size, ends(tokenizer, meta)[1]
         length = max(1, min(8, size // 4))
-        n_tokens = max(1, min(n_tokens, size - length - 1))
         known = sorted(set(range(tokenizer.vocab_size)) - set(tokenizer._specials.values()))
         random = torch.Generator().manual_seed(0)
         prompts = torch.tensor(known)[torch.randint(len(known), (n_prompts, length), generator=random)]
         few = prompts[:8]
-        reference, theirs = twin(few)[0][:, -1].log_softmax(-1), consumer.logprobs(few)
-        gap = (reference - theirs).abs().max().item()
+        reference = twin(few)[0][:, -1].log_softmax(-1)                                      # (8, V)
+        gap = (reference - consumer.logprobs(few)).abs().max().item()
         spread = reference.std(-1).mean().item()
-        tolerance = spread * TOLERANCE[form].get(quant, 1e-4) if TOLERANCE[form].get(quant) else 1e-4 * max(1, spread)
-        if not gap <= tolerance:
+        tolerance = spread * TOLERANCE[form, quant] if (form, quant) in TOLERANCE else 1e-4 * max(1, spread)
+        if not gap <= tolerance:                           # also where it is NaN
             raise UserError(f"check failed: logits differ by up to {gap:.2g}, more than {tolerance:.2g}")
-        ends = {tokenizer.eot, *meta.get("stop_ids", ())}
+        n_tokens = max(1, min(n_tokens, size - length - 1))
+        texts = greedy(twin, prompts, n_tokens).tolist(), consumer.greedy(prompts, n_tokens)
         same = tied = 0
-        for prompt, a, b in zip(prompts.tolist(), greedy(twin, prompts, n_tokens).tolist(),
-                                consumer.greedy(prompts, n_tokens, ends), strict=True):
-            a, b = (next((ids[:i] for i in range(len(ids)) if ids[i] in ends), ids) for ids in (a, b))
-            b = b + [next(iter(ends))] * (len(a) - len(b))
-            b = b[:len(a)]
-            same += a == b
-            tied += a != b and ties(twin, prompt, a, b, tolerance)
+        for prompt, ours, theirs in zip(prompts.tolist(), *texts, strict=True):
+            n = next((i for i, token in enumerate(ours) if token in stop), n_tokens)  # where ours ends, theirs does
+            theirs = [*theirs, *[stop[0]] * n][:n]
+            same += ours[:n] == theirs
+            tied += ours[:n] != theirs and ties(twin, prompt, ours[:n], theirs, tolerance)
         if same + tied < n_prompts:
             raise UserError(f"check failed: {n_prompts - same - tied} of {n_prompts} greedy texts differ")
         check_tokenizer(consumer, tokenizer, [tokenizer.decode(prompt) for prompt in prompts.tolist()])
-        if consumer.eos not in (None, meta.get("eos", tokenizer.eot)):
-            raise UserError(f"check failed: the end-of-text id is {consumer.eos}, not {tokenizer.eot}")
+        if consumer.end != tokenizer.token(stop[0]) or consumer.stop not in (None, stop):
+            raise UserError(f"check failed: texts end with {consumer.end!r} there, ids {consumer.stop or ''}")
     finally:
         consumer.close()
-    return {"runtime": reader.__name__, "delta": gap, "same": same, "tied": tied, "prompts": n_prompts,
+    return {"runtime": type(consumer).__name__, "delta": gap, "same": same, "tied": tied, "prompts": n_prompts,
             "tokens": n_tokens, "loss": (model(few)[0] - twin(few)[0]).abs().max().item()}
-
-
-# how far log p may be off, in units of the spread of logits; 1e-4 (times the spread, where above 1) if not named here.
-# In llama.cpp what meets 8-bit weights is rounded to 8 bits, what meets halves to halves.
-TOLERANCE = {"hf": {"online": 0.03, "packed": 0.03},
-             "gguf": {"f16": 0.01, "bf16": 0.05, "q8_0": 0.15, "q4_0": 0.15, "tq1_0": 0.3, "tq2_0": 0.3}}
 
 
 def check_onnx(path, model, tokenizer, n_prompts, n_tokens):
@@ -733,7 +730,7 @@ def export(model, tokenizer, out, form, quant="", meta=None, window=False, check
         if checked and twin is None:
             found = check_onnx(temp, model, tokenizer, prompts, prompt_tokens) | found
         elif checked:
-            found |= check(temp, form, model, twin, stored, tokenizer, meta, quant, prompts, prompt_tokens)
+            found |= check(temp, form, quant, model, twin, stored, tokenizer, meta, prompts, prompt_tokens)
         os.rename(temp, out)
         checkpoint._sync_folder(out.parent)
     finally:

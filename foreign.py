@@ -8,6 +8,7 @@
 held against the file's size, and pickles are never read. The tables of names serve export.py, too.
 """
 import functools
+import itertools
 import json
 import os
 import re
@@ -239,7 +240,8 @@ def open_gguf(path, _):
 
     try:
         reader = Reader(path)
-        if sum(tensor.n_bytes for tensor in reader.tensors) > reader.data.size:
+        places = sorted((int(tensor.data_offset), int(tensor.n_bytes)) for tensor in reader.tensors)
+        if any(one + size > other for (one, size), (other, _) in itertools.pairwise(places)):
             raise ValueError("its tensors overlap")
         return reader, {name: field.contents() for name, field in reader.fields.items()}
     except Exception as error:  # of many kinds
