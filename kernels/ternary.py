@@ -91,7 +91,8 @@ class Stepper:
                     (b.mlp_norm, b.mlp, ("gate_proj", "up_proj", "down_proj"), b.mlp_residual)):
                 layers.append(self.wide(norm, "weight"))
                 for name in matrices:
-                    layers += [getattr(part, name).codes.data_ptr(), getattr(part, name).scales.data_ptr()]
+                    self.kept += [getattr(part, name).codes, getattr(part, name).scales]
+                    layers += [t.data_ptr() for t in self.kept[-2:]]
                 layers.append(self.wide(part.sub_norm, "weight"))
                 layers += [self.wide(residual, name) for name in ("bias", "gain", "proj", "scale")]
             layers += [None, None]                         # the cache's keys and values: at each call
@@ -117,7 +118,7 @@ class Stepper:
         if self.shape.max_len != max_len:
             self.shape.max_len = max_len
             self.turn = [t.double() for t in self.rope_table(torch.arange(max_len), self.head_dim, self.theta)]
-        logits, idx = torch.empty(B, self.shape.vocab_size), idx.contiguous()
+        logits, idx = torch.empty(B, self.shape.vocab_size), idx.long().contiguous()
         cos, sin = (t.data_ptr() + 8 * pos * self.head_dim for t in self.turn)
         for row in range(B):
             for i, layer in enumerate(cache["layers"]):

@@ -1,4 +1,5 @@
 """ternary.py against references from outside: a float64 twin in numpy, brute force, known numbers."""
+import copy
 import itertools
 import math
 import subprocess
@@ -289,6 +290,31 @@ def test_compiled_steps_refuse_what_does_not_fit():
     for bad in (-1, 40):
         with pytest.raises(IndexError):
             m.step(torch.tensor([[bad]]), m.init_cache(1, 8))
+
+
+@torch.no_grad()
+def test_compiled_steps_follow_the_weights():
+    """New weights in the same model, a move there and back, a copy of a model in use: what counts is what it holds."""
+    m, other, idx = packed(shaken()), packed(shaken(seed=1)), torch.arange(5)[None]
+
+    def say(m):
+        return m.step(idx, m.init_cache(1, 8))[0]
+
+    first, second = say(m), say(other)
+    assert torch.equal(say(copy.deepcopy(m)), first)
+    m.load_state_dict(other.state_dict())
+    assert torch.equal(say(m), second)
+    assert torch.equal(say(m.double().float()), second)
+    m.norm.weight.mul_(0)
+    assert not say(m).any()
+
+
+@torch.no_grad()
+def test_ids_of_any_integer_type():
+    m, idx = packed(shaken()), torch.tensor([[3, 1, 39, 2]])
+    whole = m.step(idx, m.init_cache(1, 8))[0]
+    for dtype in (torch.int32, torch.int16, torch.uint8):
+        assert torch.equal(m.step(idx.to(dtype), m.init_cache(1, 8))[0], whole)
 
 
 @pytest.mark.parametrize("group_size", [0, 16])
