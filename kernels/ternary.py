@@ -60,6 +60,9 @@ def linear_torch(x, codes, scales, group_size=0):
 def linear(x, codes, scales, group_size=0):
     """x (..., K), codes from `pack`, scales () or (K / group_size, N) -> (..., N), in x's dtype."""
     k, n = x.size(-1), len(codes)
+    shape = (k // group_size, n) if group_size else ()
+    if codes.shape[1] != -(-k // 256) * 64 or scales.shape != shape or group_size and k % group_size:
+        raise ValueError(f"x (..., {k}) does not fit codes {tuple(codes.shape)} and scales {tuple(scales.shape)}")
     lib = library() if x.dtype == torch.float32 and x.device.type == "cpu" and group_size % 128 == 0 else None
     if lib is None:
         return linear_torch(x, codes, scales, group_size)
@@ -164,14 +167,16 @@ def build():
         except (OSError, subprocess.CalledProcessError):
             continue
         name = hashlib.sha256(SOURCE.read_bytes() + version + " ".join(FLAGS).encode()).hexdigest()[:16]
-        for folder in (Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thimble",
-                       Path(tempfile.gettempdir()) / f"thimble-{os.getuid() if hasattr(os, 'getuid') else ''}"):
+        user = os.getuid() if hasattr(os, "getuid") else 0
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "thimble"
+        temporary = Path(tempfile.gettempdir()) / f"thimble-{user}"
+        for folder in (cache, temporary) if cache.is_absolute() else (temporary,):  # not all users have a home
             path = folder / f"ternary-{name}.so"
-            if usable(path):
-                return path
             try:
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-                return compile_to(path, compiler)
+                if folder == temporary and folder.lstat().st_uid != user:
+                    raise PermissionError(f"{folder} belongs to another user")  # who could put anything there
+                return path if usable(path) else compile_to(path, compiler)
             except (OSError, subprocess.CalledProcessError) as e:
                 errors.append(e)
     raise errors[-1] if errors else FileNotFoundError("no C++ compiler: install g++ or clang++, or set CXX")
