@@ -86,9 +86,13 @@ def absmean(weight, group_size=0):
 
 
 def absmax(x):
-    """x (..., K) -> (q, scale (..., 1)): q = round(x * scale), integers from -127 to 127 in x's dtype."""
-    scale = 127 / x.abs().amax(-1, keepdim=True).clamp(min=1e-5)
-    return (x * scale).round(), scale
+    """x (..., K) -> (q, scale (..., 1)): q = round(x * scale), integers from -127 to 127 in x's dtype.
+
+    The scale is float32 even where x is bfloat16, whose eight bits would make it 128 and round one in eight otherwise.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scale = 127 / x.abs().amax(-1, keepdim=True).to(wide).clamp(min=1e-5)
+    return (x.to(wide) * scale).round_().to(x.dtype), scale
 
 
 class TernaryMatmul(torch.autograd.Function):
@@ -105,7 +109,7 @@ class TernaryMatmul(torch.autograd.Function):
         if not w_scale.dim():
             return F.linear(q, t) * (w_scale / scale).to(x.dtype)
         if x.dtype == torch.bfloat16:                      # seven bits of each sum remain anyway: one product is faster
-            return F.linear(q, w) / scale
+            return (F.linear(q, w) / scale).to(x.dtype)
         y, size = 0, t.size(1) // w_scale.size(1)
         for q_g, t_g, s_g in zip(q.split(size, -1), t.split(size, -1), w_scale.unbind(1), strict=True):
             y = y + F.linear(q_g, t_g) * s_g
@@ -114,7 +118,7 @@ class TernaryMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         q, scale, w = ctx.saved_tensors
-        grad_weight = (grad / scale).flatten(0, -2).mT @ q.flatten(0, -2)
+        grad_weight = (grad / scale).to(grad.dtype).flatten(0, -2).mT @ q.flatten(0, -2)
         return grad @ w, grad_weight.to(torch.promote_types(grad.dtype, torch.float32)), None, None, None
 
 
@@ -280,7 +284,8 @@ class Streams(nn.Module):
         pre, post, res = logits.split(self.sizes, -1)
         res = F.pad(res, (len(self.permutations) - res.size(-1), 0)).softmax(-1)
         mix = self.permutations.flatten(1)                                                   # (n!, n * n)
-        mix = mix.mT @ res if self.proj is None else res @ mix
+        with torch.autocast(x.device.type, enabled=False):  # in bfloat16 rows would miss 1 by half a percent
+            mix = mix.mT @ res if self.proj is None else res @ mix
         return pre.sigmoid(), 2 * post.sigmoid(), mix.unflatten(-1, (self.n, self.n))
 
     def forward(self, x, f):

@@ -206,6 +206,24 @@ def test_mixing_is_doubly_stochastic_and_never_grows(n, static, size):
 
 
 @pytest.mark.parametrize("static", [False, True])
+@torch.no_grad()
+def test_mixing_is_doubly_stochastic_under_autocast(static):
+    m = shaken(n_streams=4, static_streams=static)
+    with torch.autocast("cpu", torch.bfloat16):
+        res = residuals(m)[0].coefficients(torch.randn(2, 7, 4, 32).bfloat16())[2]
+    assert (res.sum(-1) - 1).abs().max() < 1e-6 and (res.sum(-2) - 1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_activations_are_rounded_alike_in_every_dtype(dtype):
+    x = torch.randn(500, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    q, scale = ternary.absmax(x)
+    assert q.dtype == dtype and scale.shape == (500, 1)
+    exact = 127 * x.double() / x.double().abs().amax(-1, keepdim=True)
+    assert q.abs().amax() == 127 and (q.double() - exact).abs().max() < 0.5 + 1e-4
+
+
+@pytest.mark.parametrize("static", [False, True])
 def test_mixing_begins_as_in_the_paper(static):
     m = ternary.Model(ternary.Config(**BASE | {"n_streams": 4, "static_streams": static}))
     for i, streams in enumerate(residuals(m)):
