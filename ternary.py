@@ -410,7 +410,7 @@ class Model(nn.Module):
     def param_groups(self):
         """{role: [parameters]}: optim.py knows what each role gets. A tied matrix is an embedding."""
         if self.config.packed:
-            raise ValueError("packed=True is to run a model, not to train it")
+            raise ValueError("packed=True is to run a model, not to train it: start from the one that was packed")
         groups = {"embed": [self.embed.weight], "ternary": [], "vector": []}
         for name, p in self.named_parameters():
             if p is not self.embed.weight:                 # what mixes streams is small: no orthogonal updates

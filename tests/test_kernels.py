@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from bench import ternary as bench
 from kernels import ternary as kernel
 
 LIB = kernel.library()
@@ -121,6 +122,12 @@ def test_what_does_not_fit_is_named(k, columns, scales, group_size):
     codes = kernel.pack(torch.zeros(6, columns, dtype=torch.int8))
     with pytest.raises(ValueError, match=f", {k}\\) does not fit"):
         kernel.linear(torch.ones(1, k), codes, torch.ones(scales), group_size)
+
+
+@pytest.mark.parametrize("bad", [{"rounds": 0}, {"seconds": 0.0}, {"threads": (1, 0)}, {"threads": ()}])
+def test_the_bench_refuses_to_measure_nothing(bad):
+    with pytest.raises(ValueError, match="must be above 0"):
+        bench.Config(**bad)
 
 
 # ---- the compiler
