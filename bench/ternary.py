@@ -36,6 +36,10 @@ class Config:
     seconds: float = 0.3            # of each turn
     threads: tuple[int, ...] = (1, 2)
 
+    def __post_init__(self):
+        if self.rounds < 1 or not self.seconds > 0 or not self.threads or min(self.threads) < 1:
+            raise ValueError(f"rounds={self.rounds}, seconds={self.seconds} and threads={self.threads} must be above 0")
+
 
 def race(contestants, rounds, seconds):
     """{name: function} -> {name: least seconds a call}."""
@@ -162,7 +166,7 @@ def decoding(cfg, threads):
 
         def call():
             nonlocal cache
-            if cache["pos"] == 128:
+            if cache["pos"] == min(128, model.config.block_size):
                 cache = model.init_cache(1, model.config.block_size)
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
                 _, cache = model.step(token, cache)
@@ -211,6 +215,10 @@ def main(cfg):
         raise configurator.UserError("no C++ compiler here, so nothing to measure: install g++ or clang++")
     lib.best = lib.isa
     if cfg.checkpoint:
+        model = checkpoint.load_model(checkpoint.load(cfg.checkpoint, which="best"))
+        if not isinstance(model, ternary.Model) or model.config.packed:
+            raise configurator.UserError(f"--checkpoint={cfg.checkpoint} must be a ternary model as it was trained, "
+                                         "not another kind and not packed")
         parity(cfg)
     for threads in cfg.threads:
         torch.set_num_threads(threads)
