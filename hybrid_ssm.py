@@ -335,7 +335,7 @@ class Mamba1(nn.Module):
 
 
 class Mamba2(nn.Module):
-    """Mamba-2: B, C and the decays do not wait for the convolution's result, heads of channels share a decay."""
+    """Mamba-2: one projection makes x, B, C and dt, and the channels of a head share dt and a decay."""
 
     def __init__(self, config):
         super().__init__()
@@ -359,13 +359,12 @@ class Mamba2(nn.Module):
         E, N = self.out_proj.in_features, self.n_state
         z, x, dt = self.in_proj(x).split((E, E + 2 * N, self.n_head), -1)
         dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
-        window = x.new_zeros(len(x), self.conv1d.kernel_size[0] - 1, E + 2 * N, dtype=wide)
-        x, window = causal_conv(x.to(wide), self.conv1d.weight, self.conv1d.bias,
-                                window if cache is None else cache["conv"])
+        state = cache or {"conv": x.new_zeros(len(x), self.conv1d.kernel_size[0] - 1, E + 2 * N, dtype=wide), "h": None}
+        x, window = causal_conv(x.to(wide), self.conv1d.weight, self.conv1d.bias, state["conv"])
         x, B, C = F.silu(x).split((E, N, N), -1)
         dt = F.softplus(dt.to(wide) + self.dt_bias)                                          # (B, T, G)
         with torch.autocast(x.device.type, enabled=False):
-            y, h = ssd(x, dt, -self.A_log.to(wide).exp(), B, C, None if cache is None else cache["h"])
+            y, h = ssd(x, dt, -self.A_log.to(wide).exp(), B, C, state["h"])
         if cache is not None:
             cache["conv"].copy_(window)
             cache["h"].copy_(h)
@@ -487,5 +486,5 @@ class Model(nn.Module):
         if c.ssm == "mamba2":
             lengths = [min(CHUNK, T - t) for t in range(0, T, CHUNK)]
             scan = 6 * (N + E) * sum(n * n for n in lengths) + 6 * N * E * (2 * T - lengths[0] - lengths[-1])
-            scan = scan / T if scan % T else scan // T
+            scan /= T
         return 6 * n + 12 * attention * c.n_embd * T + (c.n_layer - attention) * scan

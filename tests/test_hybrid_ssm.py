@@ -207,6 +207,20 @@ def test_the_state_of_a_mamba_layer_does_not_grow(ssm):
     assert {k: v.shape for k, v in short[0].items()} == {k: v.shape for k, v in long[0].items()}
 
 
+@pytest.mark.parametrize("ssm", ["mamba1", "mamba2"])
+@torch.no_grad()
+def test_bfloat16_weights_decode_with_a_float32_state(ssm):
+    m = hybrid_ssm.Model(replace(CONFIG, ssm=ssm)).eval()
+    idx = torch.randint(40, (1, 60))
+    exact, _ = m(idx)
+    m.bfloat16()
+    cache = m.init_cache(1, 60)
+    assert {t.dtype for t in cache["layers"][0].values()} == {torch.float32}
+    for part in idx.split(20, 1):
+        logits, cache = m.step(part, cache)
+    assert (logits - exact[:, -1]).abs().max() < 0.1 * exact.std()
+
+
 def test_step_sizes_and_decays_begin_in_their_ranges():
     torch.manual_seed(0)
     one, two = (hybrid_ssm.Block(replace(CONFIG, ssm=ssm, n_embd=256, n_head=8, ssm_head_dim=1), 0).mixer
