@@ -21,7 +21,7 @@ from configurator import UserError
 @dataclass(frozen=True)
 class Config:
     # what
-    checkpoint: str = ""            # run or checkpoint folder; empty: the newest run
+    checkpoint: str = ""            # run, checkpoint or Hugging Face folder, GGUF file; empty: the newest run
     which: Literal["best", "latest"] = "best"  # checkpoint of the run
     prompt: str = "\n"              # text to go on from; FILE:name takes it from a file; empty: the end-of-text token
     num_samples: int = 1            # texts to write
@@ -239,6 +239,7 @@ def main(cfg):
         print(f"note: the prompt has {len(ids)} tokens, the model sees the last {model.config.block_size}",
               file=sys.stderr)
     print(f"{loaded.path}, step {loaded.meta['step']}", file=sys.stderr)
+    ends = {tokenizer.eot, *loaded.meta.get("stop_ids", ())}
     torch.manual_seed(cfg.seed)
     generator = torch.Generator().manual_seed(cfg.seed)
     n, begun = 0, time.perf_counter()
@@ -248,10 +249,10 @@ def main(cfg):
         print(prompt, end="", flush=True)
         show, stream = Printer(cfg.stop), tokenizer.stream()
         if cfg.beam:
-            new, score = beam_search(model, ids, cfg.max_new_tokens, cfg.beam, cfg.length_penalty, {tokenizer.eot},
+            new, score = beam_search(model, ids, cfg.max_new_tokens, cfg.beam, cfg.length_penalty, ends,
                                      tokenizer.vocab_size)
         else:
-            new = generate(model, ids, cfg.max_new_tokens, generator, {tokenizer.eot}, tokenizer.vocab_size,
+            new = generate(model, ids, cfg.max_new_tokens, generator, ends, tokenizer.vocab_size,
                            temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, min_p=cfg.min_p,
                            repetition_penalty=cfg.repetition_penalty)
         for token in new:
