@@ -179,8 +179,7 @@ def evaluate(model, dataset, device, autocast):
     nats, counts = torch.cat(nats), torch.cat(counts)
     n, loss = int(counts.sum()), float(nats.sum() / counts.sum())
     error = float((nats - loss * counts).square().sum().sqrt()) / n  # windows vary independently, tokens do not
-    bytes_per_token = dataset.val_bytes / len(dataset.val)
-    return {"val_loss": loss, "val_error": error, "val_bpb": loss / math.log(2) / bytes_per_token,
+    return {"val_loss": loss, "val_error": error, "val_bpb": loss / math.log(2) / dataset.bytes_per_token("val"),
             "val_ppl": math.exp(min(loss, 700)), "val_tokens": n}
 
 
@@ -440,7 +439,7 @@ def plot(run_dir, dataset):
         print("no loss.png: pip install matplotlib", flush=True)
         return
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    per_nat = len(dataset.train) / dataset.meta["bytes"]["train"] / math.log(2)  # bits per byte of one nat per token
+    per_nat = 1 / dataset.bytes_per_token("train") / math.log(2)  # bits per byte of one nat per token
     train = [(r["step"], r["loss"] * per_nat) for r in records if "event" not in r and r.get("loss") is not None]
     val = [(r["step"], r["val_bpb"]) for r in records if r.get("val_bpb") is not None]
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -521,6 +520,8 @@ def train(cfg):
     environment["compile"] = forward is not model          # what came of it, not what was asked for
     meta = {"arch": cfg.arch, "model_config": asdict(cfg.model), "config": configurator.flat(cfg),
             "environment": environment, "dataset": {"path": str(dataset.path), "files": dataset.meta["files"]}}
+    if "template" in dataset.meta:                         # a model that was taught to answer
+        meta["template"] = dataset.meta["template"]
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(run_dir / "config.json", json.dumps(configurator.flat(cfg), indent=1) + "\n")
     log = Log(run_dir, cfg, state)
@@ -580,7 +581,8 @@ def train(cfg):
             scale = state["lr_factor"] * optim.lr_scale(step + 1, cfg.schedule, cfg.max_steps, cfg.warmup_steps,
                                                         cfg.min_lr, cfg.decay_frac, cfg.restart_steps,
                                                         cfg.restart_mul, cfg.restart_decay)
-            x, y = data.batch(dataset.train, step, cfg.batch_size, cfg.model.block_size, cfg.seed, train_mask)
+            x, y = data.batch(dataset.train, step, cfg.batch_size, cfg.model.block_size, cfg.seed, train_mask,
+                              dataset.row_length)
             x, y = torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)        # (batch_size, block_size)
             loss, n_targets = 0.0, (y >= 0).sum()
             if not n_targets:                              # every token is masked: nothing to learn here
