@@ -242,14 +242,19 @@ def load(path, which="best", device="cpu", packed=False):
     return model, tokenizer, loaded
 
 
-def write(model, tokenizer, ids, cfg, generator, stop_ids):
+def stop_ids(loaded, tokenizer):
+    """Ids that end a text: the tokenizer's end-of-text token, and what an imported model brings along."""
+    return {tokenizer.eot, *loaded.meta.get("stop_ids", ())}
+
+
+def write(model, tokenizer, ids, cfg, generator, ends):
     """Print one text that goes on from `ids` as it comes -> (its ids, the score of a beam search)."""
     show, stream, written, score = Printer(cfg.stop), tokenizer.stream(), [], None
     if cfg.beam:
-        new, score = beam_search(model, ids, cfg.max_new_tokens, cfg.beam, cfg.length_penalty, stop_ids,
+        new, score = beam_search(model, ids, cfg.max_new_tokens, cfg.beam, cfg.length_penalty, ends,
                                  tokenizer.vocab_size)
     else:
-        new = generate(model, ids, cfg.max_new_tokens, generator, stop_ids, tokenizer.vocab_size,
+        new = generate(model, ids, cfg.max_new_tokens, generator, ends, tokenizer.vocab_size,
                        temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, min_p=cfg.min_p,
                        repetition_penalty=cfg.repetition_penalty)
     for token in new:
@@ -262,9 +267,9 @@ def write(model, tokenizer, ids, cfg, generator, stop_ids):
     return written, score
 
 
-def converse(model, tokenizer, template, cfg, generator):
+def converse(model, tokenizer, loaded, template, cfg, generator):
     """Answer --prompt, or what is typed line by line until /quit or the end of the input."""
-    stop_ids = {tokenizer.eot, chat.end_id(tokenizer, template)}
+    stops = stop_ids(loaded, tokenizer) | {chat.end_id(tokenizer, template)}
     begin = [{"role": "system", "content": cfg.system}] if cfg.system else []
     messages, typed = list(begin), read_prompt(cfg.prompt).strip()
     while True:
@@ -289,7 +294,7 @@ def converse(model, tokenizer, template, cfg, generator):
             messages.append({"role": "user", "content": line})
             room = max(model.config.block_size - cfg.max_new_tokens, model.config.block_size // 2)
             ids = chat.fit(tokenizer, messages, template, room)
-            written, _ = write(model, tokenizer, ids, cfg, generator, stop_ids)
+            written, _ = write(model, tokenizer, ids, cfg, generator, stops)
             messages.append({"role": "assistant", "content": tokenizer.decode(written)})
             print()
         if typed:
@@ -306,7 +311,7 @@ def main(cfg):
     if cfg.chat:
         print(note, file=sys.stderr)
         template = chat.template_of(loaded.meta, tokenizer) if cfg.template == "auto" else cfg.template
-        return converse(model, tokenizer, template, cfg, generator)
+        return converse(model, tokenizer, loaded, template, cfg, generator)
     prompt = read_prompt(cfg.prompt)
     ids = tokenizer.encode(prompt) or [tokenizer.eot]
     if len(ids) > model.config.block_size:
@@ -318,7 +323,7 @@ def main(cfg):
         if i:
             print("\n" + "-" * 40)
         print(prompt, end="", flush=True)
-        written, score = write(model, tokenizer, ids, cfg, generator, {tokenizer.eot})
+        written, score = write(model, tokenizer, ids, cfg, generator, stop_ids(loaded, tokenizer))
         n += len(written)
     print()
     seconds = time.perf_counter() - begun
