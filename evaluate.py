@@ -321,7 +321,7 @@ def skill(speaker, cfg):
 CLOZE = [("The capital of France is", " Paris"), ("The opposite of hot is", " cold"), ("Romeo and", " Juliet"),
          ("To be, or not to", " be"), ("One, two, three,", " four"), ("The sun rises in the", " east"),
          ("Once upon a", " time"), ("The color of grass is", " green"), ("Two plus two equals", " four"),
-         ("Monday, Tuesday,", " Wednesday"), ("Water freezes and becomes", " ice"), ("A baby dog is called a", " puppy"),
+         ("Monday, Tuesday,", " Wednesday"), ("Water freezes and becomes", " ice"), ("A baby dog is a", " puppy"),
          ("Thank you very", " much"), ("The king and the", " queen"), ("Ladies and", " gentlemen"),
          ("He opened the door and walked into the", " room"), ("January, February,", " March"),
          ("She sat down on the", " chair"), ("Good morning, my", " lord"), ("The cat chased the", " mouse")]
