@@ -112,10 +112,12 @@ class Speaker:
         return text[:min([len(text), *(text.find(s) for s in stops if s in text)])]
 
     @torch.no_grad()
-    def nats(self, tokens, mask=None):
+    def nats(self, tokens, mask=None, row_length=0):
         """-log p of every token but the first, each once -> (sums of windows, tokens in each), both float64."""
         size, sums, counts = self.model.config.block_size, [], []
-        size = min(size, 2048)                             # long contexts cost memory and time, and little is won
+        if row_length > size:
+            raise UserError(f"the dataset has rows of {row_length} tokens, {self.path} sees only {size}")
+        size = row_length or min(size, 2048)               # long contexts cost memory and time, and little is won
         for x, y in data.eval_windows(tokens, size, max(1, 2**24 // self.model.config.vocab_size // size), mask):
             x, y = (torch.from_numpy(t).to(next(self.model.parameters()).device) for t in (x, y))
             losses = F.cross_entropy(self.model(x)[0].flatten(0, 1), y.flatten(), ignore_index=-1, reduction="none")
@@ -198,7 +200,7 @@ def bpb(speaker, cfg):
         if dataset.tokenizer().to_json() != speaker.tokenizer.to_json():
             raise UserError(f"{dataset.path} was prepared with another tokenizer than {speaker.path}: give "
                             "--text=FILE, which each model reads with its own")
-        nats, counts = speaker.nats(dataset.val, dataset.val_mask)
+        nats, counts = speaker.nats(dataset.val, dataset.val_mask, dataset.row_length)
         n_bytes = counts.sum() * dataset.bytes_per_token("val")
         overlap, base = dataset.meta.get("overlap_13gram"), dataset.meta["baselines"]
     n, loss = counts.sum(), nats.sum() / counts.sum()
@@ -511,7 +513,8 @@ def paths_of(cfg):
     return [first_one, *([cfg.baseline] if cfg.baseline else [])]
 
 
-def main(cfg):
+def measure(cfg):
+    """({suite: {speaker: {metric: (value, error, n)}}}, folder for the report, layers of the sandbox or None)."""
     results, folder, layers = {}, None, None
     for number, path in enumerate(paths_of(cfg)):
         speaker = Speaker(path, cfg)
@@ -521,14 +524,19 @@ def main(cfg):
             layers, missing = sandbox.active()
             print(f"sandbox: {', '.join(layers)}" + "".join(f"; missing: {k} ({v})" for k, v in missing.items()))
         print(f"{speaker.name}: {', '.join(suites)}", flush=True)
-        try:
-            for suite in suites:
-                columns = results.setdefault(suite, {})
-                columns[speaker.name] = RUN[suite](speaker, cfg)
-                if number == 0 and suite != "bpb" and cfg.floors:
-                    columns |= {floor.name: RUN[suite](floor, cfg) for floor in floors(speaker, cfg)}
-        except sandbox.SandboxError as e:
-            raise UserError(f"{e} (--waive)") from None
+        for suite in suites:
+            columns = results.setdefault(suite, {})
+            columns[speaker.name] = RUN[suite](speaker, cfg)
+            if number == 0 and suite != "bpb" and cfg.floors:
+                columns |= {floor.name: RUN[suite](floor, cfg) for floor in floors(speaker, cfg)}
+    return results, folder, layers
+
+
+def main(cfg):
+    try:
+        results, folder, layers = measure(cfg)
+    except sandbox.SandboxError as e:
+        raise UserError(f"{e} (--waive)") from None
     for suite, columns in results.items():
         print("\n" + "\n".join(table(suite, columns)))
     report = {"command": " ".join(sys.argv), "sandbox": layers, "seed": cfg.seed,

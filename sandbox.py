@@ -9,7 +9,8 @@
 A worker is two processes. The keeper sets the layers up, waits, and ends everything that is left. Below it, the program
 runs in a process group and a PID namespace of its own, as nobody, with limits on time, memory, files and processes, no
 network, an empty environment, and a file system that holds Python, the system's libraries and an empty /tmp of 16 MB.
-Landlock holds the files, the network and the signals once more. There is no seccomp filter, and the kernel is shared.
+Landlock holds the files, the network and the signals once more. There is no seccomp filter, the kernel is shared, and
+nothing of this exists outside Linux: there, and where a layer is missing, it refuses unless told to `waive` that layer.
 
 Tests run in a second worker. Only calls and values of plain built-in types pass between the two, as JSON lines, so what
 a program does to its own process (exit, builtins, frames, ==) cannot turn a wrong answer into a right one.
@@ -470,9 +471,9 @@ def tests(start, requests, replies):
 if __name__ == "__main__":
     if sys.argv[1:] == ["--worker"]:
         keeper()
-    works, lacks = active()
-    print("layers:", ", ".join(works), *(f"\nmissing: {layer} ({why})" for layer, why in lacks.items()))
     try:
+        works, lacks = active()
+        print("layers:", ", ".join(works), *(f"\nmissing: {layer} ({why})" for layer, why in lacks.items()))
         for program in sys.argv[1:]:
             with open(program, encoding="utf-8") as f:
                 outcome = run(f.read())

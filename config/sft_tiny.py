@@ -1,5 +1,5 @@
-# Teach the model of config/tiny_cpu.py to answer: Alpaca and GSM8K, a few minutes on 2 cores. It learns the form of an
-# answer, not its truth: a model of this size has read nothing but Shakespeare.
+# Teach the model of config/tiny_cpu.py to answer: Alpaca and GSM8K, not timed yet, nor a loss to expect. It learns
+# the form of an answer, not its truth: a model of this size has read nothing but Shakespeare.
 #   python prepare/sft.py --input=alpaca.json,gsm8k_train.jsonl --tokenizer=runs/tiny_cpu --name=sft_tiny
 #   python train.py config/sft_tiny.py --device=cpu
 #   python sample.py --checkpoint=runs/sft_tiny --chat
