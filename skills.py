@@ -26,7 +26,8 @@ def has(*options):
 
 
 def last_number(n):
-    return lambda text: numbers(text)[-1:] == [n]
+    """Of the answer, or of its first paragraph: some explain themselves afterwards."""
+    return lambda text: [n] in (numbers(text)[-1:], numbers(text.strip().partition("\n\n")[0])[-1:])
 
 
 def first(right, wrong):
