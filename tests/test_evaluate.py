@@ -30,7 +30,8 @@ WAIVE = tuple(LACKS) if sys.platform == "linux" else ()
 RIGHT = {
     "geography": "It is Paris.", "literature": "William Shakespeare wrote it.", "history": "It ended in 1945.",
     "science": "The symbol is Au.", "astronomy": "There are eight planets.", "addition": "7 + 8 = 15.",
-    "multiplication": "15 * 4 = 60\n\nThat is 15 times 4.", "word problem": "3 + 5 - 2 = 6 apples", "speed": "60 / 1.5 = 40 mph", "algebra": "x = 7",
+    "multiplication": "15 * 4 = 60\n\nThat is 15 times 4.",
+    "word problem": "3 + 5 - 2 = 6 apples", "speed": "60 / 1.5 = 40 mph", "algebra": "x = 7",
     "count": "Vast, deep, blue.", "format": "HELLO", "sequence": "1, 2, 3, 4, 5", "yes or no": "Yes.",
     "fill in": "The cat sat on the mat.", "comparison": "An elephant is bigger than a mouse.",
     "logic": "Yes, it does.", "common sense": "Yes, because it keeps you dry.", "pattern": "8 + 2 = 10",
