@@ -2,7 +2,7 @@
 
     python train.py config/tiny_cpu.py --device=cpu             # the first run: a few minutes on a laptop
     python train.py config/shakespeare_char.py --max_steps=500  # flags go on top of files
-    python train.py config/tiny_cpu.py --arch=mine              # your own copy of model.py
+    python train.py config/shakespeare_char.py --arch=mine      # your own copy of model.py
     python train.py --resume                                    # go on with the newest run, bit for bit
 """
 import contextlib

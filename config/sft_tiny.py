@@ -5,11 +5,12 @@
 #   python sample.py --checkpoint=runs/sft_tiny --chat
 dataset = "sft_tiny"
 init_from = "runs/tiny_cpu"
+arch = "ternary"
 
 block_size = 512                    # the rows of the dataset
 batch_size = 8
-lr = 0.005                          # a quarter of the rates of the first training
-rest_lr = 0.0025
+lr = 0.02                           # a quarter of the rates of the first training
+rest_lr = 0.005
 warmup_steps = 20
 max_steps = 600
 eval_every = 100

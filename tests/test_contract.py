@@ -17,7 +17,11 @@ ARCHS = sorted(p.stem for p in ROOT.glob("*.py")
 BASE = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": 50, "block_size": 48}
 VARIANTS = {"model": [{"n_kv_head": 2}, {"n_kv_head": 1, "tie_embeddings": True, "qk_norm": True}, {"mlp": "gelu"}],
             "ternary": [{"n_kv_head": 2, "act": "relu2", "group_size": 16, "n_hidden": 64, "sub_norm": False},
-                        {"n_streams": 2}, {"n_streams": 2, "static_streams": True}, {"n_streams": 4}]}
+                        {"n_streams": 2}, {"n_streams": 2, "static_streams": True}, {"n_streams": 4}],
+            "hybrid_ssm": [{"ssm": "mamba1"}, {"ssm": "mamba1", "n_kv_head": 1, "rope": True, "tie_embeddings": True},
+                           {"ssm": "mamba2", "ssm_head_dim": 16, "n_kv_head": 2, "rope": True, "qk_norm": True},
+                           {"ssm": "mamba2", "d_state": 8, "d_conv": 2, "tie_embeddings": True},
+                           {"n_layer": 3, "attn_layer_period": 9, "attn_layer_offset": 8, "ssm": "mamba1"}]}
 CASES = [(arch, extra) for arch in ARCHS for extra in [{}, *VARIANTS.get(arch, [])]]
 
 

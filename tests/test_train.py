@@ -248,6 +248,7 @@ def test_tensorboard_hides_what_a_resume_repeats(toy, monkeypatch):
 @pytest.mark.parametrize("changes", [
     {}, {"optimizer": "adamw", "lr": 0.003}, {"rest_optimizer": "lion", "rest_lr": 1e-3}, {"micro_batch_size": 4},
     {"dtype": "float32", "schedule": "restarts", "restart_steps": 5}, {"optimizer": "lion", "lr": 1e-3},
+    {"arch": "hybrid_ssm", "n_layer": 2}, {"arch": "hybrid_ssm", "n_layer": 2, "ssm": "mamba1"},
 ], ids=str)
 def test_resume_is_exact(toy, changes):
     cfg = config(toy, "whole", **changes)
@@ -263,10 +264,11 @@ def test_resume_is_exact(toy, changes):
         assert [(r["step"], r["loss"]) for r in steps("cut")] == [(r["step"], r["loss"]) for r in steps("whole")]
 
 
-def test_a_worse_result_after_a_resume_does_not_replace_the_best(toy, monkeypatch):
+@pytest.mark.parametrize("arch", ["model", "hybrid_ssm"])
+def test_a_worse_result_after_a_resume_does_not_replace_the_best(toy, monkeypatch, arch):
     evaluate, losses = train.evaluate, iter([2.0, 3.0, 2.5, 1.5])
     monkeypatch.setattr(train, "evaluate", lambda *args: evaluate(*args) | {"val_loss": next(losses)})
-    cfg = config(toy, max_steps=12, eval_every=6, schedule="constant")
+    cfg = config(toy, arch=arch, max_steps=12, eval_every=6, schedule="constant")
     train.train(cfg)
     assert Path("run/best").read_text() == "step_000006"
     record = train.train(replace(cfg, max_steps=18, resume=True))

@@ -1,0 +1,21 @@
+# As nexus_bytes.py, with 1,000 words of bytes instead of single ones: compare bits per byte.
+dataset = "shakespeare_bpe1000"
+prepare = "prepare/shakespeare.py --tokenizer=bpe --vocab_size=1000"
+
+arch = "hybrid_ssm"
+n_layer = 6
+attn_layer_period = 6
+attn_layer_offset = 3
+n_head = 8
+n_kv_head = 2
+n_embd = 256
+n_hidden = 1024
+block_size = 128
+
+batch_size = 16
+lr = 0.02
+rest_lr = 0.01
+momentum = 0.9
+max_steps = 2000
+eval_every = 250
+prompts = ("To be", "The king", "What light")

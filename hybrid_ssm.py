@@ -1,0 +1,492 @@
+"""Hybrid: state space layers with a little attention, exactly Jamba-shaped with ssm="mamba1", faster with "mamba2".
+
+    python prepare/shakespeare.py --tokenizer=byte
+    python train.py config/nexus_bytes.py --device=cpu
+    python train.py config/nexus_bytes.py --device=cpu --ssm=mamba1
+    python bench/hybrid.py
+
+Every layer is a mixer and an MLP, both with a residual around them; the mixer of layer i is attention where
+i % attn_layer_period == attn_layer_offset, else Mamba (Lieber et al. 2024, Jamba, without the experts).
+
+Legend: B batch, T tokens, S keys seen so far (cache included), C n_embd, H query heads, K key/value heads,
+D head size, F MLP width, V vocabulary; in the state space layers E expand * n_embd channels (HF: intermediate_size),
+N d_state numbers per channel, L tokens of a chunk, G heads of D channels (mamba2).
+"""
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+SPAN = 16                           # mamba1: tokens between the states that are kept for the backward pass
+WORK = 2**18                        # mamba1: numbers of state to work on at a time, which should stay in the cache
+CHUNK = 64                          # mamba2: tokens that see each other through one matrix
+
+
+@dataclass(frozen=True)
+class Config:
+    n_layer: int = 6                # blocks, each a mixer and an MLP
+    attn_layer_period: int = 6      # of so many layers, one is attention,
+    attn_layer_offset: int = 1      # this one (counted from 0); all others are state space layers
+    n_head: int = 4                 # attention: query heads
+    n_kv_head: int = 0              # key/value heads, shared by n_head / n_kv_head queries each; 0: n_head
+    n_embd: int = 128               # width of the residual stream
+    n_hidden: int = 0               # width of the MLP; 0: 8/3 of n_embd (up to a multiple of 32)
+    vocab_size: int = 0             # 0: the dataset's
+    block_size: int = 256           # longest context, in tokens
+    ssm: Literal["mamba1", "mamba2"] = "mamba2"  # decays per channel and state as in Jamba, or per head (faster)
+    expand: int = 2                 # channels of a state space layer, as a multiple of n_embd
+    d_state: int = 0                # state per channel; 0: 16 with mamba1, 64 with mamba2
+    d_conv: int = 4                 # tokens that the convolution before the state space sees
+    dt_rank: int = 0                # mamba1: rank of the step sizes; 0: n_embd / 16, rounded up
+    ssm_head_dim: int = 64          # mamba2: channels that share a decay
+    rope: bool = False              # positions in the attention layers; Jamba has none
+    tie_embeddings: bool = False    # one matrix for the embedding and the head
+    qk_norm: bool = False           # RMSNorm on every query and key head
+    dropout: float = 0.0            # on the embedding and on what each layer adds
+    rope_theta: float = 10000.0     # base of RoPE's wavelengths
+    norm_eps: float = 1e-6          # inside the root of RMSNorm
+
+    def __post_init__(self):
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "attn_layer_period", "expand", "d_conv",
+                     "ssm_head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("n_kv_head", "n_hidden", "vocab_size", "d_state", "dt_rank"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if not 0 <= self.attn_layer_offset < self.attn_layer_period:
+            raise ValueError(f"attn_layer_offset={self.attn_layer_offset} must be in [0, "
+                             f"attn_layer_period={self.attn_layer_period})")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
+        if self.n_kv_head and self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
+        if self.rope and self.n_embd // self.n_head % 2:
+            raise ValueError(f"n_embd={self.n_embd} / n_head={self.n_head} must be even: RoPE turns pairs of numbers")
+        if self.ssm == "mamba2" and self.expand * self.n_embd % self.ssm_head_dim:
+            raise ValueError(f"expand={self.expand} * n_embd={self.n_embd} must be a multiple of "
+                             f"ssm_head_dim={self.ssm_head_dim}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
+        if self.rope_theta <= 0 or self.norm_eps <= 0:
+            raise ValueError(f"rope_theta={self.rope_theta} and norm_eps={self.norm_eps} must be above 0")
+
+
+# copied from model.py
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019); float32 inside."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        # the sum of squares as a vecdot: with its backward, less than half the time of F.rms_norm on a CPU
+        mean = torch.linalg.vecdot(wide, wide)[..., None] / x.size(-1)
+        return (wide * torch.rsqrt(mean + self.eps) * self.weight).to(x.dtype)
+
+
+# copied from model.py
+def rope_table(positions, head_dim, theta):
+    """cos and signed sin, each (T, D) float32, for `rotate`. RoFormer (Su et al. 2021), eq. 34."""
+    freqs = theta ** (-torch.arange(0, head_dim, 2, device=positions.device) / head_dim)     # (D/2,)
+    angles = positions[:, None] * freqs                                                      # (T, D/2)
+    return torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
+
+
+# copied from model.py
+def rotate(x, cos, sin):
+    """Turn the pair (x_i, x_{i + D/2}) of every head by its position's angle. x: (B, T, heads, D)."""
+    return torch.addcmul(x * cos[:, None], x.roll(x.size(-1) // 2, -1), sin[:, None])
+
+
+# copied from model.py
+def attend(q, k, v, mask):
+    """softmax(q k^T / sqrt(D) + mask) v. q: (B, H, T, D); k, v: (B, K, S, D); mask: (T, S), 0 or -inf."""
+    B, H, T, D = q.shape
+    S = k.size(2)
+    if q.is_cuda or T == 1 or T * S > 1 << 20:
+        whole = T == S                                     # nothing cached: half of the scores need no computing
+        return F.scaled_dot_product_attention(q, k, v, None if whole else mask, is_causal=whole,
+                                              enable_gqa=k.size(1) != H)
+    # On a CPU two plain matmuls train 2 to 3 times faster than the fused kernel, whose backward pass is slow,
+    # as long as the (T, S) scores are small.
+    if k.size(1) != H:
+        k, v = (t.repeat_interleave(H // t.size(1), 1) for t in (k, v))                      # (B, H, S, D)
+    q, k, v = (t.reshape(B * H, -1, D) for t in (q, k, v))
+    scores = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(D))                            # (B*H, T, S)
+    return (scores.softmax(-1) @ v).view(B, H, T, D)
+
+
+# copied from model.py
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.head_dim = config.n_embd // config.n_head
+        self.n_kv_head = config.n_kv_head or config.n_head
+        self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.k_proj = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def init_cache(self, batch_size, max_len, **kind):
+        shape = (batch_size, self.n_kv_head, max_len, self.head_dim)
+        return {"k": torch.zeros(shape, **kind), "v": torch.zeros(shape, **kind)}
+
+    def forward(self, x, rope, mask, cache=None, start=0):
+        B, T, C = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)                     # (B, K, T, D)
+        q = rotate(self.q_norm(q), *rope).transpose(1, 2)                                    # (B, H, T, D)
+        k = rotate(self.k_norm(k), *rope).transpose(1, 2)                                    # (B, K, T, D)
+        if cache is not None:
+            cache["k"][:, :, start:start + T] = k
+            cache["v"][:, :, start:start + T] = v
+            k, v = cache["k"][:, :, :start + T], cache["v"][:, :, :start + T]                # (B, K, S, D)
+        y = attend(q, k, v, mask)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+# copied from model.py
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020, GLU variants)."""
+
+    def __init__(self, config):
+        super().__init__()
+        n_hidden = config.n_hidden or -(-config.n_embd * 8 // 3 // 32) * 32
+        self.gate_proj = nn.Linear(config.n_embd, n_hidden, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, n_hidden, bias=False)
+        self.down_proj = nn.Linear(n_hidden, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def causal_conv(x, weight, bias, window):
+    """y_t = bias + sum_j weight_j x_{t-k+1+j} in each channel, as k shifted sums.
+
+    x: (B, T, E); weight: (E, 1, k); window: (B, k - 1, E), the inputs before x -> y (B, T, E), the next window.
+    """
+    T, seen = x.size(1), torch.cat((window, x), 1)                                           # (B, k - 1 + T, E)
+    y = bias
+    for j in range(weight.size(-1)):
+        y = torch.addcmul(y, seen[:, j:j + T], weight[:, 0, j])
+    return y, seen[:, T:]
+
+
+# The selective scan of Mamba (Gu & Dao 2023, section 3): in each channel, for each of its N states,
+#
+#     h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t,    y_t = sum over N of C_t h_t
+#
+# The state is N times as large as the input, so what costs is to pass over it, and the plain recurrence passes over it
+# least often. It is also sound for any dt: no decay exceeds 1 and none is divided by, as in cumulative products. All
+# of (B, N, E) is one step, enough to keep a CPU busy and small enough for its cache; where B is small, all but the
+# recurrence itself takes L tokens at once. Every SPAN-th state is kept; the backward pass computes those between
+# again, then follows the adjoint of h from the end: g_t = C_t dy_t + exp(dt_{t+1} A) g_{t+1}.
+class SelectiveScan(torch.autograd.Function):
+    """x, dt: (T, B, E); A: (N, E), negative; B, C: (T, B, N); h: (B, N, E) -> y (T, B, E), the last h."""
+
+    @staticmethod
+    def states(x, dt, A, B, h, decay, out):
+        """Fill decay and out (L, B, N, E) with exp(dt A) and with the states that follow h -> the last of them."""
+        torch.mul(dt[:, :, None], A / math.log(2), out=decay)
+        torch.exp2(decay, out=decay)                       # 3 times as fast as exp where that is MKL's
+        torch.mul((x * dt)[:, :, None], B[..., None], out=out)
+        for i in range(len(out)):
+            h = out[i].addcmul_(decay[i], h)
+        return h
+
+    @staticmethod
+    def forward(ctx, x, dt, A, B, C, h):
+        T, y, starts = len(x), torch.empty_like(x), []
+        ctx.L = L = min(SPAN, 1 << (max(1, WORK // h.numel()).bit_length() - 1))  # a power of 2, as SPAN is
+        decay, out, spare = h.new_empty(3, min(L, T), *h.shape)
+        with torch.autocast(x.device.type, enabled=False):
+            for t in range(0, T, L):
+                if t % SPAN == 0:
+                    starts.append(h.clone())
+                n, now = min(L, T - t), slice(t, t + L)
+                h = SelectiveScan.states(x[now], dt[now], A, B[now], h, decay[:n], out[:n])
+                y[now] = (C[now, :, None] @ out[:n])[:, :, 0]                                # (L, B, E)
+                out, spare = spare, out                    # h is a part of it
+        ctx.save_for_backward(x, dt, A, B, C, *starts)
+        return y, h.clone()
+
+    @staticmethod
+    def backward(ctx, dy, g):
+        x, dt, A, B, C, *starts = ctx.saved_tensors
+        T, L = len(x), ctx.L
+        dx, ddt, dA, dB, dC = (torch.empty_like(t) for t in (x, dt, g, B, C))
+        decay, (adjoint, flow, dlog) = g.new_empty(SPAN, *g.shape), g.new_empty(3, L, *g.shape)
+        out, ones = g.new_empty(SPAN + 1, *g.shape), A.new_ones(1, len(A))
+        dA.zero_()
+        with torch.autocast(x.device.type, enabled=False):
+            for begin in reversed(range(0, T, SPAN)):
+                end = min(T, begin + SPAN)
+                out[0] = starts.pop()
+                for t in range(begin, end, L):
+                    now, i, j = slice(t, min(t + L, end)), t - begin, min(t + L, end) - begin
+                    SelectiveScan.states(x[now], dt[now], A, B[now], out[i], decay[i:j], out[i + 1:j + 1])
+                for t in reversed(range(begin, end, L)):
+                    now, i, j = slice(t, min(t + L, end)), t - begin, min(t + L, end) - begin
+                    for k in reversed(range(j - i)):
+                        torch.addcmul(g, dy[t + k, :, None], C[t + k, :, :, None], out=adjoint[k])
+                        g = torch.mul(decay[i + k], adjoint[k], out=flow[k])
+                    a = adjoint[:j - i]                                                      # (L, B, N, E)
+                    dB[now] = (a @ (x[now] * dt[now])[..., None])[..., 0]
+                    dC[now] = (out[i + 1:j + 1] @ dy[now, ..., None])[..., 0]
+                    dx[now] = (B[now, :, None] @ a)[:, :, 0]                                 # of x dt, for now
+                    p = torch.mul(flow[:j - i], out[i:j], out=dlog[:j - i])                  # of dt A
+                    for k in range(j - i):
+                        dA.addcmul_(p[k], dt[t + k, :, None])
+                    ddt[now] = (ones @ p.mul_(A))[:, :, 0]
+        ddt.addcmul_(dx, x)
+        return dx.mul_(dt), ddt, dA.sum(0), dB, dC, g.clone()
+
+
+def ssd(x, dt, A, B, C, h=None):
+    """The same recurrence with one decay per head, as matrices (Dao & Gu 2024, Mamba-2, section 6).
+
+    Inside a chunk y = (C B^T * decays) dt x, between chunks the state is carried. x: (B, T, E); dt: (B, T, G);
+    A: (G,), negative; B, C: (B, T, N); h: (B, N, E) or None -> y (B, T, E), the last h (None if h was).
+    """
+    rows, T, _ = x.shape
+    G, keep, ys = len(A), h is not None, []
+    # Sums of logarithms, and above all their differences, want more digits than float32 has if dt is large.
+    exact = torch.float32 if x.device.type == "mps" else torch.float64
+    x = (x.unflatten(-1, (G, -1)) * dt[..., None])                                           # (B, T, G, D)
+    rates = dt * (A / math.log(2))                                                           # (B, T, G)
+    for t in range(0, T, CHUNK):
+        now = slice(t, t + CHUNK)
+        xs, Bs, Cs, sums = x[:, now], B[:, now], C[:, now], rates[:, now].to(exact).cumsum(1)
+        L = xs.size(1)
+        past = torch.ones(L, L, dtype=torch.bool, device=x.device).tril()
+        between = sums.mT[..., None] - sums.mT[..., None, :]                                 # (B, G, L, L)
+        decay = between.to(x.dtype).masked_fill(~past, -torch.inf).exp2()
+        y = (((Cs @ Bs.mT)[:, None] * decay) @ xs.transpose(1, 2)).transpose(1, 2)           # (B, L, G, D)
+        if h is not None:
+            y = y + (Cs @ h).view(rows, L, G, -1) * sums.to(x.dtype).exp2()[..., None]
+        ys.append(y)
+        if keep or t + L < T:
+            left = (sums[:, -1:] - sums).to(x.dtype).exp2()                                  # (B, L, G)
+            new = Bs.mT @ (xs * left[..., None]).flatten(2)                                  # (B, N, E)
+            if h is not None:
+                new = new + (h.unflatten(-1, (G, -1)) * sums[:, -1, None, :, None].to(x.dtype).exp2()).flatten(2)
+            h = new
+    return torch.cat(ys, 1).flatten(2), h
+
+
+def spread_steps(n):
+    """(n,) biases whose softplus is log-uniform in [1e-3, 1e-1]: memories of many lengths from the start."""
+    dt = torch.exp(torch.empty(n).uniform_(math.log(1e-3), math.log(1e-1)))
+    return dt + torch.log(-torch.expm1(-dt))
+
+
+class Mamba1(nn.Module):
+    """Mamba as in Jamba, with norms on dt, B and C."""
+
+    def __init__(self, config):
+        super().__init__()
+        E, self.n_state = config.expand * config.n_embd, config.d_state or 16
+        self.dt_rank = config.dt_rank or -(-config.n_embd // 16)
+        self.in_proj = nn.Linear(config.n_embd, 2 * E, bias=False)
+        self.conv1d = nn.Conv1d(E, E, config.d_conv, groups=E)
+        self.x_proj = nn.Linear(E, self.dt_rank + 2 * self.n_state, bias=False)
+        self.dt_norm = RMSNorm(self.dt_rank, config.norm_eps)
+        self.b_norm = RMSNorm(self.n_state, config.norm_eps)
+        self.c_norm = RMSNorm(self.n_state, config.norm_eps)
+        self.dt_proj = nn.Linear(self.dt_rank, E)
+        self.A_log = nn.Parameter(torch.arange(1.0, self.n_state + 1).log().repeat(E, 1))
+        self.D = nn.Parameter(torch.ones(E))
+        self.out_proj = nn.Linear(E, config.n_embd, bias=False)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(spread_steps(E))
+
+    def init_cache(self, batch_size, max_len, **kind):
+        kind["dtype"] = torch.promote_types(kind["dtype"], torch.float32)
+        E, _, k = self.conv1d.weight.shape
+        h = torch.zeros(batch_size, self.n_state, E, **kind)
+        return {"conv": torch.zeros(batch_size, k - 1, E, **kind), "h": h}
+
+    def forward(self, x, rope, mask, cache=None, start=0):
+        x, z = self.in_proj(x).chunk(2, -1)                                                  # (B, T, E)
+        dtype, x = z.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
+        state = cache or self.init_cache(len(x), 0, dtype=x.dtype, device=x.device)
+        x, window = causal_conv(x, self.conv1d.weight, self.conv1d.bias, state["conv"])
+        x = F.silu(x)
+        dt, B, C = self.x_proj(x.to(dtype)).split((self.dt_rank, self.n_state, self.n_state), -1)
+        dt = F.linear(self.dt_norm(dt), self.dt_proj.weight).to(x.dtype)                     # (B, T, E)
+        dt = F.softplus(dt + self.dt_proj.bias)
+        B, C = self.b_norm(B).to(x.dtype), self.c_norm(C).to(x.dtype)                        # (B, T, N)
+        A = -self.A_log.to(x.dtype).exp().T.contiguous()
+        y, h = SelectiveScan.apply(x.transpose(0, 1), dt.transpose(0, 1), A, B.transpose(0, 1), C.transpose(0, 1),
+                                   state["h"])
+        if cache is not None:
+            cache["conv"].copy_(window)
+            cache["h"].copy_(h)
+        y = torch.addcmul(y.transpose(0, 1), x, self.D).to(dtype)                            # (B, T, E)
+        return self.out_proj(y * F.silu(z))
+
+
+class Mamba2(nn.Module):
+    """Mamba-2: one projection makes x, B, C and dt, and the channels of a head share dt and a decay."""
+
+    def __init__(self, config):
+        super().__init__()
+        E, N = config.expand * config.n_embd, config.d_state or 64
+        self.n_state, self.n_head = N, E // config.ssm_head_dim
+        self.in_proj = nn.Linear(config.n_embd, 2 * E + 2 * N + self.n_head, bias=False)
+        self.conv1d = nn.Conv1d(E + 2 * N, E + 2 * N, config.d_conv, groups=E + 2 * N)
+        self.dt_bias = nn.Parameter(spread_steps(self.n_head))
+        self.A_log = nn.Parameter(torch.empty(self.n_head).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(self.n_head))
+        self.norm = RMSNorm(E, config.norm_eps)
+        self.out_proj = nn.Linear(E, config.n_embd, bias=False)
+
+    def init_cache(self, batch_size, max_len, **kind):
+        kind["dtype"] = torch.promote_types(kind["dtype"], torch.float32)
+        W, _, k = self.conv1d.weight.shape
+        h = torch.zeros(batch_size, self.n_state, self.out_proj.in_features, **kind)
+        return {"conv": torch.zeros(batch_size, k - 1, W, **kind), "h": h}
+
+    def forward(self, x, rope, mask, cache=None, start=0):
+        E, N = self.out_proj.in_features, self.n_state
+        z, x, dt = self.in_proj(x).split((E, E + 2 * N, self.n_head), -1)
+        dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
+        state = cache or {"conv": x.new_zeros(len(x), self.conv1d.kernel_size[0] - 1, E + 2 * N, dtype=wide), "h": None}
+        x, window = causal_conv(x.to(wide), self.conv1d.weight, self.conv1d.bias, state["conv"])
+        x, B, C = F.silu(x).split((E, N, N), -1)
+        dt = F.softplus(dt.to(wide) + self.dt_bias)                                          # (B, T, G)
+        with torch.autocast(x.device.type, enabled=False):
+            y, h = ssd(x, dt, -self.A_log.to(wide).exp(), B, C, state["h"])
+        if cache is not None:
+            cache["conv"].copy_(window)
+            cache["h"].copy_(h)
+        y = torch.addcmul(y, x, self.D.repeat_interleave(E // self.n_head)).to(dtype)        # (B, T, E)
+        return self.out_proj(self.norm(y * F.silu(z)))
+
+
+class Block(nn.Module):
+    def __init__(self, config, index):
+        super().__init__()
+        attention = index % config.attn_layer_period == config.attn_layer_offset
+        mixer = Attention if attention else Mamba1 if config.ssm == "mamba1" else Mamba2
+        self.mixer_norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.mixer = mixer(config)
+        self.mlp_norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = SwiGLU(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, rope, mask, cache=None, start=0):
+        x = x + self.dropout(self.mixer(self.mixer_norm(x), rope, mask, cache, start))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class Model(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        if config.vocab_size < 1:
+            raise ValueError(f"vocab_size={config.vocab_size} must be at least 1 to build a model")
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.init_weights()
+
+    def init_weights(self):
+        """Normal weights, so small at the exits that every model starts at a loss of ln V. The rest is as the mixers
+        made it: A = -1 ... -N (mamba1) or in [-16, -1] (mamba2), dt in [0.001, 0.1], convolutions in [-1, 1] / sqrt(k).
+        """
+        for name, p in self.named_parameters():
+            if p.dim() != 2 or name.endswith("A_log"):
+                continue
+            std = 0.02
+            if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight")):
+                std /= math.sqrt(2 * self.config.n_layer)  # GPT-2: the residual stream keeps its size with depth
+            elif name.endswith("dt_proj.weight"):
+                std = p.size(1) ** -0.5                    # of a normalised vector: dt varies by a factor of e
+            elif p is self.embed.weight and self.head is None:
+                std = min(std, 4 / self.config.n_embd)     # tied: a token's own logit starts at std * n_embd
+            elif name == "head.weight":
+                std /= 2
+            nn.init.normal_(p, std=std)
+
+    def _hidden(self, idx, cache=None):
+        B, T = idx.shape
+        start = 0 if cache is None else int(cache["pos"])
+        x = self.embed(idx)                                                                  # (B, T, C)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # the residual stream too: half the memory traffic
+        x = self.dropout(x)
+        positions = torch.arange(start, start + T, device=idx.device)
+        turning = positions if self.config.rope else torch.zeros_like(positions)             # no RoPE: all at place 0
+        rope = rope_table(turning, self.config.n_embd // self.config.n_head, self.config.rope_theta)
+        rope = [t.to(x.dtype) for t in rope]
+        seen = torch.arange(start + T, device=idx.device)
+        mask = torch.zeros(T, start + T, dtype=x.dtype, device=x.device)
+        mask = mask.masked_fill(seen > positions[:, None], -torch.inf)                       # (T, S), causal
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, mask, None if cache is None else cache["layers"][i], start)
+        return self.norm(x)
+
+    # copied from model.py
+    def _logits(self, x):
+        return F.linear(x, self.embed.weight if self.head is None else self.head.weight).float()
+
+    # copied from model.py
+    def forward(self, idx, targets=None):
+        """idx, targets: (B, T) ids; target -1 counts for nothing -> (logits (B, T, V) float32, mean loss or None)."""
+        if idx.size(1) > self.config.block_size:
+            raise ValueError(f"{idx.size(1)} tokens do not fit block_size={self.config.block_size}")
+        logits = self._logits(self._hidden(idx))
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def init_cache(self, batch_size, max_len):
+        """An empty cache for max_len tokens: keys and values, windows and states of every layer, and the position."""
+        kind = {"dtype": self.embed.weight.dtype, "device": self.embed.weight.device}
+        layers = [block.mixer.init_cache(batch_size, max_len, **kind) for block in self.blocks]
+        return {"pos": torch.zeros((), dtype=torch.long), "layers": layers}
+
+    # copied from model.py
+    def step(self, idx, cache):
+        """idx: (B, T >= 1) more ids -> (logits (B, V) float32 of the last, cache). Use the returned cache."""
+        x = self._hidden(idx, cache)
+        return self._logits(x[:, -1]), cache | {"pos": cache["pos"] + idx.size(1)}
+
+    def param_groups(self):
+        """{role: [parameters]}: optim.py knows what each role gets. A tied matrix is an embedding."""
+        groups = {"embed": [self.embed.weight], "head": [] if self.head is None else [self.head.weight],
+                  "matrix": [], "vector": [], "ssm": []}
+        for name, p in [*self.blocks.named_parameters(), ("norm.weight", self.norm.weight)]:
+            ssm = "conv1d" in name or name.endswith(("A_log", ".D", "dt_bias", "dt_proj.bias"))
+            groups["ssm" if ssm else "matrix" if p.dim() == 2 else "vector"].append(p)
+        return {role: params for role, params in groups.items() if params}
+
+    def flops_per_token(self, seq_len):
+        """Training FLOPs per token, 2 per multiply-add of a matrix product, backward = 2 x forward (PaLM, appendix B).
+
+        6 N for the matrices that multiply, 12 C T for an attention layer; mamba1 sums the state once forward and four
+        times backward, all else in it is elementwise; mamba2 has two products within chunks and two between them.
+        """
+        c, T = self.config, seq_len
+        attention = sum(isinstance(block.mixer, Attention) for block in self.blocks)
+        n = sum(p.numel() for p in self.param_groups()["matrix"]) + self.embed.weight.numel()  # the last: the head
+        E, N = c.expand * c.n_embd, c.d_state or (16 if c.ssm == "mamba1" else 64)
+        scan = 10 * N * E
+        if c.ssm == "mamba2":
+            lengths = [min(CHUNK, T - t) for t in range(0, T, CHUNK)]
+            scan = 6 * (N + E) * sum(n * n for n in lengths) + 6 * N * E * (2 * T - lengths[0] - lengths[-1])
+            scan /= T
+        return 6 * n + 12 * attention * c.n_embd * T + (c.n_layer - attention) * scan
