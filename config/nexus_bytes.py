@@ -14,8 +14,11 @@ block_size = 128
 
 batch_size = 16
 lr = 0.02
-rest_lr = 0.01
 momentum = 0.9
-max_steps = 2000
-eval_every = 250
+rest_lr = 0.01
+schedule = "wsd"
+decay_frac = 0.5
+min_lr = 0.02
+max_steps = 600
+eval_every = 100
 prompts = ("To be", "The king", "What light")
