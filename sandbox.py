@@ -9,8 +9,8 @@
 A worker is two processes. The keeper sets the layers up, waits, and ends everything that is left. Below it, the program
 runs in a process group and a PID namespace of its own, as nobody, with limits on time, memory, files and processes, no
 network, an empty environment, and a file system that holds Python, the system's libraries and an empty /tmp of 16 MB.
-Landlock holds the files, the network and the signals once more. There is no seccomp filter, the kernel is shared, and
-nothing of this exists outside Linux: there, and where a layer is missing, it refuses unless told to `waive` that layer.
+Landlock holds the files, the network and the signals once more, seccomp what of the kernel none of these holds. Where a
+layer is missing, it refuses unless told to `waive` that layer; outside Linux there is none of this, and it refuses.
 
 Tests run in a second worker. Only calls and values of plain built-in types pass between the two, as JSON lines, so what
 a program does to its own process (exit, builtins, frames, ==) cannot turn a wrong answer into a right one.
@@ -29,9 +29,10 @@ import sys
 import tempfile
 import time
 
-LAYERS = ("user", "namespaces", "network", "files", "landlock", "limits")
+LAYERS = ("user", "namespaces", "network", "files", "landlock", "seccomp", "limits")
 OUTPUT_LIMIT = 1 << 16                                     # bytes of output that are looked at
 MESSAGE_LIMIT = 1 << 20                                    # bytes of one call or answer
+PATIENCE = 60                                              # seconds that a worker may take to start, and to end
 NOBODY = 65534
 
 
@@ -41,7 +42,7 @@ class SandboxError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    seconds: float = 10.0                                  # wall clock, all in all
+    seconds: float = 60.0                                  # wall clock; long, or a busy machine would change scores
     cpu: int = 5                                           # seconds of each process
     memory: int = 512 << 20                                # bytes of address space of each process
     processes: int = 8                                     # with threads
@@ -67,7 +68,9 @@ class Worker:
 
     def __init__(self, start, limits=None, waive=(), deny=()):
         self.limits = limits or Limits()
-        self.begun, self.buffer = time.monotonic(), b""
+        if sys.platform != "linux":
+            raise SandboxError("the sandbox needs Linux: use a Linux machine, or a virtual one")
+        self.end, self.buffer = time.monotonic() + PATIENCE, b""
         self.output = tempfile.TemporaryFile()             # its size has a limit, a pipe would have to be drained
         # not -I, which would make the hash of strings, and so the order of sets, differ from run to run
         self.process = subprocess.Popen(
@@ -81,6 +84,7 @@ class Worker:
             if lacking := [f"{layer} ({why})" for layer, why in self.missing.items() if layer not in waive]:
                 raise SandboxError(f"this machine does not give the sandbox its {', '.join(lacking)}: use another "
                                    f"machine, or waive {','.join(self.missing)} if you trust what is run")
+            self.end = time.monotonic() + self.limits.seconds                  # the program begins
         except BaseException:
             self.close()
             raise
@@ -92,7 +96,7 @@ class Worker:
         self.close()
 
     def left(self):
-        return self.begun + self.limits.seconds - time.monotonic()
+        return self.end - time.monotonic()
 
     def send(self, message):
         """A dict, or a line as it was received. Never waits longer than the worker has to live."""
@@ -121,7 +125,7 @@ class Worker:
         """End all its processes and wait until the last is gone. Safe to call twice."""
         self.process.stdin.close()                         # the keeper notices, kills, and ends last
         try:
-            self.process.wait(5)
+            self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:                  # the keeper itself is stuck
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
@@ -140,7 +144,7 @@ def run(code, limits=None, waive=(), deny=()):
     """Run a program -> Result."""
     with Worker({"code": code, "name": "__main__"}, limits, waive, deny) as worker:
         answer = worker.receive()
-        seconds = time.monotonic() - worker.begun
+        seconds = worker.limits.seconds - worker.left()
         error = _error(answer, worker)
         return Result(not error, worker.printed(), error, seconds)
 
@@ -155,7 +159,7 @@ def call(code, name, *arguments, limits=None, waive=()):
         line = worker.receive()
         try:
             return decode(json.loads(line or b"null")["value"]), ""
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             return None, _error(line, worker) or "it garbled its answer"
 
 
@@ -218,7 +222,7 @@ def encode(value):
 
 
 def decode(value):
-    """The inverse of encode. ValueError, TypeError or RecursionError on anything else."""
+    """The inverse of encode. ValueError, TypeError, KeyError, OverflowError or RecursionError on anything else."""
     if isinstance(value, list):
         return [decode(v) for v in value]
     if not isinstance(value, dict):
@@ -241,7 +245,13 @@ CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER = 0x20000, 0x4000000, 0x8
 CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
+PR_SET_SECCOMP = 22
 PIVOT_ROOT, CAPSET = {"x86_64": (155, 126), "aarch64": (41, 91)}.get(platform.machine(), (None, None))
+# AUDIT_ARCH, clone, and shmget, semget, msgget, ptrace, add_key, request_key, keyctl, unshare, perf_event_open,
+# process_vm_readv, process_vm_writev, bpf, userfaultfd, io_uring_setup: memory that counts against no limit, the keys
+# of whoever started us, and what most attacks on a kernel begin with
+CALLS = {"x86_64": (0xC000003E, 56, (29, 64, 68, 101, 248, 249, 250, 272, 298, 310, 311, 321, 323, 425)),
+         "aarch64": (0xC00000B7, 220, (194, 190, 186, 117, 217, 218, 219, 97, 241, 270, 271, 280, 282, 425))}
 
 
 def system(function, *arguments):
@@ -318,6 +328,24 @@ def landlock(workdir):
     os.close(ruleset)
 
 
+def seccomp():
+    """EPERM for CALLS and for a new user namespace, a kill for another architecture's numbers (seccomp(2)).
+
+    clone3 hides its flags from the filter, so it does not exist (ENOSYS) and the C library takes clone.
+    """
+    arch, clone, denied = CALLS.get(platform.machine(), (None, None, None))
+    if arch is None:
+        raise OSError(f"its numbers of system calls on {platform.machine()} are not known here")
+    load, equal, at_least, any_bit, end = 0x20, 0x15, 0x35, 0x45, 0x06
+    rules = [(load, 0, 0, 4), (equal, 1, 0, arch), (end, 0, 0, 1 << 31), (load, 0, 0, 0),
+             (equal, 0, 1, 435), (end, 0, 0, 5 << 16 | 38), (at_least, len(denied) + 4, 0, 1 << 30)]   # x32
+    rules += [(equal, len(denied) + 3 - i, 0, number) for i, number in enumerate(denied)]
+    rules += [(equal, 0, 2, clone), (load, 0, 0, 16), (any_bit, 1, 0, CLONE_NEWUSER),
+              (end, 0, 0, 0x7FFF0000), (end, 0, 0, 5 << 16 | 1)]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
+    system("prctl", PR_SET_SECCOMP, 2, struct.pack("HP", len(rules), ctypes.addressof(code)), 0, 0)
+
+
 def keeper():
     """Layers, then the program in a child, then the end of everything it started."""
     import resource  # not on Windows; and not once the files are out of reach
@@ -368,6 +396,7 @@ def keeper():
         layer("user", system, "syscall", CAPSET, struct.pack("=II", 0x20080522, 0), bytes(24))
         layer("limits", system, "prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
         layer("limits", system, "prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        layer("seccomp", seccomp)
         os.environ.clear()
         os.write(replies, json.dumps({"missing": missing}).encode() + b"\n")
         try:
