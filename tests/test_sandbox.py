@@ -211,7 +211,7 @@ def test_calls_and_values():
     assert sandbox.call("import os; os._exit(0)", "f")[1] == "the process ended early"
     for junk in ('{"value": {"float": "0x1p99999"}}', "9" * 5000, "[" * 100000,
                  '{"value": {"float": 1}}', '{"value": {"tuple": 5}}', "[]", "5", '{"value": {"": 1}}'):
-        code = (f"import os\nfor fd in range(3, 9):\n    try: os.write(fd, {junk!r}.encode() + b'\\n')\n"
+        code = (f"import os\nfor fd in range(3, 9):\n    try: os.write(fd, ({junk!r}.encode() + b'\\n') * 2)\n"
                 "    except OSError: pass")
         value, error = sandbox.call(code, "f")
         assert value is None and error
