@@ -85,7 +85,7 @@ def save(run_dir, step, model_tensors, optimizer_tensors, meta, tokenizer=None, 
             reason = f"{error.strerror or error}; check the folder and its permissions"
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 reason = f"disk full: {needed:,} bytes needed, {_free(run_dir):,} free; delete something"
-            raise UserError(f"cannot save {run_dir / name}: {reason}, or choose another --out_dir") from error
+            raise UserError(f"cannot save {run_dir / name}: {reason}, or choose another folder") from error
     try:
         _prune(run_dir, keep_last)
     except (OSError, UserError) as error:  # the new checkpoint is safe: too many old ones are no reason to stop

@@ -111,7 +111,9 @@ def attend(q, k, v, mask):
     B, H, T, D = q.shape
     S = k.size(2)
     if q.is_cuda or T == 1 or T * S > 1 << 20:
-        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=k.size(1) != H)
+        whole = T == S                                     # nothing cached: half of the scores need no computing
+        return F.scaled_dot_product_attention(q, k, v, None if whole else mask, is_causal=whole,
+                                              enable_gqa=k.size(1) != H)
     # On a CPU two plain matmuls train 2 to 3 times faster than the fused kernel, whose backward pass is slow,
     # as long as the (T, S) scores are small.
     if k.size(1) != H:
@@ -256,30 +258,32 @@ def ssd(x, dt, A, B, C, h=None):
     Inside a chunk y = (C B^T * decays) dt x, between chunks the state is carried. x: (B, T, E); dt: (B, T, G);
     A: (G,), negative; B, C: (B, T, N); h: (B, N, E) or None -> y (B, T, E), the last h (None if h was).
     """
-    rows, T, _ = x.shape
-    G, keep, ys = len(A), h is not None, []
+    rows, T, E = x.shape
+    G, L = len(A), min(CHUNK, T)
     # Sums of logarithms, and above all their differences, want more digits than float32 has if dt is large.
     exact = torch.float32 if x.device.type == "mps" else torch.float64
-    x = (x.unflatten(-1, (G, -1)) * dt[..., None])                                           # (B, T, G, D)
-    rates = dt * (A / math.log(2))                                                           # (B, T, G)
-    for t in range(0, T, CHUNK):
-        now = slice(t, t + CHUNK)
-        xs, Bs, Cs, sums = x[:, now], B[:, now], C[:, now], rates[:, now].to(exact).cumsum(1)
-        L = xs.size(1)
-        past = torch.ones(L, L, dtype=torch.bool, device=x.device).tril()
-        between = sums.mT[..., None] - sums.mT[..., None, :]                                 # (B, G, L, L)
-        decay = between.to(x.dtype).masked_fill(~past, -torch.inf).exp2()
-        y = (((Cs @ Bs.mT)[:, None] * decay) @ xs.transpose(1, 2)).transpose(1, 2)           # (B, L, G, D)
-        if h is not None:
-            y = y + (Cs @ h).view(rows, L, G, -1) * sums.to(x.dtype).exp2()[..., None]
-        ys.append(y)
-        if keep or t + L < T:
-            left = (sums[:, -1:] - sums).to(x.dtype).exp2()                                  # (B, L, G)
-            new = Bs.mT @ (xs * left[..., None]).flatten(2)                                  # (B, N, E)
-            if h is not None:
-                new = new + (h.unflatten(-1, (G, -1)) * sums[:, -1, None, :, None].to(x.dtype).exp2()).flatten(2)
-            h = new
-    return torch.cat(ys, 1).flatten(2), h
+    if T % L:                                              # dt = 0: the state stays
+        x, dt, B, C = (F.pad(t, (0, 0, 0, -T % L)) for t in (x, dt, B, C))
+    x, dt, B, C = (t.unflatten(1, (-1, L)) for t in (x, dt, B, C))                           # (B, n, L, ...)
+    x = x.unflatten(-1, (G, -1)) * dt[..., None]                                             # (B, n, L, G, D)
+    sums = (dt * (A / math.log(2))).to(exact).cumsum(2)                                      # (B, n, L, G)
+    past = torch.ones(L, L, dtype=torch.bool, device=x.device).tril()
+    between = (sums.mT[..., None] - sums.mT[..., None, :]).to(x.dtype)                       # (B, n, G, L, L)
+    decay = between.masked_fill(~past, -torch.inf).exp2()
+    y = (((C @ B.mT)[:, :, None] * decay) @ x.transpose(2, 3)).transpose(2, 3)               # (B, n, L, G, D)
+    n = x.size(1)
+    going = n if h is not None else n - 1                  # chunks whose state is needed after them
+    if going:
+        left = (sums[:, :going, -1:] - sums[:, :going]).to(x.dtype).exp2()                   # (B, n, L, G)
+        new = B[:, :going].mT @ (x[:, :going] * left[..., None]).flatten(3)                  # (B, n, N, E)
+        keep = sums[:, :going, -1:].to(x.dtype).exp2().repeat_interleave(E // G, -1)         # (B, n, 1, E)
+        states = [torch.zeros_like(new[:, 0]) if h is None else h]
+        for i in range(going):
+            states.append(torch.addcmul(new[:, i], keep[:, i], states[-1]))
+        before = torch.stack(states[:n], 1)                                                  # (B, n, N, E)
+        y = torch.addcmul(y, (C @ before).unflatten(-1, (G, -1)), sums.to(x.dtype).exp2()[..., None])
+        h = h if h is None else states[-1]
+    return y.flatten(3).flatten(1, 2)[:, :T], h
 
 
 def spread_steps(n):
@@ -335,7 +339,7 @@ class Mamba1(nn.Module):
 
 
 class Mamba2(nn.Module):
-    """Mamba-2: B, C and the decays do not wait for the convolution's result, heads of channels share a decay."""
+    """Mamba-2: one projection makes x, B, C and dt, and the channels of a head share dt and a decay."""
 
     def __init__(self, config):
         super().__init__()
@@ -359,13 +363,12 @@ class Mamba2(nn.Module):
         E, N = self.out_proj.in_features, self.n_state
         z, x, dt = self.in_proj(x).split((E, E + 2 * N, self.n_head), -1)
         dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
-        window = x.new_zeros(len(x), self.conv1d.kernel_size[0] - 1, E + 2 * N, dtype=wide)
-        x, window = causal_conv(x.to(wide), self.conv1d.weight, self.conv1d.bias,
-                                window if cache is None else cache["conv"])
+        state = cache or {"conv": x.new_zeros(len(x), self.conv1d.kernel_size[0] - 1, E + 2 * N, dtype=wide), "h": None}
+        x, window = causal_conv(x.to(wide), self.conv1d.weight, self.conv1d.bias, state["conv"])
         x, B, C = F.silu(x).split((E, N, N), -1)
         dt = F.softplus(dt.to(wide) + self.dt_bias)                                          # (B, T, G)
         with torch.autocast(x.device.type, enabled=False):
-            y, h = ssd(x, dt, -self.A_log.to(wide).exp(), B, C, None if cache is None else cache["h"])
+            y, h = ssd(x, dt, -self.A_log.to(wide).exp(), B, C, state["h"])
         if cache is not None:
             cache["conv"].copy_(window)
             cache["h"].copy_(h)
@@ -428,8 +431,9 @@ class Model(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # the residual stream too: half the memory traffic
         x = self.dropout(x)
         positions = torch.arange(start, start + T, device=idx.device)
-        turning = positions if self.config.rope else torch.zeros_like(positions)             # no RoPE: all at place 0
-        rope = rope_table(turning, self.config.n_embd // self.config.n_head, self.config.rope_theta)
+        rope = torch.ones(T, 1, device=x.device), torch.zeros(T, 1, device=x.device)         # nothing turns
+        if self.config.rope:
+            rope = rope_table(positions, self.config.n_embd // self.config.n_head, self.config.rope_theta)
         rope = [t.to(x.dtype) for t in rope]
         seen = torch.arange(start + T, device=idx.device)
         mask = torch.zeros(T, start + T, dtype=x.dtype, device=x.device)
@@ -485,7 +489,7 @@ class Model(nn.Module):
         E, N = c.expand * c.n_embd, c.d_state or (16 if c.ssm == "mamba1" else 64)
         scan = 10 * N * E
         if c.ssm == "mamba2":
-            lengths = [min(CHUNK, T - t) for t in range(0, T, CHUNK)]
-            scan = 6 * (N + E) * sum(n * n for n in lengths) + 6 * N * E * (2 * T - lengths[0] - lengths[-1])
-            scan = scan / T if scan % T else scan // T
+            L, chunks = min(CHUNK, T), -(-T // CHUNK)
+            scan = 6 * (N + E) * chunks * L * L + (chunks > 1) * 6 * N * E * (2 * chunks - 1) * L
+            scan /= T
         return 6 * n + 12 * attention * c.n_embd * T + (c.n_layer - attention) * scan

@@ -81,7 +81,9 @@ def attend(q, k, v, mask):
     B, H, T, D = q.shape
     S = k.size(2)
     if q.is_cuda or T == 1 or T * S > 1 << 20:
-        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=k.size(1) != H)
+        whole = T == S                                     # nothing cached: half of the scores need no computing
+        return F.scaled_dot_product_attention(q, k, v, None if whole else mask, is_causal=whole,
+                                              enable_gqa=k.size(1) != H)
     # On a CPU two plain matmuls train 2 to 3 times faster than the fused kernel, whose backward pass is slow,
     # as long as the (T, S) scores are small.
     if k.size(1) != H:

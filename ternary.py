@@ -86,9 +86,13 @@ def absmean(weight, group_size=0):
 
 
 def absmax(x):
-    """x (..., K) -> (q, scale (..., 1)): q = round(x * scale), integers from -127 to 127 in x's dtype."""
-    scale = 127 / x.abs().amax(-1, keepdim=True).clamp(min=1e-5)
-    return (x * scale).round(), scale
+    """x (..., K) -> (q, scale (..., 1)): q = round(x * scale), integers from -127 to 127 in x's dtype.
+
+    The scale is float32 even where x is bfloat16, whose eight bits would make it 128 and round one in eight otherwise.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scale = 127 / x.abs().amax(-1, keepdim=True).to(wide).clamp(min=1e-5)
+    return (x.to(wide) * scale).round_().to(x.dtype), scale
 
 
 class TernaryMatmul(torch.autograd.Function):
@@ -105,7 +109,7 @@ class TernaryMatmul(torch.autograd.Function):
         if not w_scale.dim():
             return F.linear(q, t) * (w_scale / scale).to(x.dtype)
         if x.dtype == torch.bfloat16:                      # seven bits of each sum remain anyway: one product is faster
-            return F.linear(q, w) / scale
+            return (F.linear(q, w) / scale).to(x.dtype)
         y, size = 0, t.size(1) // w_scale.size(1)
         for q_g, t_g, s_g in zip(q.split(size, -1), t.split(size, -1), w_scale.unbind(1), strict=True):
             y = y + F.linear(q_g, t_g) * s_g
@@ -114,7 +118,7 @@ class TernaryMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         q, scale, w = ctx.saved_tensors
-        grad_weight = (grad / scale).flatten(0, -2).mT @ q.flatten(0, -2)
+        grad_weight = (grad / scale).to(grad.dtype).flatten(0, -2).mT @ q.flatten(0, -2)
         return grad @ w, grad_weight.to(torch.promote_types(grad.dtype, torch.float32)), None, None, None
 
 
@@ -175,7 +179,9 @@ def attend(q, k, v, mask):
     B, H, T, D = q.shape
     S = k.size(2)
     if q.is_cuda or T == 1 or T * S > 1 << 20:
-        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=k.size(1) != H)
+        whole = T == S                                     # nothing cached: half of the scores need no computing
+        return F.scaled_dot_product_attention(q, k, v, None if whole else mask, is_causal=whole,
+                                              enable_gqa=k.size(1) != H)
     # On a CPU two plain matmuls train 2 to 3 times faster than the fused kernel, whose backward pass is slow,
     # as long as the (T, S) scores are small.
     if k.size(1) != H:
@@ -280,7 +286,8 @@ class Streams(nn.Module):
         pre, post, res = logits.split(self.sizes, -1)
         res = F.pad(res, (len(self.permutations) - res.size(-1), 0)).softmax(-1)
         mix = self.permutations.flatten(1)                                                   # (n!, n * n)
-        mix = mix.mT @ res if self.proj is None else res @ mix
+        with torch.autocast(res.device.type, enabled=False):  # in bfloat16 rows would miss 1 by half a percent
+            mix = mix.mT @ res if self.proj is None else res @ mix
         return pre.sigmoid(), 2 * post.sigmoid(), mix.unflatten(-1, (self.n, self.n))
 
     def forward(self, x, f):
@@ -317,7 +324,7 @@ class Model(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)  # and the head: BitNet ties them
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
-        self._stepper = None                               # of the packed model: what its compiled step needs
+        self._stepper = None                               # of the packed model: (its tensors then, Stepper)
         self.init_weights()
 
     def init_weights(self):
@@ -374,6 +381,8 @@ class Model(nn.Module):
     def init_cache(self, batch_size, max_len):
         """An empty cache for max_len tokens: keys and values of every layer, and the position."""
         weight = self.embed.weight
+        if self._stepper and self._stepper[0] != self._versions():
+            self._stepper = None                           # other weights than those that it has copies of
         kind = {"dtype": torch.float64 if self._compiled() else weight.dtype, "device": weight.device}
         layers = [block.attn.init_cache(batch_size, max_len, **kind) for block in self.blocks]
         return {"pos": torch.zeros((), dtype=torch.long), "layers": layers}
@@ -389,15 +398,21 @@ class Model(nn.Module):
         """What does a whole step of the packed model; None where no kernel fits this machine and these dtypes."""
         if not self.config.packed:
             return None
-        if self._stepper is None or self._stepper[0] != self.embed.weight.data_ptr():
+        if self._stepper is None:
             from kernels import ternary
-            self._stepper = self.embed.weight.data_ptr(), ternary.stepper(self, rope_table)
+            self._stepper = self._versions(), ternary.stepper(self, rope_table)
         return self._stepper[1]
+
+    def _versions(self):
+        return [(t.data_ptr(), t._version) for t in self.state_dict().values()]
+
+    def __getstate__(self):                                # deepcopy: the copy's tensors lie elsewhere
+        return self.__dict__ | {"_stepper": None}
 
     def param_groups(self):
         """{role: [parameters]}: optim.py knows what each role gets. A tied matrix is an embedding."""
         if self.config.packed:
-            raise ValueError("packed=True is to run a model, not to train it")
+            raise ValueError("packed=True is to run a model, not to train it: start from the one that was packed")
         groups = {"embed": [self.embed.weight], "ternary": [], "vector": []}
         for name, p in self.named_parameters():
             if p is not self.embed.weight:                 # what mixes streams is small: no orthogonal updates

@@ -36,6 +36,10 @@ class Config:
     seconds: float = 0.3            # of each turn
     threads: tuple[int, ...] = (1, 2)
 
+    def __post_init__(self):
+        if self.rounds < 1 or not self.seconds > 0 or not self.threads or min(self.threads) < 1:
+            raise ValueError(f"rounds={self.rounds}, seconds={self.seconds} and threads={self.threads} must be above 0")
+
 
 def race(contestants, rounds, seconds):
     """{name: function} -> {name: least seconds a call}."""
@@ -51,14 +55,16 @@ def race(contestants, rounds, seconds):
     return best
 
 
-def reader(n_bytes, threads):
-    """A function that reads n_bytes with so many threads, and does nothing else."""
-    data, libc = np.zeros(n_bytes, np.uint8), ctypes.CDLL(None)
+def reader(n_bytes, threads, times):
+    """A function that reads n_bytes with so many threads, so many times, and does nothing else."""
+    data, libc, part = np.zeros(n_bytes, np.uint8), ctypes.CDLL(None), n_bytes // threads
     libc.memchr.argtypes, libc.memchr.restype = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t], ctypes.c_void_p
-    if threads == 1:
-        return lambda: libc.memchr(data.ctypes.data, 1, n_bytes)
-    pool, part = ThreadPoolExecutor(threads), n_bytes // threads
-    return lambda: list(pool.map(lambda i: libc.memchr(data.ctypes.data + i * part, 1, part), range(threads)))
+    pool = ThreadPoolExecutor(threads)
+
+    def read(i):
+        for _ in range(times):
+            libc.memchr(data.ctypes.data + i * part, 1, part)
+    return lambda: list(pool.map(read, range(threads)))
 
 
 def matrix(n, k, group_size=0):
@@ -84,10 +90,10 @@ def kernels(cfg, threads):
         contestants = {name: on(isa, x, w) for name, isa in paths.items()}
         contestants |= {"groups of 128": on(lib.best, x, groups), "twin": lambda x=x, w=w: kernel.linear_torch(x, *w),
                         "torch f32": lambda x=x, d=dense: F.linear(x, d),
-                        "bf16": lambda x=x_half, d=half: F.linear(x, d), "read": reader(n * k // 4, threads)}
+                        "bf16": lambda x=x_half, d=half: F.linear(x, d), "read": reader(n * k // 4, threads, 50)}
         best = race(contestants, cfg.rounds, cfg.seconds)
         rate = n * k / 4 / 1e9 / best[next(name for name, isa in paths.items() if isa == lib.best)]
-        share = best["read"] * rate / (n * k / 4 / 1e9)
+        share = rate / (50 * n * k / 4 / 1e9 / best["read"])
         print(f"{f'{n} x {k}':>14}" + "".join(f"{2 * n * k / 1e9 / seconds:>16.1f}" for name, seconds in best.items()
                                               if name != "read") + f"{f'{rate:.0f} ({share:.0%})':>18}", flush=True)
     lib.isa = lib.best
@@ -162,7 +168,7 @@ def decoding(cfg, threads):
 
         def call():
             nonlocal cache
-            if cache["pos"] == 128:
+            if cache["pos"] == min(128, model.config.block_size):
                 cache = model.init_cache(1, model.config.block_size)
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
                 _, cache = model.step(token, cache)
@@ -211,6 +217,10 @@ def main(cfg):
         raise configurator.UserError("no C++ compiler here, so nothing to measure: install g++ or clang++")
     lib.best = lib.isa
     if cfg.checkpoint:
+        model = checkpoint.load_model(checkpoint.load(cfg.checkpoint, which="best"))
+        if not isinstance(model, ternary.Model) or model.config.packed:
+            raise configurator.UserError(f"--checkpoint={cfg.checkpoint} must be a ternary model as it was trained, "
+                                         "not another kind and not packed")
         parity(cfg)
     for threads in cfg.threads:
         torch.set_num_threads(threads)

@@ -1,4 +1,5 @@
 # As nexus_bytes.py, with 1,000 words of bytes instead of single ones: compare bits per byte.
+# 2 cores, tinyshakespeare: 2.08 bits per byte in 4 minutes, against 2.17 of bytes.
 dataset = "shakespeare_bpe1000"
 prepare = "prepare/shakespeare.py --tokenizer=bpe --vocab_size=1000"
 
@@ -14,8 +15,11 @@ block_size = 128
 
 batch_size = 16
 lr = 0.02
-rest_lr = 0.01
 momentum = 0.9
-max_steps = 2000
-eval_every = 250
+rest_lr = 0.01
+schedule = "wsd"
+decay_frac = 0.5
+min_lr = 0.02
+max_steps = 600
+eval_every = 100
 prompts = ("To be", "The king", "What light")

@@ -1,5 +1,6 @@
 # The seed's own run: ternary weights in groups of 128, two static mHC-lite streams, 3,672,360 parameters, on rows of
-# ids of which a third are constant, a third count up and a third are random.
+# ids of which a third are constant, a third count up and a third are random. 2 cores: 1000 steps in 3:38 (9,390 tokens
+# a second), validation loss 2.817 nats; nothing can come below 2.777, the random rows. The seed: 3.75 after 2000 steps.
 dataset = "synthetic_mix"
 prepare = "prepare/synthetic_code.py"
 
@@ -17,9 +18,11 @@ static_streams = True
 batch_size = 8
 optimizer = "muon"
 lr = 0.02
-rest_optimizer = "lion"
-rest_lr = 0.001
+rest_optimizer = "adamw"
+rest_lr = 0.08
 schedule = "wsd"
+decay_frac = 0.5
+min_lr = 0.0
 warmup_steps = 20
 max_steps = 1000
 eval_every = 250

@@ -60,6 +60,9 @@ def linear_torch(x, codes, scales, group_size=0):
 def linear(x, codes, scales, group_size=0):
     """x (..., K), codes from `pack`, scales () or (K / group_size, N) -> (..., N), in x's dtype."""
     k, n = x.size(-1), len(codes)
+    shape = (k // group_size, n) if group_size else ()
+    if codes.shape[1] != -(-k // 256) * 64 or scales.shape != shape or group_size and k % group_size:
+        raise ValueError(f"x (..., {k}) does not fit codes {tuple(codes.shape)} and scales {tuple(scales.shape)}")
     lib = library() if x.dtype == torch.float32 and x.device.type == "cpu" and group_size % 128 == 0 else None
     if lib is None:
         return linear_torch(x, codes, scales, group_size)
@@ -91,7 +94,8 @@ class Stepper:
                     (b.mlp_norm, b.mlp, ("gate_proj", "up_proj", "down_proj"), b.mlp_residual)):
                 layers.append(self.wide(norm, "weight"))
                 for name in matrices:
-                    layers += [getattr(part, name).codes.data_ptr(), getattr(part, name).scales.data_ptr()]
+                    self.kept += [getattr(part, name).codes, getattr(part, name).scales]
+                    layers += [t.data_ptr() for t in self.kept[-2:]]
                 layers.append(self.wide(part.sub_norm, "weight"))
                 layers += [self.wide(residual, name) for name in ("bias", "gain", "proj", "scale")]
             layers += [None, None]                         # the cache's keys and values: at each call
@@ -117,7 +121,7 @@ class Stepper:
         if self.shape.max_len != max_len:
             self.shape.max_len = max_len
             self.turn = [t.double() for t in self.rope_table(torch.arange(max_len), self.head_dim, self.theta)]
-        logits, idx = torch.empty(B, self.shape.vocab_size), idx.contiguous()
+        logits, idx = torch.empty(B, self.shape.vocab_size), idx.long().contiguous()
         cos, sin = (t.data_ptr() + 8 * pos * self.head_dim for t in self.turn)
         for row in range(B):
             for i, layer in enumerate(cache["layers"]):
@@ -163,14 +167,16 @@ def build():
         except (OSError, subprocess.CalledProcessError):
             continue
         name = hashlib.sha256(SOURCE.read_bytes() + version + " ".join(FLAGS).encode()).hexdigest()[:16]
-        for folder in (Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thimble",
-                       Path(tempfile.gettempdir()) / f"thimble-{os.getuid() if hasattr(os, 'getuid') else ''}"):
+        user = os.getuid() if hasattr(os, "getuid") else 0
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "thimble"
+        temporary = Path(tempfile.gettempdir()) / f"thimble-{user}"
+        for folder in (cache, temporary) if cache.is_absolute() else (temporary,):  # not all users have a home
             path = folder / f"ternary-{name}.so"
-            if usable(path):
-                return path
             try:
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-                return compile_to(path, compiler)
+                if folder == temporary and folder.lstat().st_uid != user:
+                    raise PermissionError(f"{folder} belongs to another user")  # who could put anything there
+                return path if usable(path) else compile_to(path, compiler)
             except (OSError, subprocess.CalledProcessError) as e:
                 errors.append(e)
     raise errors[-1] if errors else FileNotFoundError("no C++ compiler: install g++ or clang++, or set CXX")

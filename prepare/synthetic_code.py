@@ -42,6 +42,8 @@ class Config:
     def __post_init__(self):
         if self.samples < 20:
             raise ValueError(f"samples={self.samples} must be at least 20")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must not be negative")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -70,7 +72,7 @@ def write_mix(cfg, folder):
         out.meta["baselines"] = text.baselines(counts["train"], counts["val"])
         out.meta["overlap_13gram"] = None                  # there are no words
         out.meta["entropy_floor"] = math.log(len(CHARS)) / 3 + math.log(3) / (ROW - 1)  # nats per token that counts
-    text.report(folder, "python train.py config/tiny_cpu_synthetic.py")
+    text.report(folder, f"python train.py config/tiny_cpu_synthetic.py --dataset={folder.name}")
     print(f"no model can be better than {out.meta['entropy_floor']:.4f} nats per token")
 
 

@@ -165,7 +165,8 @@ def jamba(m):
 
 
 @pytest.mark.parametrize("extra", [{}, {"tie_embeddings": True}, {"n_kv_head": 2}, {"d_state": 8, "dt_rank": 5},
-                                   {"expand": 3, "d_conv": 3, "attn_layer_offset": 2, "n_kv_head": 1}], ids=str)
+                                   {"expand": 3, "d_conv": 3, "attn_layer_offset": 2, "n_kv_head": 1},
+                                   {"n_embd": 20, "d_conv": 1}, {"n_embd": 4, "n_layer": 2}], ids=str)  # odd heads too
 def test_parity_with_transformers(extra):
     m = shaken(replace(CONFIG, ssm="mamba1", **extra))
     idx = torch.randint(40, (2, 50))
@@ -205,6 +206,20 @@ def test_the_state_of_a_mamba_layer_does_not_grow(ssm):
     m = hybrid_ssm.Model(replace(CONFIG, ssm=ssm, n_layer=2))
     short, long = (m.init_cache(1, n)["layers"] for n in (10, 10_000))
     assert {k: v.shape for k, v in short[0].items()} == {k: v.shape for k, v in long[0].items()}
+
+
+@pytest.mark.parametrize("ssm", ["mamba1", "mamba2"])
+@torch.no_grad()
+def test_bfloat16_weights_decode_with_a_float32_state(ssm):
+    m = hybrid_ssm.Model(replace(CONFIG, ssm=ssm)).eval()
+    idx = torch.randint(40, (1, 60))
+    exact, _ = m(idx)
+    m.bfloat16()
+    cache = m.init_cache(1, 60)
+    assert {t.dtype for t in cache["layers"][0].values()} == {torch.float32}
+    for part in idx.split(20, 1):
+        logits, cache = m.step(part, cache)
+    assert (logits - exact[:, -1]).abs().max() < 0.1 * exact.std()
 
 
 def test_step_sizes_and_decays_begin_in_their_ranges():

@@ -2,12 +2,14 @@
 import os
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 
+from bench import ternary as bench
 from kernels import ternary as kernel
 
 LIB = kernel.library()
@@ -114,6 +116,20 @@ def test_other_dtypes_shapes_and_layouts():
     assert (kernel.linear(x.double(), codes, scales) - y).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("k, columns, scales, group_size", [(512, 256, (), 0), (256, 512, (), 0), (256, 256, (6,), 0),
+                                                            (256, 256, (2, 5), 128), (300, 300, (2, 6), 128)])
+def test_what_does_not_fit_is_named(k, columns, scales, group_size):
+    codes = kernel.pack(torch.zeros(6, columns, dtype=torch.int8))
+    with pytest.raises(ValueError, match=f", {k}\\) does not fit"):
+        kernel.linear(torch.ones(1, k), codes, torch.ones(scales), group_size)
+
+
+@pytest.mark.parametrize("bad", [{"rounds": 0}, {"seconds": 0.0}, {"threads": (1, 0)}, {"threads": ()}])
+def test_the_bench_refuses_to_measure_nothing(bad):
+    with pytest.raises(ValueError, match="must be above 0"):
+        bench.Config(**bad)
+
+
 # ---- the compiler
 
 PROGRAM = """
@@ -152,6 +168,22 @@ def test_compiled_once_and_mended(tmp_path):
     (with_kernel, same), err = finish(without)
     assert (with_kernel, same) == ("False", value)         # the twin: the same bits
     assert len(err.splitlines()) == 1 and "install g++" in err
+
+
+def test_where_the_library_is_kept(tmp_path, monkeypatch):
+    """A user without a home, as in containers, has the temporary folder; but no other user's folder there is used."""
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr(kernel, "compile_to", lambda path, compiler: path)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("CXX", sys.executable)
+    folder = tmp_path / f"thimble-{os.getuid()}"
+    assert kernel.build().parent == folder
+    other = folder.stat().st_uid + 1
+    folder.rename(tmp_path / f"thimble-{other}")
+    monkeypatch.setattr(os, "getuid", lambda: other)
+    with pytest.raises(PermissionError, match="another user"):
+        kernel.build()
 
 
 @pytest.mark.skipif(not LIB, reason="no C++ compiler here")

@@ -100,6 +100,7 @@ def test_the_real_library_is_there():
 
 @pytest.mark.parametrize("flags, says", [
     (["prepare/synthetic_code.py", "--kind=mixed"], "mix"), (["prepare/synthetic_code.py", "--samples=0"], "samples=0"),
+    (["prepare/synthetic_code.py", "--seed=-1"], "seed=-1"),
 ])
 def test_mistakes_are_one_line(flags, says, tmp_path):
     done = subprocess.run([sys.executable, *flags, f"--data_dir={tmp_path}"], cwd=ROOT, capture_output=True, text=True)

@@ -1,4 +1,5 @@
 """ternary.py against references from outside: a float64 twin in numpy, brute force, known numbers."""
+import copy
 import itertools
 import math
 import subprocess
@@ -205,6 +206,24 @@ def test_mixing_is_doubly_stochastic_and_never_grows(n, static, size):
 
 
 @pytest.mark.parametrize("static", [False, True])
+@torch.no_grad()
+def test_mixing_is_doubly_stochastic_under_autocast(static):
+    m = shaken(n_streams=4, static_streams=static)
+    with torch.autocast("cpu", torch.bfloat16):
+        res = residuals(m)[0].coefficients(torch.randn(2, 7, 4, 32).bfloat16())[2]
+    assert (res.sum(-1) - 1).abs().max() < 1e-6 and (res.sum(-2) - 1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_activations_are_rounded_alike_in_every_dtype(dtype):
+    x = torch.randn(500, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    q, scale = ternary.absmax(x)
+    assert q.dtype == dtype and scale.shape == (500, 1)
+    exact = 127 * x.double() / x.double().abs().amax(-1, keepdim=True)
+    assert q.abs().amax() == 127 and (q.double() - exact).abs().max() < 0.5 + 1e-4
+
+
+@pytest.mark.parametrize("static", [False, True])
 def test_mixing_begins_as_in_the_paper(static):
     m = ternary.Model(ternary.Config(**BASE | {"n_streams": 4, "static_streams": static}))
     for i, streams in enumerate(residuals(m)):
@@ -289,6 +308,31 @@ def test_compiled_steps_refuse_what_does_not_fit():
     for bad in (-1, 40):
         with pytest.raises(IndexError):
             m.step(torch.tensor([[bad]]), m.init_cache(1, 8))
+
+
+@torch.no_grad()
+def test_compiled_steps_follow_the_weights():
+    """New weights in the same model, a move there and back, a copy of a model in use: what counts is what it holds."""
+    m, other, idx = packed(shaken()), packed(shaken(seed=1)), torch.arange(5)[None]
+
+    def say(m):
+        return m.step(idx, m.init_cache(1, 8))[0]
+
+    first, second = say(m), say(other)
+    assert torch.equal(say(copy.deepcopy(m)), first)
+    m.load_state_dict(other.state_dict())
+    assert torch.equal(say(m), second)
+    assert torch.equal(say(m.double().float()), second)
+    m.norm.weight.mul_(0)
+    assert not say(m).any()
+
+
+@torch.no_grad()
+def test_ids_of_any_integer_type():
+    m, idx = packed(shaken()), torch.tensor([[3, 1, 39, 2]])
+    whole = m.step(idx, m.init_cache(1, 8))[0]
+    for dtype in (torch.int32, torch.int16, torch.uint8):
+        assert torch.equal(m.step(idx.to(dtype), m.init_cache(1, 8))[0], whole)
 
 
 @pytest.mark.parametrize("group_size", [0, 16])
