@@ -9,7 +9,7 @@ A dataset is a folder that any of the scripts in prepare/ writes:
     train.bin, val.bin              flat little-endian uint16, or uint32 when the vocabulary exceeds 65,535
     train.mask.bin, val.mask.bin    optional, uint8: 1 where a token counts in the loss
     tokenizer.json                  a Hugging Face `tokenizers` file, whatever the kind of tokenizer
-    meta.json                       everything else; written last
+    meta.json                       everything else; written last. With a row_length, each row is an example of its own
 """
 
 import codecs
@@ -59,6 +59,17 @@ class Dataset:
     def val_bytes(self):
         """Bytes of UTF-8 text that the val tokens stand for (an end-of-text token stands for none)."""
         return self.meta["bytes"]["val"]
+
+    @property
+    def row_length(self):
+        """Tokens of a row, where each row is an example of its own and batches must not cut across; 0: running text."""
+        return self.meta.get("row_length", 0)
+
+    def bytes_per_token(self, split):
+        """Of UTF-8 text, per token that counts in the loss (an end-of-text token stands for no byte)."""
+        mask = getattr(self, f"{split}_mask")
+        n = self.meta["tokens"][split] if mask is None else np.count_nonzero(mask)
+        return self.meta["bytes"][split] / n
 
     def tokenizer(self):
         tokenizer = load_tokenizer(self.path)
@@ -147,6 +158,8 @@ def _read_meta(file):
                 raise _damaged(file, f"needs a number in {key}.{split}, has {value!r:.60}")
     if not all(type(value) in (int, float) for value in meta["baselines"].values()):
         raise _damaged(file, f"needs numbers in baselines, has {meta['baselines']!r:.60}")
+    if type(meta.get("row_length", 0)) is not int or meta.get("row_length", 0) < 0:
+        raise _damaged(file, f"has row_length {meta['row_length']!r:.60}")
     if meta["dtype"] not in ("uint16", "uint32"):
         raise _damaged(file, f"has dtype {meta['dtype']!r:.60}, which must be uint16 or uint32")
     if not 0 < meta["vocab_size"] <= 2**32:
@@ -180,12 +193,13 @@ def _epoch(seed, epoch, n_windows, stride, slack):
     return rng.permutation(n_windows) * stride + offset
 
 
-def batch_indices(n_tokens, step, batch_size, block_size, seed):
+def batch_indices(n_tokens, step, batch_size, block_size, seed, rows=False):
     """Where the windows of batch `step` start: (batch_size,) int64, a pure function of the arguments.
 
     A window is block_size + 1 tokens: the inputs and, one further, the targets. An epoch is a random order of the
     windows that stand block_size apart (so that each token is a target once), all shifted by one random offset. Batches
     run on across the end of an epoch; its short rest at either end of the split gets its turn under another offset.
+    With `rows` there is no offset: each window is one of the split's rows of block_size.
     """
     if n_tokens < block_size + 1:
         raise UserError(
@@ -194,6 +208,8 @@ def batch_indices(n_tokens, step, batch_size, block_size, seed):
         )
     n_windows = max(1, (n_tokens - block_size) // block_size)  # as many as fit under every offset
     slack = min(block_size, n_tokens - n_windows * block_size)
+    if rows:
+        n_windows, slack = (n_tokens - 1) // block_size, 1
     starts, done = [], 0
     while done < batch_size:
         epoch, at = divmod(step * batch_size + done, n_windows)
@@ -202,13 +218,22 @@ def batch_indices(n_tokens, step, batch_size, block_size, seed):
     return starts[0] if len(starts) == 1 else np.concatenate(starts)
 
 
-def batch(tokens, step, batch_size, block_size, seed, mask=None):
-    """Batch `step`: (x, y), int64 (batch_size, block_size); y is x one further, -1 where `mask` is 0."""
-    at = batch_indices(len(tokens), step, batch_size, block_size, seed)[:, None] + np.arange(block_size + 1)
+def batch(tokens, step, batch_size, block_size, seed, mask=None, row_length=0):
+    """Batch `step`: (x, y), int64 (batch_size, block_size); y is x one further, -1 where `mask` is 0.
+
+    Rows of a fixed length end in padding: what all of a batch have of it is cut off, down to a multiple of 32.
+    """
+    if row_length and row_length != block_size:
+        raise UserError(f"the dataset has rows of {row_length} tokens: train with --block_size={row_length}")
+    starts = batch_indices(len(tokens), step, batch_size, block_size, seed, rows=row_length > 0)
+    at = starts[:, None] + np.arange(block_size + 1)
     window = np.asarray(tokens)[at].astype(np.int64)
     x, y = window[:, :-1].copy(), window[:, 1:].copy()
     if mask is not None:
         y[np.asarray(mask)[at[:, 1:]] == 0] = -1
+    if row_length:
+        used = np.flatnonzero((y >= 0).any(0)).max(initial=0) + 1
+        x, y = x[:, : -(-used // 32) * 32], y[:, : -(-used // 32) * 32]
     return x, y
 
 
@@ -320,6 +345,17 @@ class Tokenizer:
         for text, array in zip(texts, arrays, strict=True):
             self._check_known(text, array)
         return arrays
+
+    def encode_offsets(self, text):
+        """Ids of `text`, and for each the (start, end) of the characters that it stands for."""
+        if self.kind == "char":
+            self.encode(text)  # says which character it does not know
+        encoding = self._guarded([text], lambda: self._hf.encode(text, add_special_tokens=False))
+        return encoding.ids, encoding.offsets
+
+    def special(self, name):
+        """Id of a special token such as "<|im_end|>", or None."""
+        return self._specials.get(name)
 
     def decode(self, ids, skip_special=True):
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""

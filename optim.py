@@ -19,6 +19,7 @@ ROLES = {
     "embed":   (False, False),
     "vector":  (False, False),
     "ssm":     (False, False),
+    "lora":    (False, False),
 }
 
 

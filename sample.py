@@ -3,6 +3,7 @@
     python sample.py --prompt "To be"
     python sample.py --prompt FILE:letter.txt --temperature=0      # a prompt from a file; 0 is greedy
     python sample.py --checkpoint=runs/tiny_cpu --beam=4 --max_new_tokens=50
+    python sample.py --checkpoint=runs/sft_tiny --chat             # /temp 0.5, /max 100, /reset, /quit; or one --prompt
 """
 import sys
 import time
@@ -12,9 +13,11 @@ from typing import Literal
 
 import torch
 
+import chat
 import checkpoint
 import configurator
 import data
+from chat import TEMPLATES
 from configurator import UserError
 
 
@@ -27,6 +30,10 @@ class Config:
     num_samples: int = 1            # texts to write
     max_new_tokens: int = 300       # length of each, at most
     stop: tuple[str, ...] = ()      # texts at which a sample ends; it always ends at the end-of-text token
+    # conversation
+    chat: bool = False              # answer, with a --prompt once, without one in the terminal
+    template: Literal[("auto", *TEMPLATES)] = "auto"  # how a conversation is written; auto: as the model was taught
+    system: str = ""                # what to tell the model ahead of a conversation
     # how
     temperature: float = 0.8        # 0: greedy
     top_k: int = 0                  # keep the k most likely tokens; 0: all
@@ -218,49 +225,106 @@ def save_packed(folder, model, loaded):
     print(f"packed: {path}/model.safetensors, {(path / 'model.safetensors').stat().st_size:,} bytes", file=sys.stderr)
 
 
-def main(cfg):
-    loaded = checkpoint.load(cfg.checkpoint or None, which=cfg.which)
+def load(path, which="best", device="cpu", packed=False):
+    """(model ready to generate, tokenizer, the Checkpoint they are from); UserError if they do not fit together."""
+    loaded = checkpoint.load(path or None, which=which)
     model = checkpoint.load_model(loaded)
-    if cfg.packed or cfg.device == "cpu":
+    if packed or device == "cpu":
         model = deployed(model)
-    if cfg.packed:
-        save_packed(cfg.packed, model, loaded)
     try:
-        model = model.to(cfg.device).eval()
+        model = model.to(device).eval()
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device={cfg.device} does not work here: {str(e).splitlines()[0]}; try cpu") from None
+        raise UserError(f"--device={device} does not work here: {str(e).splitlines()[0]}; try cpu") from None
     tokenizer = data.load_tokenizer(loaded.path)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(f"{loaded.path}: the tokenizer has {tokenizer.vocab_size} ids, the model "
                         f"{model.config.vocab_size}: they do not belong together")
+    return model, tokenizer, loaded
+
+
+def stop_ids(loaded, tokenizer):
+    """Ids that end a text: the tokenizer's end-of-text token, and what an imported model brings along."""
+    return {tokenizer.eot, *loaded.meta.get("stop_ids", ())}
+
+
+def write(model, tokenizer, ids, cfg, generator, ends):
+    """Print one text that goes on from `ids` as it comes -> (its ids, the score of a beam search)."""
+    show, stream, written, score = Printer(cfg.stop), tokenizer.stream(), [], None
+    if cfg.beam:
+        new, score = beam_search(model, ids, cfg.max_new_tokens, cfg.beam, cfg.length_penalty, ends,
+                                 tokenizer.vocab_size)
+    else:
+        new = generate(model, ids, cfg.max_new_tokens, generator, ends, tokenizer.vocab_size,
+                       temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, min_p=cfg.min_p,
+                       repetition_penalty=cfg.repetition_penalty)
+    for token in new:
+        written.append(token)
+        show(stream.step(token))
+        if show.done:
+            break
+    if not show.done:
+        show(stream.flush(), last=True)
+    return written, score
+
+
+def converse(model, tokenizer, loaded, template, cfg, generator):
+    """Answer --prompt, or what is typed line by line until /quit or the end of the input."""
+    stops = stop_ids(loaded, tokenizer) | {chat.end_id(tokenizer, template)}
+    begin = [{"role": "system", "content": cfg.system}] if cfg.system else []
+    messages, typed = list(begin), read_prompt(cfg.prompt).strip()
+    while True:
+        try:
+            line = typed or input("> ").strip()
+        except EOFError:
+            return print()
+        command, _, value = line.partition(" ")
+        if command == "/quit":
+            return
+        if command == "/reset":
+            messages = list(begin)
+        elif command in ("/temp", "/max"):
+            try:
+                cfg = replace(cfg, **{"temperature": float(value)} if command == "/temp"
+                              else {"max_new_tokens": int(value)})
+            except ValueError as e:
+                print(f"{line}: {e}", file=sys.stderr)
+        elif line.startswith("/"):
+            print(f"{command} is none of /temp NUMBER, /max TOKENS, /reset, /quit", file=sys.stderr)
+        elif line:
+            messages.append({"role": "user", "content": line})
+            room = max(model.config.block_size - cfg.max_new_tokens, model.config.block_size // 2)
+            ids = chat.fit(tokenizer, messages, template, room)
+            written, _ = write(model, tokenizer, ids, cfg, generator, stops)
+            messages.append({"role": "assistant", "content": tokenizer.decode(written)})
+            print()
+        if typed:
+            return
+
+
+def main(cfg):
+    model, tokenizer, loaded = load(cfg.checkpoint, cfg.which, cfg.device, bool(cfg.packed))
+    if cfg.packed:
+        save_packed(cfg.packed, model, loaded)
+    torch.manual_seed(cfg.seed)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    note = f"{loaded.path}, step {loaded.meta['step']}"
+    if cfg.chat:
+        print(note, file=sys.stderr)
+        template = chat.template_of(loaded.meta, tokenizer) if cfg.template == "auto" else cfg.template
+        return converse(model, tokenizer, loaded, template, cfg, generator)
     prompt = read_prompt(cfg.prompt)
     ids = tokenizer.encode(prompt) or [tokenizer.eot]
     if len(ids) > model.config.block_size:
         print(f"note: the prompt has {len(ids)} tokens, the model sees the last {model.config.block_size}",
               file=sys.stderr)
-    print(f"{loaded.path}, step {loaded.meta['step']}", file=sys.stderr)
-    torch.manual_seed(cfg.seed)
-    generator = torch.Generator().manual_seed(cfg.seed)
+    print(note, file=sys.stderr)
     n, begun = 0, time.perf_counter()
     for i in range(cfg.num_samples):
         if i:
             print("\n" + "-" * 40)
         print(prompt, end="", flush=True)
-        show, stream = Printer(cfg.stop), tokenizer.stream()
-        if cfg.beam:
-            new, score = beam_search(model, ids, cfg.max_new_tokens, cfg.beam, cfg.length_penalty, {tokenizer.eot},
-                                     tokenizer.vocab_size)
-        else:
-            new = generate(model, ids, cfg.max_new_tokens, generator, {tokenizer.eot}, tokenizer.vocab_size,
-                           temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, min_p=cfg.min_p,
-                           repetition_penalty=cfg.repetition_penalty)
-        for token in new:
-            n += 1
-            show(stream.step(token))
-            if show.done:
-                break
-        if not show.done:
-            show(stream.flush(), last=True)
+        written, score = write(model, tokenizer, ids, cfg, generator, stop_ids(loaded, tokenizer))
+        n += len(written)
     print()
     seconds = time.perf_counter() - begun
     summary = f"{n} tokens, {n / seconds:,.0f} tokens/s" if seconds else ""

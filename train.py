@@ -32,6 +32,7 @@ import configurator
 import data
 import optim
 from configurator import UserError
+from lora import Lora
 from sample import generate
 
 HERE = Path(__file__).resolve().parent
@@ -43,6 +44,7 @@ class Config:
     out_dir: str = ""               # run folder; empty: runs/ and the recipe's name, with -2, -3, ... if that is taken
     resume: bool = False            # go on with the newest run of this recipe, or with --out_dir
     init_from: str = ""             # run or checkpoint folder whose weights to start from
+    lora_rank: int = 0              # with init_from: train so many ranks beside each matrix and nothing else; 0: all
     seed: int = 1337                # of weights, dropout and the order of the data
     # data
     dataset: str = "shakespeare_char"  # a folder, or its name in data/
@@ -94,6 +96,8 @@ class Config:
                      "weight_decay", "prompt_tokens", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.lora_rank < 0 or self.lora_rank and not self.init_from:
+            raise ValueError(f"lora_rank={self.lora_rank} must be 0, or above it beside init_from=RUN")
         if self.seed >= 2**63:
             raise ValueError(f"seed={self.seed} must be below 2**63")
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
@@ -179,8 +183,7 @@ def evaluate(model, dataset, device, autocast):
     nats, counts = torch.cat(nats), torch.cat(counts)
     n, loss = int(counts.sum()), float(nats.sum() / counts.sum())
     error = float((nats - loss * counts).square().sum().sqrt()) / n  # windows vary independently, tokens do not
-    bytes_per_token = dataset.val_bytes / len(dataset.val)
-    return {"val_loss": loss, "val_error": error, "val_bpb": loss / math.log(2) / bytes_per_token,
+    return {"val_loss": loss, "val_error": error, "val_bpb": loss / math.log(2) / dataset.bytes_per_token("val"),
             "val_ppl": math.exp(min(loss, 700)), "val_tokens": n}
 
 
@@ -231,11 +234,13 @@ def check_resume(cfg, resumed, dataset, environment):
     return environment
 
 
-def restore(model, optimizer, state, saved):
+def restore(model, lora, optimizer, state, saved):
     """Put weights, optimizer, random states and counters back to what the checkpoint holds."""
     try:
         model.load_state_dict(saved.model)
-        optimizer.load_state_dict({k: t for k, t in saved.optimizer.items() if not k.startswith("random.")})
+        if lora:
+            lora.load_state_dict({k[5:]: t for k, t in saved.optimizer.items() if k.startswith("lora.")})
+        optimizer.load_state_dict({k: t for k, t in saved.optimizer.items() if not k.startswith(("random.", "lora."))})
     except (ValueError, RuntimeError) as e:
         raise UserError(f"{saved.path} does not fit this model and optimizer: {e}") from None
     checkpoint.set_random_state(saved.optimizer)
@@ -243,13 +248,13 @@ def restore(model, optimizer, state, saved):
     state.update(saved.meta["state"])
 
 
-def roll_back(run_dir, model, optimizer, state):
+def roll_back(run_dir, model, lora, optimizer, state):
     """The last good state with half the learning rate; after three times a clear stop."""
     lr_factor, rollbacks, step = state["lr_factor"] / 2, state["rollbacks"] + 1, state["step"]
     if rollbacks > 3:
         raise UserError(f"loss or gradient not finite at step {step}, also at an eighth of the learning rate: "
                         "try a lower --lr and --rest_lr, or --dtype=float32")
-    restore(model, optimizer, state, checkpoint.load_run(run_dir, optimizer=True))
+    restore(model, lora, optimizer, state, checkpoint.load_run(run_dir, optimizer=True))
     state |= {"lr_factor": lr_factor, "rollbacks": rollbacks, "bad_steps": 0}
 
 
@@ -440,7 +445,7 @@ def plot(run_dir, dataset):
         print("no loss.png: pip install matplotlib", flush=True)
         return
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    per_nat = len(dataset.train) / dataset.meta["bytes"]["train"] / math.log(2)  # bits per byte of one nat per token
+    per_nat = 1 / dataset.bytes_per_token("train") / math.log(2)  # bits per byte of one nat per token
     train = [(r["step"], r["loss"] * per_nat) for r in records if "event" not in r and r.get("loss") is not None]
     val = [(r["step"], r["val_bpb"]) for r in records if r.get("val_bpb") is not None]
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -491,7 +496,9 @@ def train(cfg):
         model = (import_module(cfg.arch).Model(replace(cfg.model, vocab_size=vocab_size)) if fresh
                  else starting_weights(cfg, dataset))
         model.to(device).train()
-        optimizer = optim.Optimizer(model, cfg.optimizer, cfg.lr, cfg.rest_optimizer, cfg.rest_lr, cfg.weight_decay,
+        lora = Lora(model, cfg.lora_rank) if cfg.lora_rank else None
+        learner = lora or model                            # whose parameters learn
+        optimizer = optim.Optimizer(learner, cfg.optimizer, cfg.lr, cfg.rest_optimizer, cfg.rest_lr, cfg.weight_decay,
                                     cfg.betas, cfg.momentum)
     except ValueError as e:                                # model files and optim.py import nothing of ours
         raise UserError(e) from None
@@ -503,7 +510,7 @@ def train(cfg):
     environment = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(device)}
     if resumed:
         environment = check_resume(cfg, resumed, dataset, environment)
-        restore(model, optimizer, state, resumed)
+        restore(model, lora, optimizer, state, resumed)
         if state["step"] > cfg.max_steps:
             raise UserError(f"{run_dir} is at step {state['step']}, past max_steps={cfg.max_steps}: give a larger one")
     else:
@@ -518,18 +525,27 @@ def train(cfg):
 
     data.batch_indices(len(dataset.train), 0, 1, cfg.model.block_size, cfg.seed)  # too short a text: before a folder is
     forward = compiled(model, dataset, cfg, device, autocast) if environment["compile"] else model
+    for p in learner.parameters():                         # LoRA has them from the trial of the compiler
+        p.grad = None
     environment["compile"] = forward is not model          # what came of it, not what was asked for
     meta = {"arch": cfg.arch, "model_config": asdict(cfg.model), "config": configurator.flat(cfg),
             "environment": environment, "dataset": {"path": str(dataset.path), "files": dataset.meta["files"]}}
+    if "template" in dataset.meta:                         # a model that was taught to answer
+        meta["template"] = dataset.meta["template"]
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(run_dir / "config.json", json.dumps(configurator.flat(cfg), indent=1) + "\n")
     log = Log(run_dir, cfg, state)
     log.record({"event": "resume" if resumed else "start", "step": state["step"], "command": shlex.join(sys.argv),
                 "commit": git_commit(), **environment})
     describe(cfg, model, dataset, environment, run_dir)
+    if lora:
+        n, total = (sum(p.numel() for p in part.parameters()) for part in (lora, model))
+        print(f"LoRA of rank {cfg.lora_rank}: {n:,} parameters are trained, {n / total:.1%} of the model's", flush=True)
 
     def save(best=False):
         tensors = optimizer.state_dict() | checkpoint.random_state()
+        if lora:
+            tensors |= {f"lora.{k}": t for k, t in lora.state_dict().items()}
         checkpoint.save(run_dir, state["step"], model.state_dict(), tensors, meta | {"state": state},
                         dataset.path / "tokenizer.json", cfg.keep_last, best)
 
@@ -580,7 +596,8 @@ def train(cfg):
             scale = state["lr_factor"] * optim.lr_scale(step + 1, cfg.schedule, cfg.max_steps, cfg.warmup_steps,
                                                         cfg.min_lr, cfg.decay_frac, cfg.restart_steps,
                                                         cfg.restart_mul, cfg.restart_decay)
-            x, y = data.batch(dataset.train, step, cfg.batch_size, cfg.model.block_size, cfg.seed, train_mask)
+            x, y = data.batch(dataset.train, step, cfg.batch_size, cfg.model.block_size, cfg.seed, train_mask,
+                              dataset.row_length)
             x, y = torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)        # (batch_size, block_size)
             loss, n_targets = 0.0, (y >= 0).sum()
             if not n_targets:                              # every token is masked: nothing to learn here
@@ -594,27 +611,29 @@ def train(cfg):
                     part_loss = forward(part, targets)[1] * share
                 part_loss.backward()
                 loss += part_loss.detach()
-            if idle := [name for name, p in model.named_parameters() if p.grad is None]:
+            if idle := [name for name, p in learner.named_parameters() if p.grad is None]:
                 raise UserError(f"{cfg.arch}.py: no gradient reaches {', '.join(idle[:3])}: use it or remove it")
-            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+            norm = torch.nn.utils.get_total_norm([p.grad for p in learner.parameters()])
             loss, grad_norm = loss.item(), norm.item()
             state |= {"step": step + 1, "tokens": state["tokens"] + tokens_per_step}
             if math.isfinite(loss) and math.isfinite(grad_norm):
                 if cfg.grad_clip:
-                    torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip, norm)
+                    torch.nn.utils.clip_grads_with_norm_(learner.parameters(), cfg.grad_clip, norm)
                 optimizer.step(scale)
+                if lora:
+                    lora.merge()
                 state["bad_steps"] = 0
             else:                                          # never let it reach the weights
                 state["bad_steps"] += 1
                 log.record({"step": step + 1, "event": "skipped", "loss": str(loss), "grad_norm": str(grad_norm)})
                 log.say(f"step {step + 1}: loss {loss}, gradient norm {grad_norm}: step skipped")
                 if state["bad_steps"] == 3:
-                    roll_back(run_dir, model, optimizer, state)
+                    roll_back(run_dir, model, lora, optimizer, state)
                     log.go_back(state)
                     log.say(f"three in a row: back to step {state['step']} with half the rate")
                     log.record({"step": state["step"], "event": "rolled back", "lr_factor": state["lr_factor"]})
                     since, since_step = time.perf_counter(), state["step"]
-            for p in model.parameters():
+            for p in learner.parameters():
                 p.grad = None
 
             # 3. say how it goes

@@ -1,0 +1,16 @@
+# Teach the model of config/tiny_cpu.py to answer: Alpaca and GSM8K, not timed yet, nor a loss to expect. It learns
+# the form of an answer, not its truth: a model of this size has read nothing but Shakespeare.
+#   python prepare/sft.py --input=alpaca.json,gsm8k_train.jsonl --tokenizer=runs/tiny_cpu --name=sft_tiny
+#   python train.py config/sft_tiny.py --device=cpu
+#   python sample.py --checkpoint=runs/sft_tiny --chat
+dataset = "sft_tiny"
+init_from = "runs/tiny_cpu"
+arch = "ternary"
+
+block_size = 512                    # the rows of the dataset
+batch_size = 8
+lr = 0.02                           # a quarter of the rates of the first training
+rest_lr = 0.005
+warmup_steps = 20
+max_steps = 600
+eval_every = 100

@@ -1,0 +1,259 @@
+"""The sandbox against programs that mean harm, and the grader against completions that cheat."""
+import gzip
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import sandbox
+from sandbox import Limits
+
+ROOT = Path(__file__).resolve().parent.parent
+HUMANEVAL = ROOT.parent / "shared" / "data" / "HumanEval.jsonl.gz"
+LACKS = sandbox.active()[1] if sys.platform == "linux" else {"everything": "this is no Linux"}
+pytestmark = pytest.mark.skipif(bool(LACKS), reason=f"this machine lacks the layers {LACKS}")
+QUICK = Limits(seconds=1.2, cpu=1)
+PATIENT = Limits(seconds=60, cpu=1)                          # for what must end by another limit than the wall clock
+
+# Each prints ESCAPED if it got what it wanted. CANARY is a file outside, PORT, UDP and NAME are sockets outside.
+HOSTILE = {
+    "write outside": "open(CANARY, 'w').write('gone'); print('ESCAPED')",
+    "read outside": "print('ESCAPED', open(CANARY).read())",
+    "read passwords": "print('ESCAPED', open('/etc/passwd').read())",
+    "list home": "import os; print('ESCAPED', os.listdir(os.path.dirname(CANARY)))",
+    "delete outside": "import os; os.remove(CANARY); print('ESCAPED')",
+    "symlink": "import os; os.symlink(CANARY, 'link'); open('link', 'w').write('gone'); print('ESCAPED')",
+    "hard link": "import os; os.link(CANARY, 'link'); print('ESCAPED')",
+    "dots": "open('../../../../../..' + CANARY, 'a').write('gone'); print('ESCAPED')",
+    "poison the library": "import json; open(json.__file__, 'a').write('#'); print('ESCAPED')",
+    "parent's memory": "import os; print('ESCAPED', open(f'/proc/{os.getppid()}/environ', 'rb').read())",
+    "own memory": "open('/proc/self/mem', 'r+b'); print('ESCAPED')",
+    "tcp": "import socket; socket.create_connection(('127.0.0.1', PORT), 1); print('ESCAPED')",
+    "udp": "import socket; s = socket.socket(type=socket.SOCK_DGRAM); s.sendto(b'x', ('127.0.0.1', UDP)); "
+           "print('sent')",
+    "unix socket": "import socket; socket.socket(socket.AF_UNIX).connect('\\0' + NAME); print('ESCAPED')",
+    "names": "import socket; socket.getaddrinfo('example.org', 80); print('ESCAPED')",
+    "signal the tests": "import os; os.kill(PID, 0); print('ESCAPED')",
+    "signal everyone": "import os; os.kill(-1, 9)",
+    "ctypes shell": "import ctypes; print('ESCAPED' if ctypes.CDLL(None).system(f'echo gone > {CANARY}'.encode()) == 0"
+                    " else '')",
+    "reloaded os": "import importlib, os; print('ESCAPED' if importlib.reload(os).system('true') == 0 else '')",
+    "posix shell": "import posix; print('ESCAPED' if posix.system('true') == 0 else '')",
+    "subprocess": "import subprocess; subprocess.run(['/bin/sh', '-c', 'true'], check=True); print('ESCAPED')",
+    "ptrace": "import ctypes; print('ESCAPED' if ctypes.CDLL(None).ptrace(16, PID, None, None) == 0 else '')",
+    "environment": "import os; print('ESCAPED' if os.environ else '')",
+    "inherited files": "import os, stat\nfor fd in range(3, 64):\n    try:\n        mode = os.fstat(fd).st_mode\n"
+                       "    except OSError:\n        continue\n    print('' if stat.S_ISFIFO(mode) else 'ESCAPED')",
+    "shared memory": "import ctypes; print('ESCAPED' if ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600) >= 0 else '')",
+    "message queue": "import ctypes; print('ESCAPED' if ctypes.CDLL(None).msgget(0, 0o1600) >= 0 else '')",
+    "keyring": "import ctypes, platform\nn = 250 if platform.machine() == 'x86_64' else 219\n"
+               "print('ESCAPED' if ctypes.CDLL(None).syscall(n, 0, -3, 0) >= 0 else '')",
+    "io_uring": "import ctypes; print('ESCAPED' if ctypes.CDLL(None).syscall(425, 1, bytes(120)) >= 0 else '')",
+    "user namespace": "import ctypes; print('ESCAPED' if ctypes.CDLL(None).unshare(1 << 28) == 0 else '')",
+    "cloned namespace": "import ctypes, platform\nn = 56 if platform.machine() == 'x86_64' else 220\n"
+                        "pid = ctypes.CDLL(None).syscall(n, 1 << 28 | 17, 0, 0, 0, 0)\nprint('ESCAPED' if pid >= 0 "
+                        "else '')",
+    "clone3": "import ctypes\ne = (ctypes.c_uint64 * 8)(1 << 28, 0, 0, 0, 17)\n"
+              "print('ESCAPED' if ctypes.CDLL(None).syscall(435, e, 64) >= 0 else '')",
+    "root again": "import os; os.setuid(0); print('ESCAPED')",
+    "mount": "import ctypes; c = ctypes.CDLL(None); c.unshare(0x10020000); "
+             "print('ESCAPED' if c.mount(b'x', b'/tmp', b'tmpfs', 0, None) == 0 else '')",
+    "chroot": "import os; os.mkdir('a'); os.chroot('a'); os.chdir('../../..'); print('ESCAPED', os.listdir('.'))",
+    "device": "import os, stat; os.mknod('d', stat.S_IFBLK | 0o600, os.makedev(8, 0)); print('ESCAPED')",
+    "more limits": "import resource as r; r.setrlimit(r.RLIMIT_NPROC, (9999, 9999)); print('ESCAPED')",
+    "daemon": "import os, time, ctypes\nif os.fork() == 0:\n    os.setsid()\n    ctypes.CDLL(None).prctl(1, 0)\n"
+              "    if os.fork() == 0:\n        time.sleep(600)",
+    "fork bomb": "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass",
+    "thread bomb": "import threading, time\nwhile True:\n    threading.Thread(target=time.sleep, args=(600,)).start()",
+    "memory bomb": "a = []\nwhile True:\n    a.append(bytearray(1 << 24))",
+    "busy": "while True: pass",
+    "sleep": "import time; time.sleep(600)",
+    "deaf": "import signal, time\nfor s in range(1, 32):\n    try:\n        signal.signal(s, signal.SIG_IGN)\n"
+            "    except OSError:\n        pass\nos = __import__('os'); os.kill(os.getpid(), 19); time.sleep(600)",
+    "flood": "while True: print('x' * 65536)",
+    "flood of answers": "import os\nwhile True:\n    for fd in range(3, 16):\n        try:\n"
+                        "            os.write(fd, b'x' * 65536)\n        except OSError:\n            pass",
+    "disk": "for i in range(100000):\n    open(f'{i % 50}', 'ab').write(b'x' * 500000)\nprint('ESCAPED')",
+    "inodes": "for i in range(100000):\n    open(str(i), 'w').close()\nprint('ESCAPED')",
+    "recursion": "import sys\nsys.setrecursionlimit(10 ** 9)\ndef f(): return [f()]\nf()",
+    "crash": "import ctypes; ctypes.string_at(0)",
+}
+
+CHEATS = {
+    "exit": "    import sys; sys.exit(0)\n",
+    "hard exit": "    import os; os._exit(0)\n",
+    "exit on import": "    pass\nraise SystemExit(0)\n",
+    "equal to all": "    class Any:\n        def __eq__(self, other): return True\n        __lt__ = __gt__ = __le__ = "
+                    "__ge__ = __contains__ = __eq__\n        def __hash__(self): return 0\n    return Any()\n",
+    "lying int": "    class Any(int):\n        def __eq__(self, other): return True\n        __class__ = bool\n"
+                 "    return Any(1)\n",
+    "patched builtins": "    import builtins\n    builtins.AssertionError = type('E', (BaseException,), {})\n"
+                        "    builtins.abs = builtins.round = builtins.len = lambda *a: 0\n    return 0\n",
+    "frames": "    import sys\n    f = sys._getframe()\n    while f:\n        for d in (f.f_locals, f.f_globals):\n"
+              "            d.update(verdict='passed', passed=True, check=lambda c: None, decode=lambda v: True)\n"
+              "        f = f.f_back\n    return True\n",
+    "forged verdict": "    import os\n    for fd in range(0, 64):\n        try:\n            os.write(fd, "
+                      "b'{\"verdict\": \"passed\"}\\n')\n        except OSError:\n            pass\n    return None\n",
+    "garbage collector": "    import gc\n    for o in gc.get_objects():\n        if type(o) is dict and 'check' in o:"
+                         "\n            o['check'] = lambda c: None\n    return None\n",
+    "own encoder": "    import sys\n    m = sys.modules['__main__']\n    m.encode = lambda v: {'float': 'nan'}\n"
+                   "    return 1\n",
+    "own check": "    return None\ndef check(candidate):\n    pass\nimport atexit\natexit.register(print, 'passed')\n",
+}
+
+
+def problems():
+    if not HUMANEVAL.exists():
+        pytest.skip(f"{HUMANEVAL} is not here")
+    with gzip.open(HUMANEVAL, "rt") as f:
+        return [json.loads(line) for line in f]
+
+
+def grade(problem, completion, **kwargs):
+    return sandbox.grade(problem["prompt"], completion, problem["test"], problem["entry_point"], **kwargs)
+
+
+def workers():
+    """Processes that came from a sandbox, by their command line."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            ours = str(ROOT / "sandbox.py").encode() in (folder / "cmdline").read_bytes()
+            if ours and "Z" not in (folder / "stat").read_text().split()[2]:
+                found.add(folder.name)
+        except OSError:
+            pass
+    return found
+
+
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory):
+    canary = tmp_path_factory.mktemp("outside") / "canary"
+    canary.write_text("alive")
+    name = f"thimble-canary-{os.getpid()}"
+    with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(type=socket.SOCK_DGRAM) as udp, \
+            socket.socket(socket.AF_UNIX) as unix:
+        udp.bind(("127.0.0.1", 0))
+        unix.bind("\0" + name)
+        unix.listen()
+        for s in (tcp, udp, unix):
+            s.setblocking(False)
+        names = {"CANARY": str(canary), "PORT": tcp.getsockname()[1], "UDP": udp.getsockname()[1], "NAME": name,
+                 "PID": os.getpid()}
+        yield canary, (tcp, udp, unix), "".join(f"{k} = {v!r}\n" for k, v in names.items())
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile(name, outside):
+    canary, sockets, names = outside
+    begun, before, memory = time.monotonic(), workers(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = sandbox.run(names + HOSTILE[name], QUICK)
+    assert "ESCAPED" not in result.output
+    assert result.seconds < QUICK.seconds + 1 and time.monotonic() - begun < 60          # none of them ends by itself
+    assert workers() <= before
+    assert canary.read_text() == "alive" and [p.name for p in canary.parent.iterdir()] == ["canary"]
+    for s in sockets:
+        with pytest.raises(BlockingIOError):
+            s.recv(1) if s.type == socket.SOCK_DGRAM else s.accept()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 32 << 10       # in KB
+
+
+@pytest.mark.parametrize("alone", ["files", "landlock"])
+def test_either_layer_holds_the_files(alone, outside):
+    """The file system of its own and Landlock each keep a program out where the other is missing."""
+    canary, _, names = outside
+    # without files of its own a program that runs as nobody may not reach a Python that is installed in root's home
+    off = {"files": ("landlock",), "landlock": ("files", "user")}[alone]
+    for name in ("write outside", "read outside", "delete outside", "poison the library"):
+        result = sandbox.run(names + HOSTILE[name], QUICK, waive=off, deny=off)
+        assert not result.ok and "ESCAPED" not in result.output
+    assert canary.read_text() == "alive"
+
+
+def test_daemons_die_without_a_pid_namespace(outside):
+    before = workers()
+    sandbox.run(HOSTILE["daemon"], QUICK, waive=("namespaces",), deny=("namespaces",))
+    assert workers() <= before
+
+
+@pytest.mark.parametrize("layer", sandbox.LAYERS)
+def test_refuses_without_a_layer(layer):
+    with pytest.raises(sandbox.SandboxError, match=layer):
+        sandbox.run("print(1)", deny=(layer,))
+    assert layer in sandbox.active(deny=(layer,))[1]
+
+
+def test_honest_programs_run():
+    result = sandbox.run("import math, random, re, ssl, sqlite3\nopen('x', 'w').write('y')\n"
+                         "print(math.pi, open('x').read())")
+    assert result.ok and result.output == "3.141592653589793 y\n" and not result.error
+    assert sandbox.run("import sys; print('a'); sys.exit(0)").ok
+    failed = sandbox.run("print('a')\n1 / 0")
+    assert (failed.ok, failed.output, failed.error) == (False, "a\n", "ZeroDivisionError: division by zero")
+    assert not sandbox.run("def f(:").ok
+    assert sandbox.run("print({'a', 'b', 'c'})").output == sandbox.run("print({'a', 'b', 'c'})").output
+
+
+def test_calls_and_values():
+    values = [None, True, 2**70, -0.5, "ä\n\0", [1, [2]], (1, (2, 3)), {1, 2}, frozenset("ab"), {"a": (1,), 2: None},
+              b"\0x", 1 + 2j, float("inf"), [], (), {}, set()]
+    value, error = sandbox.call("def f(*a): return [*a]", "f", *values)
+    assert not error and value == values and [type(v) for v in value] == [type(v) for v in values]
+    assert "object cannot be passed on" in sandbox.call("def f(): return object()", "f")[1]
+    assert sandbox.call("def f(): 1 / 0", "f")[1] == "ZeroDivisionError: division by zero"
+    assert sandbox.call("x = 1", "f")[1] == "KeyError: 'f'"
+    assert sandbox.call("import os; os._exit(0)", "f")[1] == "the process ended early"
+    for junk in ('{"value": {"float": "0x1p99999"}}', "9" * 5000, "[" * 100000,
+                 '{"value": {"float": 1}}', '{"value": {"tuple": 5}}', "[]", "5", '{"value": {"": 1}}'):
+        code = (f"import os\nfor fd in range(3, 9):\n    try: os.write(fd, {junk!r}.encode() + b'\\n')\n"
+                "    except OSError: pass")
+        value, error = sandbox.call(code, "f")
+        assert value is None and error
+
+
+def test_a_busy_machine_costs_no_program_its_time():
+    """What loops ends by its CPU time, so the wall clock may be patient with what waits for its turn."""
+    busy = sandbox.run("while True: pass", PATIENT)
+    assert busy.error == "the process ended early" and busy.seconds < PATIENT.seconds
+
+
+def test_humaneval_some():
+    for problem in problems()[32::33]:                     # 32 has a helper in its prompt that the tests use
+        assert grade(problem, problem["canonical_solution"]) == (True, "passed")
+        assert not grade(problem, "    pass\n")[0]
+        assert not grade(problem, "")[0]
+
+
+@pytest.mark.parametrize("name", CHEATS)
+def test_cheats_some(name):
+    for problem in problems()[1:100:49]:
+        assert not grade(problem, CHEATS[name], limits=QUICK)[0]
+
+
+@pytest.mark.slow
+def test_humaneval_all():
+    for problem in problems():
+        assert grade(problem, problem["canonical_solution"]) == (True, "passed"), problem["task_id"]
+        assert not grade(problem, "")[0], problem["task_id"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHEATS)
+def test_cheats_all(name):
+    for problem in problems():
+        assert not grade(problem, CHEATS[name], limits=QUICK)[0], problem["task_id"]
+
+
+def test_command_line(tmp_path):
+    program = tmp_path / "p.py"
+    program.write_text("print('hello')")
+    out = subprocess.run([sys.executable, ROOT / "sandbox.py", program], capture_output=True, text=True)
+    assert out.returncode == 0 and "landlock" in out.stdout and "hello" in out.stdout
+    out = subprocess.run([sys.executable, ROOT / "sandbox.py", "nosuch.py"], capture_output=True, text=True)
+    assert out.returncode == 1 and "nosuch.py" in out.stderr and "Traceback" not in out.stderr

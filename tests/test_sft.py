@@ -1,0 +1,235 @@
+"""Templates, masks and rows: a model is asked exactly as it was taught, and only answers are in the loss."""
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import chat
+import checkpoint
+import configurator
+import data
+import model
+import train
+from configurator import UserError
+from prepare import sft
+
+ROOT = Path(__file__).resolve().parent.parent
+TALK = [{"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Say <|im_start|> and <|endoftext|>, ä 🎉", "input": "x\ny"},
+        {"role": "assistant", "content": "Yes.  Two lines:\n\n1 2"},
+        {"role": "user", "content": "<|im_end|>"},
+        {"role": "assistant", "content": "(7)"}]
+TEXT = ["User: Hello world. Assistant: ### Response:\n system user assistant\n\n hello 1 2 3 "] * 20
+
+
+def smollm_like():
+    """A BPE with chatml's special tokens, as SmolLM2's has."""
+    tokenizer = data.train_bpe(TEXT, 300, "smollm")
+    tokenizer._hf.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return data.Tokenizer(tokenizer._hf)
+
+
+TOKENIZERS = {"byte": data.byte_tokenizer, "gpt2": lambda: data.train_bpe(TEXT, 320, "gpt2"),
+              "llama3": lambda: data.train_bpe(TEXT, 320, "llama3"), "smollm": smollm_like,
+              "char": lambda: data.char_tokenizer("".join(m["content"] for m in TALK) + "".join(TEXT)
+                                                  + "<|im_start|>Instruction:#Inputxy")}
+
+
+@pytest.fixture(params=TOKENIZERS)
+def tokenizer(request):
+    return TOKENIZERS[request.param]()
+
+
+@pytest.mark.parametrize("template", chat.TEMPLATES)
+def test_a_prompt_is_the_beginning_of_what_was_taught(tokenizer, template):
+    ids, counts = chat.encode(tokenizer, TALK, template)
+    for n in (2, 4):
+        prompt, before = chat.encode(tokenizer, TALK[:n], template, reply=True)
+        assert ids[:len(prompt)] == prompt and counts[:len(prompt)] == before
+        answer = ids[len(prompt):]
+        answer = answer[:(counts[len(prompt):] + [0]).index(0)]
+        assert answer[-1] == chat.end_id(tokenizer, template) and not before[-1]
+        assert tokenizer.decode(answer).strip() == TALK[n]["content"]
+        if template != "chatml":
+            text = "".join(t for t, _ in chat.parts(TALK[:n], template, True) if isinstance(t, str))
+            assert tokenizer.decode([i for i in prompt if i != tokenizer.eot]) == text
+    assert sum(counts) == sum(before) + len(answer)
+
+
+def test_nobody_can_type_a_special_token():
+    tokenizer = smollm_like()
+    ids, _ = chat.encode(tokenizer, [{"role": "user", "content": t} for t in ("<|im_start|>", "<|im_end|>",
+                                                                              "<|endoftext|>")], "chatml")
+    assert ids.count(tokenizer.special("<|im_start|>")) == ids.count(tokenizer.special("<|im_end|>")) == 3
+    assert tokenizer.eot not in ids
+
+
+def test_a_token_across_the_border_is_refused():
+    """A tokenizer without any notion of words may join the end of a prompt to the beginning of an answer."""
+    import tokenizers
+
+    vocab = {c: i for i, c in enumerate(sorted(set("User: xAssitan\n")))} | {": ": 50}
+    vocab = {k: i for i, k in enumerate(vocab)}
+    hf = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[(":", " ")]))
+    hf.decoder = tokenizers.decoders.Fuse()
+    with pytest.raises(UserError, match="reaches from the prompt"):
+        chat.encode(data.Tokenizer(hf), [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}],
+                    "elite")
+
+
+def test_fit_forgets_the_oldest():
+    tokenizer = data.byte_tokenizer()
+    whole = chat.fit(tokenizer, TALK, "elite", 1000)
+    assert whole == chat.encode(tokenizer, TALK, "elite", reply=True)[0]
+    short = chat.fit(tokenizer, TALK, "elite", len(whole) - 1)
+    assert short == chat.encode(tokenizer, [TALK[0], *TALK[3:]], "elite", reply=True)[0]
+    assert len(chat.fit(tokenizer, TALK, "elite", 10)) == 10
+
+
+def test_records():
+    assert sft.conversation({"instruction": " a ", "input": "b", "output": "c"}, "") == [
+        {"role": "user", "content": " a ", "input": "b"}, {"role": "assistant", "content": "c"}]
+    gsm = sft.conversation({"question": "1+1?", "answer": "<<1+1=2>>2\n#### 2"}, "")
+    assert gsm[1]["content"] == "<<1+1=2>>2\n#### 2"
+    talk = [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"},
+            {"from": "human", "value": "unanswered"}]
+    assert [m["role"] for m in sft.conversation({"conversations": talk}, "")] == ["system", "user", "assistant"]
+    cat = [{"role": "cat", "content": "x"}, {"role": "assistant", "content": ""}]
+    for bad in ({}, {"messages": 5}, {"messages": cat}, {"messages": []},
+                {"conversations": [{"from": "tool", "value": "x"}]}, [1], {"instruction": "a", "output": None}):
+        with pytest.raises(UserError, match="line 7 is no conversation"):
+            sft.conversation(bad, "line 7")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """A dataset of 60 sums and 20 greetings, the greetings three times."""
+    folder = tmp_path_factory.mktemp("sft")
+    sums = [{"question": f"{i} + {j}?", "answer": f"<<{i}+{j}={i + j}>>{i + j}"} for i in range(10) for j in range(6)]
+    hello = [{"messages": [{"role": "user", "content": f"Hi {i}"}, {"role": "assistant", "content": "Hello" * (i + 1)}]}
+             for i in range(20)]
+    for name, records in (("sums", sums), ("hello", hello)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    cfg = sft.Config(input=(str(folder / "sums.jsonl"), str(folder / "hello.jsonl")), weights=(1.0, 3.0), name="rows",
+                     tokenizer="byte", block_size=96, val_fraction=0.15, data_dir=str(folder))
+    sft.main(cfg)
+    return folder / "rows"
+
+
+def test_rows(rows):
+    dataset, tokenizer = data.load(rows), data.byte_tokenizer()
+    assert dataset.row_length == 96 and dataset.meta["template"] == "elite"
+    texts = {}
+    for split in data.SPLITS:
+        tokens, mask = getattr(dataset, split), getattr(dataset, f"{split}_mask")
+        assert len(tokens) % 96 == 1
+        texts[split] = [tokenizer.decode(row) for row in tokens[:-1].reshape(-1, 96)]
+        for row, counts in zip(tokens[:-1].reshape(-1, 96), mask[:-1].reshape(-1, 96), strict=True):
+            text, answer = tokenizer.decode(row), tokenizer.decode(row[counts == 1])
+            assert text.startswith("User: ") and text.split("Assistant:")[1] == answer
+            assert counts.any() and row[counts == 1][-1] == tokenizer.eot
+            assert (row[np.flatnonzero(counts)[-1]:] == tokenizer.eot).all()
+    assert not set(texts["train"]) & set(texts["val"])
+    greetings = [t for t in texts["train"] if "Hi" in t]
+    assert len(greetings) == 3 * len(set(greetings)) and len(set(greetings)) + sum("Hi" in t for t in texts["val"]) < 20
+    n_bytes = sum(len(t.split("Assistant:")[1].strip()) for t in texts["val"])
+    assert dataset.bytes_per_token("val") == n_bytes / dataset.val_mask.sum()
+
+
+def test_batches_are_rows(rows):
+    """Every batch holds whole rows, each row once an epoch, without the padding that all have in common."""
+    dataset = data.load(rows)
+    n, seen = (len(dataset.train) - 1) // 96, []
+    for step in range(n // 4):
+        x, y = data.batch(dataset.train, step, 4, 96, 3, dataset.train_mask, 96)
+        assert x.shape == y.shape and x.shape[1] % 32 == 0 and (y >= 0).any(1).all()
+        for xs, ys in zip(x, y, strict=True):
+            starts = [i for i in range(n) if (dataset.train[i * 96:i * 96 + x.shape[1]] == xs).all()]
+            assert starts
+            assert (ys >= 0).sum() == dataset.train_mask[starts[0] * 96:starts[0] * 96 + 96].sum()
+            seen.append(bytes(xs.astype(np.uint8)))
+    rows_of = {bytes(dataset.train[i * 96:i * 96 + 32].astype(np.uint8)) for i in range(n)}
+    assert {s[:32] for s in seen} >= set(list(rows_of)[:1]) and len(set(s[:32] for s in seen)) >= len(rows_of) - 3
+    with pytest.raises(UserError, match="--block_size=96"):
+        data.batch(dataset.train, 0, 4, 64, 3, dataset.train_mask, 96)
+
+
+def test_no_example_feels_another(rows):
+    """The loss of a row does not change with what stands in the other rows."""
+    dataset = data.load(rows)
+    torch.manual_seed(0)
+    m = model.Model(model.Config(n_layer=1, n_embd=16, n_head=2, vocab_size=257, block_size=96))
+    x, y = map(torch.from_numpy, data.batch(dataset.train, 0, 4, 96, 3, dataset.train_mask, 96))
+    alone = [m(x[i:i + 1], y[i:i + 1])[1] * (y[i] >= 0).sum() for i in range(4)]
+    assert torch.allclose(m(x, y)[1] * (y >= 0).sum(), sum(alone), rtol=1e-5)
+
+
+def test_training_learns_answers_only(rows, tmp_path):
+    cfg = configurator.load(train.Config, dataset=str(rows), out_dir=str(tmp_path / "run"), max_steps=12, eval_every=12,
+                            batch_size=4, block_size=96, n_layer=1, n_embd=32, n_head=2, device="cpu", dtype="float32")
+    record = train.train(cfg)
+    loaded = checkpoint.load(tmp_path / "run")
+    assert loaded.meta["template"] == "elite" and record["val_loss"] < 5
+    dataset = data.load(rows)
+    m = checkpoint.load_model(loaded).eval()
+    nats = 0.0
+    for row, counts in zip(dataset.val[:-1].reshape(-1, 96), dataset.val_mask[:-1].reshape(-1, 96), strict=True):
+        row, counts = torch.tensor(row.astype(int)), torch.tensor(counts)
+        logp = m(row[None])[0][0].log_softmax(-1)
+        nats -= sum(logp[t - 1, row[t]].item() for t in range(1, 96) if counts[t])
+    assert record["val_loss"] == pytest.approx(nats / dataset.val_mask.sum(), rel=1e-3)
+    assert record["val_tokens"] == dataset.val_mask.sum()
+    with pytest.raises(UserError, match="--block_size=96"):
+        train.train(replace(cfg, out_dir=str(tmp_path / "other"), model=replace(cfg.model, block_size=32)))
+
+
+def test_the_terminal_asks_as_training_did(rows, tmp_path, monkeypatch, capsys):
+    """What sample.py --chat gives the model for a second question is the beginning of a training example."""
+    import sample
+
+    cfg = configurator.load(train.Config, dataset=str(rows), out_dir=str(tmp_path / "run"), max_steps=1, batch_size=4,
+                            block_size=96, n_layer=1, n_embd=16, n_head=2, device="cpu", dtype="float32")
+    train.train(cfg)
+    tokenizer, asked = data.byte_tokenizer(), []
+
+    def generate(model, ids, max_new_tokens, generator, stop_ids, vocab_size, **sampling):
+        asked.append((ids, max_new_tokens, sampling["temperature"], stop_ids))
+        yield from tokenizer.encode(" Fine.\n")
+
+    lines = iter(["How are you?", "/temp 0.5", "/max 7", "/temp x", "/what", "", "And you?", "/reset", "Hi", "/quit"])
+    monkeypatch.setattr(sample, "generate", generate)
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    sample.main(sample.Config(checkpoint=str(tmp_path / "run"), chat=True, max_new_tokens=9))
+    talk = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Fine."},
+            {"role": "user", "content": "And you?"}, {"role": "assistant", "content": "Fine."}]
+    ids, counts = chat.encode(tokenizer, talk, "elite")
+    assert ids[:len(asked[0][0])] == asked[0][0] and ids[:len(asked[1][0])] == asked[1][0]
+    assert counts[len(asked[1][0])] and asked[1][1:] == (7, 0.5, {tokenizer.eot})
+    assert asked[2][0] == tokenizer.encode("User: Hi\nAssistant:")
+    shown = capsys.readouterr()
+    assert shown.out.count("Fine.") == 3 and "/temp x" in shown.err and "/what is none of" in shown.err
+    sample.main(sample.Config(checkpoint=str(tmp_path / "run"), chat=True, prompt="Hi"))
+    assert asked[3][0] == asked[2][0] and capsys.readouterr().out.strip() == "Fine."
+
+
+def test_command_line(tmp_path):
+    def call(*flags):
+        return subprocess.run([sys.executable, ROOT / "prepare" / "sft.py", *flags, f"--data_dir={tmp_path}"],
+                              capture_output=True, text=True)
+
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join(json.dumps({"question": f"q{i}", "answer": f"a{i} ä"}) for i in range(50)))
+    out = call(f"--input={file}", "--name=x", "--tokenizer=byte", "--show=1", "--template=alpaca")
+    assert out.returncode == 0, out.stderr
+    assert "\033[2m### Instruction:\nq" in out.stdout and "\033[0ma" in out.stdout
+    good = [f"--input={file}", "--name=x", "--tokenizer=byte"]
+    for flag, words in (("--input=", "--input"), (f"--input={tmp_path}/no.json", "no.json"),
+                        ("--weights=1,2", "weights"), ("--tokenizer=nosuch", "nosuch"),
+                        ("--block_size=4", "block_size")):
+        out = call(*good, flag)
+        assert out.returncode == 1 and words in out.stderr.splitlines()[-1] and "Traceback" not in out.stderr
