@@ -82,7 +82,7 @@ def fit(tokenizer, messages, template, n_tokens):
     rest = messages[len(head):]
     while True:
         ids = encode(tokenizer, head + rest, template, reply=True)[0]
-        if len(ids) <= n_tokens or len(rest) == 1:
+        if len(ids) <= n_tokens or len(rest) <= 1:
             return ids[-n_tokens:]
         rest = rest[1:]
         while rest[0]["role"] != "user" and len(rest) > 1:

@@ -239,9 +239,14 @@ def newest_run(root="runs"):
 def load(path=None, which="latest", optimizer=False):
     """Read a checkpoint folder, the `which` of a run folder, or that of the newest run. UserError if it is damaged.
 
-    Every file read is held against the sha256 in meta.json; the optimizer's is read only if asked for.
+    Every file read is held against the sha256 in meta.json; the optimizer's is read only if asked for. Foreign weights
+    (a Hugging Face folder, a GGUF file) come through foreign.py.
     """
     path = newest_run() if path is None else Path(path)
+    weights = {".safetensors", ".bin", ".pt", ".pth"} & {file.suffix for file in path.glob("*")}
+    if path.is_file() or weights and (path / "config.json").is_file():
+        import foreign  # which imports this file
+        return foreign.read(path)
     if not path.is_dir():
         raise UserError(f"no checkpoint or run folder {path}: check the name, or train one with python train.py")
     if not (STEP.fullmatch(path.name) or os.path.lexists(path / "meta.json")):

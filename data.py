@@ -364,6 +364,10 @@ class Tokenizer:
             self._check_id(i)
         return _guard(self.name, self._hf.decode, ids, skip_special_tokens=skip_special)
 
+    def token(self, token_id):
+        """The name of an id, as tokenizer.json has it."""
+        return self._hf.id_to_token(token_id)
+
     def stream(self, skip_special=True):
         return (ByteStream if self._by_bytes else TextStream)(self, skip_special)
 
@@ -456,11 +460,15 @@ def _adds_prefix(hf):
 
 
 def load_tokenizer(path):
-    """Tokenizer of a tokenizer.json or of the folder (dataset, checkpoint) that holds one.
+    """Tokenizer of a tokenizer.json, of the folder (dataset, checkpoint) that holds one, or of a GGUF file.
 
     Where it has no end-of-text token by any usual name, "<|endoftext|>" is added as a new last id.
     """
     file = Path(path)
+    if file.suffix == ".gguf":
+        import foreign  # which imports this file
+
+        return foreign.read_tokenizer(file)
     if file.is_dir():
         file = file / "tokenizer.json"
     if not file.is_file():

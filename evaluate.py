@@ -7,11 +7,12 @@
 
 Suites: bpb (bits per byte), code (small Python puzzles, and the Mini LLM suite as it was scored), skills (35 kinds of
 questions, see skills.py), humaneval, gsm8k, cloze (rank of the right word). Beside each score stand its standard error
-and what these get: an empty answer, the prompt given back, tokens drawn at random from the vocabulary (which is what a
-model is before its first step), and the likeliest continuation by byte trigrams of the training text. The table goes
-to evaluation.json and evaluation.png in the run folder. Generated code runs in sandbox.py and nowhere else.
+and what these get: an empty answer, the prompt given back, the same network before its first step ("random"), and the
+likeliest continuation by byte trigrams of the training text. The table goes to evaluation.json and evaluation.png in
+the run folder. Generated code runs in sandbox.py and nowhere else.
 """
 import ast
+import copy
 import gzip
 import importlib.util
 import json
@@ -19,8 +20,10 @@ import math
 import os
 import re
 import sys
+import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -36,7 +39,7 @@ import sample
 import sandbox
 import skills
 from configurator import UserError
-from prepare.text import NGrams, read_jsonl
+from prepare.text import NGrams
 
 SUITES = ("bpb", "code", "skills", "cloze", "gsm8k", "humaneval")
 
@@ -62,7 +65,7 @@ class Config:
     max_new_tokens: int = 256       # length of a completion or of a solution, at most
     template: Literal[("auto", *chat.TEMPLATES)] = "auto"  # how questions are put; auto: as the model was taught
     system: str = ""                # what to tell the model ahead of each question
-    floors: bool = True             # work out what no model at all would get
+    floors: bool = True             # work out what no model at all, and an untrained one, would get
     waive: tuple[str, ...] = ()     # layers of the sandbox to do without: generated code could do harm
     seed: int = 1337                # of what is drawn
     device: str = "cpu"             # cpu, cuda, mps, ...
@@ -87,6 +90,15 @@ class Speaker:
         self.name = f"{self.path.parent.name}/{self.path.name}" if is_step else self.path.name
         self.template = chat.template_of(self.loaded.meta, self.tokenizer) if cfg.template == "auto" else cfg.template
         self.stop_ids = sample.stop_ids(self.loaded, self.tokenizer) | {chat.end_id(self.tokenizer, self.template)}
+
+    def untrained(self):
+        """The same with the network as it was before its first step."""
+        other, config = copy.copy(self), self.model.config
+        if hasattr(config, "packed"):
+            config = replace(config, packed=False)
+        torch.manual_seed(self.cfg.seed)
+        other.name, other.model = "random", sample.deployed(type(self.model)(config)).to(self.cfg.device).eval()
+        return other
 
     def complete(self, prompt, max_new_tokens, stops=(), seed=None):
         return self._write(self.tokenizer.encode(prompt) or [self.tokenizer.eot], max_new_tokens, stops, seed)
@@ -140,10 +152,10 @@ class Speaker:
 
 
 class Floor:
-    """What answers without a model: "empty", "echo", "random" or "n-gram"."""
+    """What answers without a model: "empty", "echo" or "n-gram"."""
 
-    def __init__(self, name, tokenizer, text, seed):
-        self.name, self.tokenizer, self.seed = name, tokenizer, seed
+    def __init__(self, name, text):
+        self.name = name
         if name == "n-gram":
             counts = NGrams()
             counts.add(np.frombuffer(text, np.uint8))
@@ -155,9 +167,6 @@ class Floor:
             return ""
         if self.name == "echo":
             text = prompt
-        elif self.name == "random":
-            rng = np.random.default_rng((self.seed, seed or 0, *prompt.encode()))
-            text = self.tokenizer.decode(rng.integers(self.tokenizer.vocab_size, size=max_new_tokens))
         else:
             context = bytearray(b"  " + prompt.encode())
             start = len(context)
@@ -252,7 +261,8 @@ OPEN = ["import os\n\n\ndef ", "class Stack:\n    def ", "def read_lines(path):\
 
 def parses(code):
     try:
-        ast.parse(code)
+        with warnings.catch_warnings(action="ignore"):     # of dubious escapes
+            ast.parse(code)
         return True
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
@@ -331,20 +341,15 @@ CLOZE = [("The capital of France is", " Paris"), ("The opposite of hot is", " co
 
 def cloze(speaker, cfg):
     """Rank of the right next word, by its first token. Small vocabularies make that easier: compare like with like."""
-    if isinstance(speaker, Speaker):
-        ranks = [[speaker.rank(*item)] for item in CLOZE]
-    elif speaker.name == "random":                         # every rank is as likely as any other
-        ranks = [range(1, speaker.tokenizer.vocab_size + 1)] * len(CLOZE)
-    else:
+    if not isinstance(speaker, Speaker):
         return {}
-    ranks = [np.array(r, float) for r in ranks]
-    return {"rank 1": mean([(r == 1).mean() for r in ranks]), "top 5": mean([(r <= 5).mean() for r in ranks]),
-            "mean 1/rank": mean([(1 / r).mean() for r in ranks])}
+    ranks = np.array([speaker.rank(*item) for item in CLOZE])
+    return {"rank 1": mean(ranks == 1), "top 5": mean(ranks <= 5), "mean 1/rank": mean(1 / ranks)}
 
 
 def gsm8k(speaker, cfg):
     """Does it write its sums as <<a+b=c>>, are they right, and is the result? Three numbers, apart."""
-    records = [record for record, _ in read_jsonl(need(cfg.gsm8k, "--gsm8k"))][:cfg.limit or None]
+    records = problems(need(cfg.gsm8k, "--gsm8k"), cfg.limit, ("question", "answer"))
     form, sums, right = [], [], []
     for record in records:
         text = speaker.answer(record["question"], cfg.max_new_tokens)
@@ -352,7 +357,7 @@ def gsm8k(speaker, cfg):
         form.append(bool(marks) and "####" in text)
         sums.append(bool(marks) and all(_agrees(left, result) for left, result in marks))
         results = skills.numbers(text.partition("####")[2]) or skills.numbers(text)[-1:]
-        right.append(results[:1] == skills.numbers(record["answer"].partition("####")[2])[:1])
+        right.append(results[:1] == skills.numbers(record["answer"].rpartition("####")[2])[-1:] != [])
     return {"accuracy": mean(right), "format": mean(form), "sums agree": mean(sums)}
 
 
@@ -385,10 +390,10 @@ def pass_at_k(n, correct, k):
 
 def humaneval(speaker, cfg):
     """pass@k of completions of the prompt as it stands, judged in the sandbox."""
-    problems = [record for record, _ in read_jsonl_gz(humaneval_file(cfg))][:cfg.limit or None]
-    n = cfg.n if isinstance(speaker, Speaker) or speaker.name == "random" else 1
+    records = problems(humaneval_file(cfg), cfg.limit, ("prompt", "test", "entry_point"))
+    n = cfg.n if isinstance(speaker, Speaker) else 1
     jobs = [(p, speaker.complete(p["prompt"], cfg.max_new_tokens, HUMANEVAL_STOPS, None if n == 1 else cfg.seed + i))
-            for p in problems for i in range(n)]
+            for p in records for i in range(n)]
 
     def judge(job):
         problem, completion = job
@@ -396,7 +401,7 @@ def humaneval(speaker, cfg):
                              waive=cfg.waive)[0]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        passed = np.array(list(pool.map(judge, jobs))).reshape(len(problems), n).sum(1)
+        passed = np.array(list(pool.map(judge, jobs))).reshape(len(records), n).sum(1)
     return {f"pass@{k}": mean([pass_at_k(n, int(c), k) for c in passed]) for k in sorted({1, 10, n}) if k <= n}
 
 
@@ -406,14 +411,19 @@ def need(path, flag):
     return Path(path)
 
 
-def read_jsonl_gz(path):
-    if path.suffix != ".gz":
-        return read_jsonl(path)
+def problems(path, limit, keys):
+    """The first `limit` records of a .jsonl or .jsonl.gz, each with texts under the keys."""
     try:
-        with gzip.open(path, "rt", encoding="utf-8") as f:
-            return [(json.loads(line), path) for line in f if line.strip()]
-    except (OSError, EOFError, ValueError) as e:
-        raise UserError(f"{path} is no gzipped JSONL ({e}): download it again") from None
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as f:
+            records = [json.loads(line) for line in f if line.strip()][:limit or None]
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as e:
+        raise UserError(f"{path} is no JSONL ({str(e)[:80]}): download it again") from None
+    for i, record in enumerate(records, 1):
+        if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in keys):
+            raise UserError(f"{path}, record {i} needs texts under {', '.join(keys)}")
+    if not records:
+        raise UserError(f"{path} is empty: download it again")
+    return records
 
 
 def humaneval_file(cfg):
@@ -446,14 +456,14 @@ def there(suite, speaker, cfg):
 
 
 def floors(speaker, cfg):
-    """Those who answer without a model; the trigrams are of the run's training text, else of this folder's own."""
+    """Those who know nothing; the trigrams are of the run's training text, else of this folder's own."""
     dataset = dataset_of(speaker, cfg)
     if dataset is None:
         here = Path(__file__).resolve().parent
         text = b"\n".join(file.read_bytes() for file in sorted([*here.glob("*.py"), *here.glob("*.md")]))
     else:
         text = dataset.tokenizer().decode(dataset.train[:1 << 18]).encode()
-    return [Floor(name, speaker.tokenizer, text, cfg.seed) for name in ("empty", "echo", "random", "n-gram")]
+    return [Floor("empty", text), Floor("echo", text), speaker.untrained(), Floor("n-gram", text)]
 
 
 def table(suite, columns):
@@ -518,10 +528,12 @@ def measure(cfg):
     results, folder, layers = {}, None, None
     for number, path in enumerate(paths_of(cfg)):
         speaker = Speaker(path, cfg)
+        if any(speaker.name in columns for columns in results.values()):
+            speaker.name = str(path)                       # two runs of one name, in different folders
         folder = folder or (speaker.path.parent if (speaker.path.parent / "latest").exists() else Path("."))
         suites = [cfg.suite] if cfg.suite != "all" else [s for s in SUITES if there(s, speaker, cfg)]
         if layers is None and {"code", "skills", "humaneval"} & set(suites):
-            layers, missing = sandbox.active()
+            layers, missing = sandbox.active(cfg.waive)    # complains now, not after an hour of writing
             print(f"sandbox: {', '.join(layers)}" + "".join(f"; missing: {k} ({v})" for k, v in missing.items()))
         print(f"{speaker.name}: {', '.join(suites)}", flush=True)
         for suite in suites:

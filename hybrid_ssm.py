@@ -431,8 +431,9 @@ class Model(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # the residual stream too: half the memory traffic
         x = self.dropout(x)
         positions = torch.arange(start, start + T, device=idx.device)
-        turning = positions if self.config.rope else torch.zeros_like(positions)             # no RoPE: all at place 0
-        rope = rope_table(turning, self.config.n_embd // self.config.n_head, self.config.rope_theta)
+        rope = torch.ones(T, 1, device=x.device), torch.zeros(T, 1, device=x.device)         # nothing turns
+        if self.config.rope:
+            rope = rope_table(positions, self.config.n_embd // self.config.n_head, self.config.rope_theta)
         rope = [t.to(x.dtype) for t in rope]
         seen = torch.arange(start + T, device=idx.device)
         mask = torch.zeros(T, start + T, dtype=x.dtype, device=x.device)

@@ -24,7 +24,7 @@ from configurator import UserError
 @dataclass(frozen=True)
 class Config:
     # what
-    checkpoint: str = ""            # run or checkpoint folder; empty: the newest run
+    checkpoint: str = ""            # run, checkpoint or Hugging Face folder, GGUF file; empty: the newest run
     which: Literal["best", "latest"] = "best"  # checkpoint of the run
     prompt: str = "\n"              # text to go on from; FILE:name takes it from a file; empty: the end-of-text token
     num_samples: int = 1            # texts to write

@@ -247,11 +247,11 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
 PR_SET_SECCOMP = 22
 PIVOT_ROOT, CAPSET = {"x86_64": (155, 126), "aarch64": (41, 91)}.get(platform.machine(), (None, None))
-# AUDIT_ARCH, clone, and shmget, semget, msgget, ptrace, add_key, request_key, keyctl, unshare, perf_event_open,
-# process_vm_readv, process_vm_writev, bpf, userfaultfd, io_uring_setup: memory that counts against no limit, the keys
-# of whoever started us, and what most attacks on a kernel begin with
-CALLS = {"x86_64": (0xC000003E, 56, (29, 64, 68, 101, 248, 249, 250, 272, 298, 310, 311, 321, 323, 425)),
-         "aarch64": (0xC00000B7, 220, (194, 190, 186, 117, 217, 218, 219, 97, 241, 270, 271, 280, 282, 425))}
+# AUDIT_ARCH, clone, socket, and shmget, semget, msgget, ptrace, add_key, request_key, keyctl, unshare,
+# perf_event_open, process_vm_readv, process_vm_writev, bpf, userfaultfd, io_uring_setup: memory that counts against no
+# limit, the keys of whoever started us, and what most attacks on a kernel begin with
+CALLS = {"x86_64": (0xC000003E, 56, 41, (29, 64, 68, 101, 248, 249, 250, 272, 298, 310, 311, 321, 323, 425)),
+         "aarch64": (0xC00000B7, 220, 198, (194, 190, 186, 117, 217, 218, 219, 97, 241, 270, 271, 280, 282, 425))}
 
 
 def system(function, *arguments):
@@ -329,18 +329,19 @@ def landlock(workdir):
 
 
 def seccomp():
-    """EPERM for CALLS and for a new user namespace, a kill for another architecture's numbers (seccomp(2)).
+    """EPERM for CALLS, a user namespace, and sockets beside Unix's and IP's: AF_VSOCK, say, talks to the hypervisor.
 
-    clone3 hides its flags from the filter, so it does not exist (ENOSYS) and the C library takes clone.
+    seccomp(2). clone3 hides its flags from the filter, so it does not exist (ENOSYS) and the C library takes clone.
     """
-    arch, clone, denied = CALLS.get(platform.machine(), (None, None, None))
+    arch, clone, socket, denied = CALLS.get(platform.machine(), (None,) * 4)
     if arch is None:
         raise OSError(f"its numbers of system calls on {platform.machine()} are not known here")
     load, equal, at_least, any_bit, end = 0x20, 0x15, 0x35, 0x45, 0x06
     rules = [(load, 0, 0, 4), (equal, 1, 0, arch), (end, 0, 0, 1 << 31), (load, 0, 0, 0),
-             (equal, 0, 1, 435), (end, 0, 0, 5 << 16 | 38), (at_least, len(denied) + 4, 0, 1 << 30)]   # x32
-    rules += [(equal, len(denied) + 3 - i, 0, number) for i, number in enumerate(denied)]
-    rules += [(equal, 0, 2, clone), (load, 0, 0, 16), (any_bit, 1, 0, CLONE_NEWUSER),
+             (equal, 0, 1, 435), (end, 0, 0, 5 << 16 | 38), (at_least, len(denied) + 9, 0, 1 << 30)]   # x32
+    rules += [(equal, len(denied) + 8 - i, 0, number) for i, number in enumerate(denied)]
+    rules += [(equal, 0, 2, clone), (load, 0, 0, 16), (any_bit, 6, 5, CLONE_NEWUSER),                  # 16: argument 0
+              (equal, 0, 4, socket), (load, 0, 0, 16), (equal, 2, 0, 1), (equal, 1, 0, 2), (equal, 0, 1, 10),
               (end, 0, 0, 0x7FFF0000), (end, 0, 0, 5 << 16 | 1)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
     system("prctl", PR_SET_SECCOMP, 2, struct.pack("HP", len(rules), ctypes.addressof(code)), 0, 0)

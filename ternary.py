@@ -286,7 +286,7 @@ class Streams(nn.Module):
         pre, post, res = logits.split(self.sizes, -1)
         res = F.pad(res, (len(self.permutations) - res.size(-1), 0)).softmax(-1)
         mix = self.permutations.flatten(1)                                                   # (n!, n * n)
-        with torch.autocast(x.device.type, enabled=False):  # in bfloat16 rows would miss 1 by half a percent
+        with torch.autocast(res.device.type, enabled=False):  # in bfloat16 rows would miss 1 by half a percent
             mix = mix.mT @ res if self.proj is None else res @ mix
         return pre.sigmoid(), 2 * post.sigmoid(), mix.unflatten(-1, (self.n, self.n))
 

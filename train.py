@@ -43,7 +43,7 @@ class Config:
     # run
     out_dir: str = ""               # run folder; empty: runs/ and the recipe's name, with -2, -3, ... if that is taken
     resume: bool = False            # go on with the newest run of this recipe, or with --out_dir
-    init_from: str = ""             # run or checkpoint folder whose weights to start from
+    init_from: str = ""             # run, checkpoint or Hugging Face folder, or GGUF file, whose weights to start from
     lora_rank: int = 0              # with init_from: train so many ranks beside each matrix and nothing else; 0: all
     seed: int = 1337                # of weights, dropout and the order of the data
     # data
@@ -196,8 +196,8 @@ def starting_weights(cfg, dataset):
     if start.meta.get("arch") != cfg.arch:
         raise UserError(f"--init_from={cfg.init_from} was trained with --arch={start.meta.get('arch')}, this run has "
                         f"--arch={cfg.arch}: use the same")
-    ours, theirs = dataset.path / "tokenizer.json", start.path / "tokenizer.json"
-    if ours.read_bytes() != theirs.read_bytes():
+    theirs = start.path / "tokenizer.json" if start.path.is_dir() else start.path
+    if dataset.tokenizer().to_json() != data.load_tokenizer(theirs).to_json():
         raise UserError(f"--init_from={cfg.init_from} was trained with another tokenizer than {dataset.path}: "
                         f"prepare the text with --tokenizer={theirs}")
     model = checkpoint.load_model(start)

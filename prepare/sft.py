@@ -45,8 +45,9 @@ class Config:
     def __post_init__(self):
         if not self.input or not self.name or not self.tokenizer:
             raise ValueError("give --input=FILE,... --name=NAME and --tokenizer=RUN_FOLDER (the model to tune)")
-        if self.weights and (len(self.weights) != len(self.input) or min(self.weights) <= 0):
-            raise ValueError(f"weights={self.weights} must be one number above 0 for each of {len(self.input)} files")
+        if self.weights and (len(self.weights) != len(self.input) or not all(0 < w <= 1000 for w in self.weights)):
+            raise ValueError(f"weights={self.weights} must be one number above 0, at most 1000, for each of "
+                             f"{len(self.input)} files")
         if not 0 < self.val_fraction < 1 or self.block_size < 2:
             raise ValueError(f"val_fraction={self.val_fraction} must lie between 0 and 1, block_size={self.block_size} "
                              "be at least 2")
@@ -83,6 +84,7 @@ def conversation(record, where):
         bad = [m for m in messages if m["role"] not in chat.ROLES or not all(isinstance(t, str) for t in m.values())]
         if bad:
             raise ValueError(f"{str(bad[0])[:60]} is no message")
+        json.dumps(messages, ensure_ascii=False).encode()  # UnicodeEncodeError on half of a surrogate pair
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise UserError(f"{where} is no conversation ({type(error).__name__}: {error}): it needs instruction and "
                         "output, question and answer, messages with role and content, or conversations with from and "

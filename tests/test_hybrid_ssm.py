@@ -165,7 +165,8 @@ def jamba(m):
 
 
 @pytest.mark.parametrize("extra", [{}, {"tie_embeddings": True}, {"n_kv_head": 2}, {"d_state": 8, "dt_rank": 5},
-                                   {"expand": 3, "d_conv": 3, "attn_layer_offset": 2, "n_kv_head": 1}], ids=str)
+                                   {"expand": 3, "d_conv": 3, "attn_layer_offset": 2, "n_kv_head": 1},
+                                   {"n_embd": 20, "d_conv": 1}, {"n_embd": 4, "n_layer": 2}], ids=str)  # odd heads too
 def test_parity_with_transformers(extra):
     m = shaken(replace(CONFIG, ssm="mamba1", **extra))
     idx = torch.randint(40, (2, 50))

@@ -83,9 +83,9 @@ def settings(toy, tmp_path, name, **kwargs):
         "device": "cpu", "dtype": "float32", "lr": 0.02, "rest_lr": 0.02} | kwargs))
 
 
-@pytest.mark.parametrize("arch", ["model", "ternary"])
+@pytest.mark.parametrize("arch", ["model", "ternary", "hybrid_ssm"])
 def test_training_touches_the_pairs_only_and_resumes_bit_for_bit(toy, tmp_path, arch):
-    n = {"n_embd": 32} if arch == "ternary" else {}
+    n = {"model": {}, "ternary": {"n_embd": 32}, "hybrid_ssm": {"n_embd": 32, "ssm_head_dim": 16, "d_state": 8}}[arch]
     train.train(settings(toy, tmp_path, "base", arch=arch, **n))
     more = {"arch": arch, "init_from": str(tmp_path / "base"), "lora_rank": 2, **n}
     before = checkpoint.load(tmp_path / "base", which="best").model

@@ -38,6 +38,8 @@ HOSTILE = {
     "udp": "import socket; s = socket.socket(type=socket.SOCK_DGRAM); s.sendto(b'x', ('127.0.0.1', UDP)); "
            "print('sent')",
     "unix socket": "import socket; socket.socket(socket.AF_UNIX).connect('\\0' + NAME); print('ESCAPED')",
+    "hypervisor": "import socket; socket.socket(socket.AF_VSOCK); print('ESCAPED')",
+    "kernel crypto": "import socket; socket.socket(socket.AF_ALG, socket.SOCK_SEQPACKET); print('ESCAPED')",
     "names": "import socket; socket.getaddrinfo('example.org', 80); print('ESCAPED')",
     "signal the tests": "import os; os.kill(PID, 0); print('ESCAPED')",
     "signal everyone": "import os; os.kill(-1, 9)",
@@ -203,7 +205,8 @@ def test_honest_programs_run():
 def test_calls_and_values():
     values = [None, True, 2**70, -0.5, "ä\n\0", [1, [2]], (1, (2, 3)), {1, 2}, frozenset("ab"), {"a": (1,), 2: None},
               b"\0x", 1 + 2j, float("inf"), [], (), {}, set()]
-    value, error = sandbox.call("def f(*a): return [*a]", "f", *values)
+    sockets = "import socket; socket.socketpair(); socket.socket(); socket.socket(socket.AF_INET6)\n"
+    value, error = sandbox.call(sockets + "def f(*a): return [*a]", "f", *values)
     assert not error and value == values and [type(v) for v in value] == [type(v) for v in values]
     assert "object cannot be passed on" in sandbox.call("def f(): return object()", "f")[1]
     assert sandbox.call("def f(): 1 / 0", "f")[1] == "ZeroDivisionError: division by zero"
@@ -211,7 +214,7 @@ def test_calls_and_values():
     assert sandbox.call("import os; os._exit(0)", "f")[1] == "the process ended early"
     for junk in ('{"value": {"float": "0x1p99999"}}', "9" * 5000, "[" * 100000,
                  '{"value": {"float": 1}}', '{"value": {"tuple": 5}}', "[]", "5", '{"value": {"": 1}}'):
-        code = (f"import os\nfor fd in range(3, 9):\n    try: os.write(fd, {junk!r}.encode() + b'\\n')\n"
+        code = (f"import os\nfor fd in range(3, 9):\n    try: os.write(fd, ({junk!r}.encode() + b'\\n') * 2)\n"
                 "    except OSError: pass")
         value, error = sandbox.call(code, "f")
         assert value is None and error

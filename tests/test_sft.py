@@ -89,6 +89,7 @@ def test_fit_forgets_the_oldest():
     short = chat.fit(tokenizer, TALK, "elite", len(whole) - 1)
     assert short == chat.encode(tokenizer, [TALK[0], *TALK[3:]], "elite", reply=True)[0]
     assert len(chat.fit(tokenizer, TALK, "elite", 10)) == 10
+    assert len(chat.fit(tokenizer, TALK[:1], "elite", 10)) == len(chat.fit(tokenizer, [], "elite", 10)) == 10
 
 
 def test_records():
@@ -101,7 +102,8 @@ def test_records():
     assert [m["role"] for m in sft.conversation({"conversations": talk}, "")] == ["system", "user", "assistant"]
     cat = [{"role": "cat", "content": "x"}, {"role": "assistant", "content": ""}]
     for bad in ({}, {"messages": 5}, {"messages": cat}, {"messages": []},
-                {"conversations": [{"from": "tool", "value": "x"}]}, [1], {"instruction": "a", "output": None}):
+                {"conversations": [{"from": "tool", "value": "x"}]}, [1], {"instruction": "a", "output": None},
+                {"question": "a", "answer": "\ud800"}):
         with pytest.raises(UserError, match="line 7 is no conversation"):
             sft.conversation(bad, "line 7")
 
@@ -229,7 +231,7 @@ def test_command_line(tmp_path):
     assert "\033[2m### Instruction:\nq" in out.stdout and "\033[0ma" in out.stdout
     good = [f"--input={file}", "--name=x", "--tokenizer=byte"]
     for flag, words in (("--input=", "--input"), (f"--input={tmp_path}/no.json", "no.json"),
-                        ("--weights=1,2", "weights"), ("--tokenizer=nosuch", "nosuch"),
+                        ("--weights=1,2", "weights"), ("--weights=1e9", "weights"), ("--tokenizer=nosuch", "nosuch"),
                         ("--block_size=4", "block_size")):
         out = call(*good, flag)
         assert out.returncode == 1 and words in out.stderr.splitlines()[-1] and "Traceback" not in out.stderr

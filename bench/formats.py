@@ -1,0 +1,106 @@
+"""Every model file in every format: does its own program load it, and does it say the same?
+
+    python bench/formats.py                                         # minutes; small models with random weights
+    python bench/formats.py --only=jamba,bitnet --prompts=10
+
+max |dlogit| is against torch with the weights as stored, "cost" against the checkpoint's own weights. The weights are
+far from those of a fresh model, so that logits spread by 1 and more, and greedy texts tell models apart.
+"""
+import dataclasses
+import importlib
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import configurator
+import data
+import export
+
+SHAPE = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 128}
+MODELS = {  # name: model file, its settings, tokenizer
+    "llama": ("model", {"n_kv_head": 2}, "bpe"),
+    "llama tied, bytes": ("model", {"tie_embeddings": True}, "byte"),
+    "llama, characters": ("model", {}, "char"),
+    "gelu, qk_norm": ("model", {"mlp": "gelu", "qk_norm": True}, "char"),
+    "bitnet": ("ternary", {"n_embd": 256, "n_hidden": 512, "n_kv_head": 2}, "bpe"),
+    "bitnet packed": ("ternary", {"n_embd": 256, "n_hidden": 512, "n_kv_head": 2, "packed": True}, "bpe"),
+    "ternary groups": ("ternary", {"group_size": 32, "n_hidden": 128}, "bpe"),
+    "ternary streams": ("ternary", {"n_streams": 2}, "bpe"),
+    "jamba": ("hybrid_ssm", {"ssm": "mamba1", "n_layer": 3, "attn_layer_period": 3, "n_kv_head": 2}, "bpe"),
+    "mamba2 hybrid": ("hybrid_ssm", {"n_layer": 3, "attn_layer_period": 3}, "bpe"),
+}
+FORMS = [("hf", "f32"), ("hf", "bf16"), ("hf", "online"), ("hf", "packed"), ("hf", "plain"), ("gguf", "f32"),
+         ("gguf", "f16"), ("gguf", "bf16"), ("gguf", "q8_0"), ("gguf", "q4_0"), ("gguf", "tq1_0"), ("gguf", "tq2_0"),
+         ("onnx", "fp32"), ("onnx", "int8"), ("onnx", "int4"), ("onnx", "q2"), ("window", "fp32")]
+
+
+@dataclass(frozen=True)
+class Config:
+    only: tuple[str, ...] = ()      # models whose name begins so; empty: all
+    format: str = ""                # hf, gguf, onnx or window; empty: all
+    prompts: int = 50               # greedy texts
+    prompt_tokens: int = 64         # length of each
+
+
+def tokenizers():
+    """{kind: tokenizer} made of this repository's own text."""
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(export.__file__).parent.glob("*.py")))
+    text += "héllo — ¿ 🎉 日本語 naïve 1234567"
+    return {"bpe": data.train_bpe([text], 600, "gpt2"), "byte": data.byte_tokenizer(),
+            "char": data.char_tokenizer(text)}
+
+
+def build(arch, settings, vocab_size):
+    """A model with weights that spread its logits by about 1."""
+    module, packed = importlib.import_module(arch), settings.get("packed", False)
+    torch.manual_seed(0)
+    settings = {key: value for key, value in settings.items() if key != "packed"}
+    model = module.Model(module.Config(**SHAPE | settings, vocab_size=vocab_size))
+    with torch.no_grad():
+        for p in model.parameters():
+            p += (0.2 if p.dim() < 2 else 0.1) * torch.randn_like(p)
+    if packed:
+        twin = module.Model(dataclasses.replace(model.config, packed=True))
+        twin.load_state_dict(model.deploy_state())
+        model = twin
+    return model.eval()
+
+
+def main(cfg):
+    made = tokenizers()
+    print("| model | format | max abs dlogit | cost | greedy texts | bytes |\n|---|---|---|---|---|---|")
+    for name, (arch, settings, kind) in MODELS.items():
+        if cfg.only and not name.startswith(cfg.only):
+            continue
+        model = build(arch, settings, made[kind].vocab_size)
+        for form, quant in FORMS:
+            stock = export.architecture(model)[0]
+            bitnet = form == "hf" and stock == "bitnet"
+            allowed = export.QUANTS["onnx" if form == "window" else "hf, ternary" if bitnet else form]
+            if cfg.format not in ("", form) or quant not in allowed or quant == "online" and "packed" in settings:
+                continue
+            if quant in ("tq1_0", "tq2_0", "q2") and arch != "ternary":
+                continue
+            if form == "gguf" and not stock and quant != "f32":
+                continue                                   # one row says why there is none
+            with tempfile.TemporaryDirectory() as folder:
+                suffix = {"gguf": ".gguf", "window": ".onnx"}.get(form, "")
+                try:
+                    found = export.export(model, made[kind], Path(folder, "model" + suffix),
+                                          "onnx" if form == "window" else form, quant, window=form == "window",
+                                          prompts=cfg.prompts, prompt_tokens=cfg.prompt_tokens, quiet=True)
+                    texts = f"{found['same']} of {found['prompts']}"
+                    if found.get("tied"):
+                        texts += f", {found['tied']} part at a near tie"
+                    row = [f"{found['delta']:.1e}", f"{found['loss']:.1e}", texts, f"{found['bytes']:,}"]
+                except configurator.UserError as error:
+                    row = [str(error), "", "", ""]
+            print("|", " | ".join([name, f"{form} {quant}", *row]), "|", flush=True)
+
+
+if __name__ == "__main__":
+    configurator.run(main, Config)

@@ -1,0 +1,262 @@
+"""ONNX files, held against torch by onnxruntime, onnxruntime-genai and a browser."""
+import dataclasses
+import functools
+import http.server
+import importlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+import data
+import export
+import onnx_check
+import onnx_graph
+from configurator import UserError
+from sample import generate
+
+BASE = {"n_layer": 2, "n_head": 4, "n_embd": 64, "vocab_size": 60, "block_size": 48}
+CASES = {
+    "dense": ("model", {}),
+    "gqa": ("model", {"n_kv_head": 2}),
+    "tied": ("model", {"n_kv_head": 1, "tie_embeddings": True, "qk_norm": True, "rope_theta": 500.0}),
+    "gelu": ("model", {"mlp": "gelu", "n_embd": 72}),
+    "ternary": ("ternary", {}),
+    "groups": ("ternary", {"n_kv_head": 2, "act": "relu2", "group_size": 32, "n_hidden": 160, "sub_norm": False}),
+    "static": ("ternary", {"n_streams": 2, "static_streams": True}),
+    "streams": ("ternary", {"n_streams": 4}),
+    "jamba": ("hybrid_ssm", {"ssm": "mamba1", "n_layer": 3, "attn_layer_period": 3, "n_kv_head": 2}),
+    "mamba2": ("hybrid_ssm", {"attn_layer_period": 2, "ssm_head_dim": 16, "d_state": 8, "rope": True, "qk_norm": True}),
+}
+PROMPTS = torch.randint(60, (12, 9), generator=torch.Generator().manual_seed(3)).tolist() + [[59], [1, 2, 3]]
+
+
+@functools.cache
+def built(case, packed=False):
+    """Far from the initial weights, where every part matters."""
+    arch, extra = CASES[case]
+    module = importlib.import_module(arch)
+    torch.manual_seed(0)
+    model = module.Model(module.Config(**BASE | extra))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=generator)
+    if packed:
+        twin = module.Model(dataclasses.replace(model.config, packed=True))
+        twin.load_state_dict(model.deploy_state())
+        model = twin
+    return model.eval()
+
+
+@pytest.fixture
+def ort():
+    return pytest.importorskip("onnxruntime", reason="pip install onnxruntime runs the ONNX files")
+
+
+FORMS = [(case, quant, packed) for case in CASES for quant in onnx_graph.QUANTS for packed in (False, True)
+         if CASES[case][0] == "ternary" or not (packed or quant == "q2")]
+
+
+@pytest.mark.parametrize("case,quant,packed", FORMS)
+def test_onnxruntime_says_what_torch_says(ort, tmp_path, case, quant, packed):
+    model, path = built(case, packed), tmp_path / "model.onnx"
+    onnx_graph.export(model, path, quant)
+    found = onnx_check.check(model, path, PROMPTS, n_new=12)
+    if CASES[case][0] != "ternary" and quant == "fp32":
+        assert found["delta"] <= 1e-4 and found["same"] == len(PROMPTS)
+    if quant in ("fp32", "q2"):
+        assert found["loss"] < 0.2                         # 8-bit activations: a rounding may tip
+    proto = onnx.load(path)
+    assert {o.domain: o.version for o in proto.opset_import}[""] == 14 and proto.ir_version <= 8
+    assert {node.domain for node in proto.graph.node} <= {"", "com.microsoft"} if quant in ("int4", "q2") else {""}
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case][0] == "ternary"])
+@pytest.mark.parametrize("quant", ["fp32", "q2"])
+def test_without_its_roundings_a_ternary_graph_is_exact(ort, tmp_path, monkeypatch, case, quant):
+    """A rounding turns a last bit into 1/254 of a number; without them all else must agree to 1e-4."""
+    model, path = built(case), tmp_path / "model.onnx"
+    onnx_graph.export(model, path, quant)
+    proto = onnx.load(path)
+    for node in proto.graph.node:
+        if node.op_type == "Round":
+            node.op_type = "Identity"
+    onnx.save(proto, path)
+
+    def absmax(x):
+        scale = 127 / x.abs().amax(-1, keepdim=True).clamp(min=1e-5)
+        return x * scale, scale
+    monkeypatch.setattr("ternary.absmax", absmax)
+    ids = torch.randint(60, (3, 48), generator=torch.Generator().manual_seed(2))
+    run = onnx_check.session(path)
+    logits, _ = onnx_check.step(run, ids, onnx_check.empty_cache(run, 3))
+    with torch.no_grad():
+        assert np.abs(logits - model(ids)[0].numpy()).max() <= 1e-4
+
+
+@pytest.mark.parametrize("case", ["gqa", "tied", "jamba", "mamba2"])
+def test_padding_on_the_left_and_any_chopping_change_nothing(ort, tmp_path, case):
+    model, path = built(case), tmp_path / "model.onnx"
+    onnx_graph.export(model, path)
+    run = onnx_check.session(path)
+    ids = torch.randint(60, (2, 30), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        want = np.stack([model(ids[:1])[0][0, -5:], model(ids[1:, 12:])[0][0, -5:]])
+    mask = np.ones((2, 30), np.int64)
+    mask[1, :12] = 0
+    cache, start = onnx_check.empty_cache(run, 2), 0
+    for end in (7, 25, 30):
+        logits, cache = onnx_check.step(run, ids[:, start:end], cache, mask[:, :end])
+        start = end
+    assert np.abs(logits - want).max() <= 1e-4
+
+
+@pytest.mark.parametrize("case", ["dense", "tied", "streams", "jamba", "mamba2"])
+def test_window_form(ort, tmp_path, case):
+    """The form that the Elixir service of a seed loads: int32 in, the last position's logits out."""
+    model, path = built(case), tmp_path / "window.onnx"
+    onnx_graph.export(model, path, window=True)
+    found = onnx_check.check(model, path, PROMPTS, n_new=4)
+    assert found["same"] == len(PROMPTS)
+    run = onnx_check.session(path)
+    (given,), (got,) = run.get_inputs(), run.get_outputs()
+    assert (given.name, given.type, given.shape) == ("input_ids", "tensor(int32)", ["batch", "block"])
+    assert (got.name, got.type, got.shape) == ("logits", "tensor(float)", ["batch", 60])
+    assert run.run(None, {"input_ids": np.zeros((5, 40), np.int32)})[0].shape == (5, 60)
+
+
+def test_files_are_as_small_as_they_should_be(tmp_path):
+    config = importlib.import_module("model").Config(n_embd=256, vocab_size=2048, tie_embeddings=True)
+    ternary = importlib.import_module("ternary")
+    dense, small = importlib.import_module("model").Model(config), ternary.Model(ternary.Config(
+        n_embd=256, vocab_size=64))
+    for model, quant, bits in ((dense, "fp32", 32), (dense, "int8", 8), (dense, "int4", 4.5), (small, "q2", 2)):
+        onnx_graph.export(model, tmp_path / "m.onnx", quant)
+        n = sum(p.numel() for p in model.parameters())
+        extra = 2048 * 256 / 2 if quant == "int4" else 64 * 256 * 4 if quant == "q2" else 0  # 8 bits, float32
+        assert 0.99 * n * bits / 8 < (tmp_path / "m.onnx").stat().st_size < 1.15 * n * bits / 8 + extra + 60_000
+
+
+def edit(path, name, change):
+    proto = onnx.load(path)
+    tensor = next(t for t in proto.graph.initializer if t.name == name)
+    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(change(numpy_helper.to_array(tensor).copy())), name))
+    onnx.save(proto, path)
+
+
+def swapped(array):
+    array[[0, 1]] = array[[1, 0]]
+    return array
+
+
+SABOTAGE = [("dense", "fp32", "blocks.1.attn.o_proj", lambda w: w * 0),
+            ("dense", "fp32", "blocks.0.attn.q_proj", lambda w: w.T),
+            ("dense", "fp32", "blocks.0.attn_norm.weight", lambda w: w * 1.001),
+            ("dense", "fp32", "embed", swapped),
+            ("dense", "int8", "blocks.0.mlp.down_proj_q8", swapped),
+            ("dense", "int8", "embed_scales", lambda w: w * 1.05),
+            ("dense", "int4", "blocks.1.mlp.up_proj_scales", swapped),
+            ("dense", "int4", "blocks.0.attn.v_proj_q4", lambda w: w[:, ::-1]),
+            ("ternary", "q2", "blocks.0.mlp.gate_proj_q2", swapped),
+            ("ternary", "fp32", "blocks.0.attn.sub_norm.weight", lambda w: w * np.linspace(0.95, 1.05, 64, dtype="f4")),
+            ("streams", "q2", "blocks.1.mlp_residual.proj", lambda w: w * 0)]
+
+
+@pytest.mark.parametrize("case,quant,name,change", SABOTAGE, ids=lambda v: v if isinstance(v, str) else "")
+def test_the_check_sees_a_wrong_weight(ort, tmp_path, case, quant, name, change):
+    model, path = built(case), tmp_path / "model.onnx"
+    onnx_graph.export(model, path, quant)
+    onnx_check.check(model, path, PROMPTS, n_new=12)
+    edit(path, name, change)
+    with pytest.raises(UserError, match="is not the model"):
+        onnx_check.check(model, path, PROMPTS, n_new=12)
+
+
+def test_refusals_are_one_line(tmp_path, monkeypatch):
+    path = tmp_path / "model.onnx"
+    fork = type("Model", (torch.nn.Module,), {"__module__": "mine"})()
+    for model, quant, words in ((built("dense"), "int3", "choose one of fp32, int8, int4, q2"),
+                                (built("dense"), "q2", "for ternary models"), (fork, "fp32", "mine.py has no ONNX")):
+        with pytest.raises(UserError, match=words) as error:
+            onnx_graph.export(model, path, quant)
+        assert "\n" not in str(error.value) and not path.exists()
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match="pip install onnxruntime"):
+        onnx_check.check(built("dense"), path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="install Node.js"):
+        export.export(built("dense"), data.byte_tokenizer(), tmp_path / "web", "web")
+
+
+def test_check_refuses_files_that_are_not_ours(ort, tmp_path):
+    path = tmp_path / "model.onnx"
+    for content in (b"", b"no protobuf", np.random.default_rng(0).bytes(5000)):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="onnxruntime does not load it") as error:
+            onnx_check.check(built("dense"), path)
+        assert "\n" not in str(error.value)
+    onnx_graph.export(built("ternary"), path)
+    with pytest.raises(UserError, match="is not an export of a model"):
+        onnx_check.check(built("dense"), path)
+
+
+@functools.cache
+def spoken():
+    """A model of bytes, and its tokenizer."""
+    module, tokenizer = importlib.import_module("model"), data.byte_tokenizer()
+    torch.manual_seed(0)
+    model = module.Model(module.Config(n_layer=2, n_embd=64, block_size=96, vocab_size=tokenizer.vocab_size)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn(p.shape)
+    ids = tokenizer.encode("To be, or not")
+    want = list(generate(model, ids, 40, temperature=0, stop_ids={tokenizer.eot}))
+    return model, tokenizer, ids, want
+
+
+def test_onnxruntime_genai_reads_the_folder(tmp_path):
+    genai = pytest.importorskip("onnxruntime_genai", reason="pip install onnxruntime-genai reads the folder")
+    model, tokenizer, ids, want = spoken()
+    folder = tmp_path / "out"
+    export.export(model, tokenizer, folder, "onnx", checked=False)
+    loaded = genai.Model(str(folder))
+    settings = genai.GeneratorParams(loaded)
+    settings.set_search_options(max_length=len(ids) + len(want))
+    generator = genai.Generator(loaded, settings)
+    generator.append_tokens([ids])
+    while not generator.is_done():
+        generator.generate_next_token()
+    assert list(generator.get_sequence(0)) == ids + want
+    assert list(genai.Tokenizer(loaded).encode("To be, or not")) == ids
+
+
+@pytest.mark.slow
+def test_the_page_writes_the_same_text_in_a_browser(tmp_path):
+    if not (shutil.which("chromium") and shutil.which("npm")):
+        pytest.skip("needs chromium and npm")
+    model, tokenizer, _, want = spoken()
+    folder = tmp_path / "web"
+    export.export(model, tokenizer, folder, "web", checked=False)
+    config = json.loads((folder / "config.json").read_text())
+    assert (folder / "onnx" / "model.onnx").is_file() and config["transformers.js_config"] == {"dtype": "fp32"}
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    handler.log_message = http.server.SimpleHTTPRequestHandler.log_message = lambda *_: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/?prompt=To%20be,%20or%20not&n=40&temperature=0&run=1"
+        page = subprocess.run(["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+                               "--virtual-time-budget=60000", url], capture_output=True, text=True, timeout=120).stdout
+        server.shutdown()
+    assert re.search('data-state="done"', page), page[-1500:]
+    assert [int(i) for i in re.search('data-ids="([^"]*)"', page)[1].split()] == want
+    assert re.search(r"model, fp32, [\d.]+ MB, runs on (WASM|WebGPU)", page) and re.search(r"[\d.]+ tokens/s", page)
