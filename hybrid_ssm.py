@@ -93,21 +93,21 @@ class RMSNorm(nn.Module):
 
 # copied from model.py
 def rope_table(positions, head_dim, theta):
-    """cos and signed sin, each (T, D) float32, for `rotate`. RoFormer (Su et al. 2021), eq. 34."""
+    """positions (..., T) -> cos and signed sin, each (..., T, D), for `rotate`. RoFormer (Su et al. 2021), eq. 34."""
     freqs = theta ** (-torch.arange(0, head_dim, 2, device=positions.device) / head_dim)     # (D/2,)
-    angles = positions[:, None] * freqs                                                      # (T, D/2)
+    angles = positions[..., None] * freqs                                                    # (..., T, D/2)
     return torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
 
 
 # copied from model.py
 def rotate(x, cos, sin):
     """Turn the pair (x_i, x_{i + D/2}) of every head by its position's angle. x: (B, T, heads, D)."""
-    return torch.addcmul(x * cos[:, None], x.roll(x.size(-1) // 2, -1), sin[:, None])
+    return torch.addcmul(x * cos[..., None, :], x.roll(x.size(-1) // 2, -1), sin[..., None, :])
 
 
 # copied from model.py
 def attend(q, k, v, mask):
-    """softmax(q k^T / sqrt(D) + mask) v. q: (B, H, T, D); k, v: (B, K, S, D); mask: (T, S), 0 or -inf."""
+    """softmax(q k^T / sqrt(D) + mask) v. q: (B, H, T, D); k, v: (B, K, S, D); mask: (T, S) or (B, 1, 1, S)."""
     B, H, T, D = q.shape
     S = k.size(2)
     if q.is_cuda or T == 1 or T * S > 1 << 20:
@@ -121,6 +121,33 @@ def attend(q, k, v, mask):
     q, k, v = (t.reshape(B * H, -1, D) for t in (q, k, v))
     scores = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(D))                            # (B*H, T, S)
     return (scores.softmax(-1) @ v).view(B, H, T, D)
+
+
+# copied from model.py
+def places(start, T, device):
+    """Positions of T tokens: (T,) from start on; (B, 1) where start is a list, a position of its own for each row."""
+    if isinstance(start, list):
+        return torch.tensor(start, device=device)[:, None]
+    return torch.arange(start, start + T, device=device)
+
+
+# copied from model.py
+def causal_mask(positions, S, dtype):
+    """0 up to each position and -inf after it: (T, S), or (B, 1, 1, S) for rows at positions of their own."""
+    seen = torch.arange(S, device=positions.device)
+    mask = torch.zeros(*positions.shape, S, dtype=dtype, device=positions.device)
+    mask = mask.masked_fill(seen > positions[..., None], -torch.inf)
+    return mask if positions.dim() == 1 else mask[:, None]
+
+
+# copied from model.py
+def remember(kept, new, start):
+    """Write new (B, K, T, D) into kept (B, K, max_len, D) -> all of kept so far, (B, K, S, D). See `places`."""
+    if isinstance(start, list):                            # T = 1
+        kept[range(len(new)), :, start] = new[:, :, 0]
+        return kept[:, :, :max(start) + 1]
+    kept[:, :, start:start + new.size(2)] = new
+    return kept[:, :, :start + new.size(2)]
 
 
 # copied from model.py
@@ -148,9 +175,7 @@ class Attention(nn.Module):
         q = rotate(self.q_norm(q), *rope).transpose(1, 2)                                    # (B, H, T, D)
         k = rotate(self.k_norm(k), *rope).transpose(1, 2)                                    # (B, K, T, D)
         if cache is not None:
-            cache["k"][:, :, start:start + T] = k
-            cache["v"][:, :, start:start + T] = v
-            k, v = cache["k"][:, :, :start + T], cache["v"][:, :, :start + T]                # (B, K, S, D)
+            k, v = remember(cache["k"], k, start), remember(cache["v"], v, start)            # (B, K, S, D)
         y = attend(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -425,19 +450,17 @@ class Model(nn.Module):
 
     def _hidden(self, idx, cache=None):
         B, T = idx.shape
-        start = 0 if cache is None else int(cache["pos"])
+        start = 0 if cache is None else cache["pos"].tolist()                                # or a list, one a row
         x = self.embed(idx)                                                                  # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # the residual stream too: half the memory traffic
         x = self.dropout(x)
-        positions = torch.arange(start, start + T, device=idx.device)
+        positions = places(start, T, idx.device)
         rope = torch.ones(T, 1, device=x.device), torch.zeros(T, 1, device=x.device)         # nothing turns
         if self.config.rope:
             rope = rope_table(positions, self.config.n_embd // self.config.n_head, self.config.rope_theta)
         rope = [t.to(x.dtype) for t in rope]
-        seen = torch.arange(start + T, device=idx.device)
-        mask = torch.zeros(T, start + T, dtype=x.dtype, device=x.device)
-        mask = mask.masked_fill(seen > positions[:, None], -torch.inf)                       # (T, S), causal
+        mask = causal_mask(positions, T + (max(start) if isinstance(start, list) else start), x.dtype)
         for i, block in enumerate(self.blocks):
             x = block(x, rope, mask, None if cache is None else cache["layers"][i], start)
         return self.norm(x)
@@ -464,7 +487,10 @@ class Model(nn.Module):
 
     # copied from model.py
     def step(self, idx, cache):
-        """idx: (B, T >= 1) more ids -> (logits (B, V) float32 of the last, cache). Use the returned cache."""
+        """idx: (B, T >= 1) more ids -> (logits (B, V) float32 of the last, cache). Use the returned cache.
+
+        With T = 1, cache["pos"] may be (B,) instead of (): rows of different lengths, as a server has them.
+        """
         x = self._hidden(idx, cache)
         return self._logits(x[:, -1]), cache | {"pos": cache["pos"] + idx.size(1)}
 
