@@ -1016,16 +1016,19 @@ class Uvicorn(uvicorn.Server):
         self.ours.engine.stop_at = time.monotonic() + self.ours.cfg.drain_seconds
 
 
+def settings(cfg, app):
+    """uvicorn's."""
+    protocol = type("Protocol", (Protocol,), {"seconds": cfg.header_seconds})
+    return uvicorn.Config(app, cfg.host.strip("[]"), cfg.port, loop="asyncio", http=protocol, ws="none", lifespan="off",
+                          log_level="error", access_log=False, proxy_headers=False, server_header=False, backlog=1024,
+                          h11_max_incomplete_event_size=16384, timeout_keep_alive=max(1, int(cfg.header_seconds)),
+                          timeout_graceful_shutdown=int(cfg.drain_seconds) + 2)
+
+
 def main(cfg):
     model, tokenizer, loaded = sample.load(cfg.checkpoint, cfg.which, cfg.device)
     server = Server(cfg, model, tokenizer, loaded)
-    protocol = type("Protocol", (Protocol,), {"seconds": cfg.header_seconds})
-    config = uvicorn.Config(server.app, cfg.host.strip("[]"), cfg.port, loop="asyncio", http=protocol, ws="none",
-                            lifespan="off", log_level="error", access_log=False, proxy_headers=False,
-                            server_header=False, h11_max_incomplete_event_size=16384, backlog=1024,
-                            timeout_keep_alive=max(1, int(cfg.header_seconds)),
-                            timeout_graceful_shutdown=int(cfg.drain_seconds) + 2)
-    Uvicorn(config, server).run()
+    Uvicorn(settings(cfg, server.app), server).run()
 
 
 if __name__ == "__main__":
