@@ -44,6 +44,7 @@ try:
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
     from starlette.middleware.cors import CORSMiddleware
+    from starlette.requests import ClientDisconnect
     from starlette.responses import Response
     from starlette.routing import Route
     from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -354,10 +355,9 @@ class Engine:
         """Write down a token -> whether it was the last."""
         sequence.out.append(token)
         self.counts["generated_tokens"] += 1
-        entry = None if sequence.top is None else self.entry(sequence, token, logp)
         finish = "stop" if token in self.stop_ids else None
         new = "" if finish else sequence.stream.step(token)
-        sequence.length += len(new)
+        entry = None if sequence.top is None else self.entry(sequence, token, new, logp)
         shown = sequence.text(new)
         if sequence.text.done:
             finish = "stop"
@@ -367,10 +367,17 @@ class Engine:
         self.events.append((sequence, shown, entry, finish))
         return bool(finish)
 
-    def entry(self, sequence, token, logp):
-        """What the API says of a token: (id, offset in the text, log p, [(id, log p)] of the likeliest)."""
+    def entry(self, sequence, token, new, logp):
+        """What the API says of a token, of which the text `new` came: (id, offset in the text, log p, [(id, log p)] of
+        the likeliest). The offset is that of its own characters: what came may begin with one that never got whole.
+        """
+        sequence.length += len(new)
+        own = len(self.tokenizer.decode([token], skip_special=False)) if new else 0
+        offset = sequence.length - min(own, len(new))
+        if logp is None:                                   # the first of a prompt: nothing comes before it
+            return token, offset, None, None
         top = logp[:self.tokenizer.vocab_size].topk(min(sequence.top, self.tokenizer.vocab_size))
-        return (token, sequence.length, logp[token].item(),
+        return (token, offset, logp[token].item(),
                 list(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
 
     def prompt_logprobs(self, sequence):
@@ -381,11 +388,7 @@ class Engine:
             logits = self.model(torch.tensor([sequence.prompt], device=self.device))[0][0]   # (T, V)
             logp = logits.log_softmax(-1).cpu()
             for i, token in enumerate(sequence.prompt):
-                if i == 0:                                 # nothing comes before it
-                    entries.append((token, 0, None, None))
-                else:
-                    entries.append(self.entry(sequence, token, logp[i - 1]))
-                sequence.length += len(stream.step(token))
+                entries.append(self.entry(sequence, token, stream.step(token), logp[i - 1] if i else None))
         done = not sequence.room
         self.events.append((sequence, sequence.echo, entries, "length" if done else None))
         sequence.length = len(sequence.echo)
@@ -638,6 +641,8 @@ class Server:
                     body += part
                     if len(body) > self.cfg.max_body:
                         raise ApiError(413, f"the body has more than {self.cfg.max_body:,} bytes", Connection="close")
+        except ClientDisconnect:                           # nobody is left to read this
+            raise ApiError(400, "the client left") from None
         except TimeoutError:
             raise ApiError(408, f"the body took longer than {self.cfg.body_seconds:g} s", Connection="close") from None
         body = parse(body)
