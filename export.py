@@ -31,7 +31,7 @@ import checkpoint
 import configurator
 import data
 from configurator import UserError
-from foreign import JAMBA, NAMES, PRE, gguf_parts, need, permute, rename
+from foreign import PRE, gguf_parts, need, permute, rename
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Config:
     checkpoint: str = ""            # run or checkpoint folder, Hugging Face folder or GGUF file; empty: the newest run
     which: Literal["best", "latest"] = "best"  # checkpoint of the run
     format: Literal["hf", "gguf", "onnx", "web"] = "hf"
-    quant: str = ""                 # how numbers are stored, see export.py --help; empty: as they are
+    quant: str = ""                 # how numbers are stored (a wrong one is told the right ones); empty: as they are
     out: str = ""                   # folder or file to write (onnx: FILE.onnx is that alone); empty: under exports/
     window: bool = False            # onnx: (batch, block) int32 ids to the last one's logits, no cache
     # check
@@ -198,7 +198,7 @@ def write_hf(folder, model, tokenizer, quant, meta):
                 u = (t + 1).to(torch.uint8).unflatten(0, (4, -1))                            # (4, N / 4, K)
                 tensors[f"{name}.weight"] = u[0] | u[1] << 2 | u[2] << 4 | u[3] << 6
                 tensors[f"{name}.weight_scale"] = scale.reshape(1)
-        tensors = {rename(name, 0, 1, table(stock)): tensor for name, tensor in tensors.items()}
+        tensors = {rename(name, 0, 1, stock): tensor for name, tensor in tensors.items()}
         about |= hf_config(model, stock)
         if quant in ("online", "packed"):
             about["quantization_config"] = {"quant_method": "bitnet", "linear_class": "autobitlinear",
@@ -220,10 +220,6 @@ def write_hf(folder, model, tokenizer, quant, meta):
     return twin, tensors
 
 
-def table(stock):
-    return JAMBA if stock == "jamba" else NAMES
-
-
 def hf_config(model, stock):
     """What config.json of a stock architecture says about the shape; old and new names of RoPE."""
     config = model.config
@@ -235,12 +231,11 @@ def hf_config(model, stock):
              "rms_norm_eps": config.norm_eps, "tie_word_embeddings": getattr(config, "tie_embeddings", True),
              "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True}
     if stock == "jamba":
-        mixer = next(block.mixer for block in model.blocks if hasattr(block.mixer, "dt_rank"))
         return about | {"attn_layer_period": config.attn_layer_period, "attn_layer_offset": config.attn_layer_offset,
                         "num_experts": 1, "num_experts_per_tok": 1, "expert_layer_period": 1, "expert_layer_offset": 0,
                         "output_router_logits": False, "mamba_expand": config.expand, "mamba_d_conv": config.d_conv,
-                        "mamba_d_state": mixer.n_state, "mamba_dt_rank": mixer.dt_rank, "mamba_conv_bias": True,
-                        "mamba_proj_bias": False}
+                        "mamba_d_state": config.d_state or 16, "mamba_conv_bias": True, "mamba_proj_bias": False,
+                        "mamba_dt_rank": config.dt_rank or -(-config.n_embd // 16)}
     return about | {"head_dim": config.n_embd // config.n_head, "attention_bias": False, "mlp_bias": False,
                     "rope_theta": config.rope_theta, "rope_scaling": None,
                     "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
@@ -312,31 +307,25 @@ def write_gguf(path, model, tokenizer, quant, meta):
     writer = gguf.GGUFWriter(path, stock)
     writer.add_file_type(gguf.LlamaFileType[{"f32": "ALL_F32"}.get(quant, f"MOSTLY_{quant.upper()}")])
     writer.add_name(meta.get("name") or path.stem)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.block_size)
-    writer.add_embedding_length(config.n_embd)
-    writer.add_block_count(config.n_layer)
-    writer.add_feed_forward_length(n_hidden(model))
-    writer.add_head_count(config.n_head)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
+    sizes = {"vocab_size": config.vocab_size, "context_length": config.block_size, "embedding_length": config.n_embd,
+             "block_count": config.n_layer, "feed_forward_length": n_hidden(model), "head_count": config.n_head,
+             "head_count_kv": n_kv_head(config), "layer_norm_rms_eps": config.norm_eps}
     if stock == "jamba":
-        mixers = [block.mixer for block in model.blocks]
-        writer.add_head_count_kv([getattr(mixer, "n_kv_head", 0) for mixer in mixers])  # 0: a Mamba layer
-        writer.add_ssm_conv_kernel(config.d_conv)
-        writer.add_ssm_inner_size(config.expand * config.n_embd)
-        writer.add_ssm_state_size(next(mixer.n_state for mixer in mixers if hasattr(mixer, "n_state")))
-        writer.add_ssm_time_step_rank(next(mixer.dt_rank for mixer in mixers if hasattr(mixer, "dt_rank")))
+        sizes |= {"head_count_kv": [getattr(block.mixer, "n_kv_head", 0) for block in model.blocks],  # 0: Mamba
+                  "ssm_conv_kernel": config.d_conv, "ssm_inner_size": config.expand * config.n_embd,
+                  "ssm_state_size": config.d_state or 16,
+                  "ssm_time_step_rank": config.dt_rank or -(-config.n_embd // 16)}
     else:
-        writer.add_head_count_kv(n_kv_head(config))
-        writer.add_rope_dimension_count(config.n_embd // config.n_head)
-        writer.add_rope_freq_base(config.rope_theta)
+        sizes |= {"rope_dimension_count": config.n_embd // config.n_head, "rope_freq_base": config.rope_theta}
+    for key, value in sizes.items():
+        getattr(writer, f"add_{key}")(value)
     if hasattr(config, "act"):
         writer.add_string(f"{stock}.hidden_activation", config.act)
     gguf_tokens(gguf, writer, tokenizer, config.vocab_size, meta)
     stored, twin = {}, {}
     rotated = {"q_proj": config.n_head, "k_proj": n_kv_head(config)} if stock == "llama" else {}
     for name, tensor in weights(plain(model)).items():
-        there, heads = rename(name, 0, 2, table(stock)), rotated.get(name.split(".")[-2])
+        there, heads = rename(name, 0, 2, stock), rotated.get(name.split(".")[-2])
         t, scale = parts.get(name.removesuffix(".weight"), (tensor, None))
         kind = gguf_type(gguf, name, t, quant, scale is not None)
         w = permute(t, heads) if heads else -t.exp() if name.endswith("A_log") else t
@@ -691,8 +680,7 @@ def read_back(path, form, stored):
 # ---- the command
 
 
-def export(model, tokenizer, out, form, quant="", meta=None, window=False, checked=True, prompts=50, prompt_tokens=64,
-           quiet=False):
+def export(model, tokenizer, out, form, quant="", meta=None, window=False, checked=True, prompts=50, prompt_tokens=64):
     """Write `model` to `out` (a folder, a .gguf or .onnx file), which gets its name only once the check has passed.
 
     -> {"bytes": size of all files} and, where checked, "delta", largest logit - ours with the stored weights, "loss",
@@ -735,12 +723,11 @@ def export(model, tokenizer, out, form, quant="", meta=None, window=False, check
         checkpoint._sync_folder(out.parent)
     finally:
         checkpoint._remove(temp)
-    if "delta" in found and not quiet:
+    if "delta" in found:
         print(f"checked in {found['runtime']}: max |dlogit| {found['delta']:.2g}, {found['loss']:.2g} off the "
               f"checkpoint's; greedy texts of {found['tokens']} tokens: {found['same']}/{prompts} identical"
               + (f", {found['tied']} part at a near tie" if found.get("tied") else ""))
-    if not quiet:
-        print(f"{out}: {found['bytes']:,} bytes, {quant}, {time.perf_counter() - begun:.0f} s")
+    print(f"{out}: {found['bytes']:,} bytes, {quant}, {time.perf_counter() - begun:.0f} s")
     return found
 
 

@@ -56,8 +56,9 @@ MAX_STRINGS = 2**20  # in one list of a GGUF file; Llama 3 has 280,000 merges
 # ---- names
 
 
-def rename(name, source, target, table=NAMES):
+def rename(name, source, target, stock="llama"):
     """A tensor's name, from one column of the table to another (0 ours, 1 Hugging Face, 2 llama.cpp), or None."""
+    table = JAMBA if stock == "jamba" else NAMES
     stem, dot, kind = name.rpartition(".")
     if kind not in ("weight", "bias", "weight_scale"):
         stem, dot, kind = name, "", ""

@@ -76,14 +76,18 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos[..., None, :], x.roll(x.size(-1) // 2, -1), sin[..., None, :])
 
 
-def attend(q, k, v, mask):
-    """softmax(q k^T / sqrt(D) + mask) v. q: (B, H, T, D); k, v: (B, K, S, D); mask: (T, S) or (B, 1, 1, S)."""
+def attend(q, k, v, mask=None):
+    """Causal softmax(q k^T / sqrt(D)) v. q: (B, H, T, D), the last T of S tokens; k, v: (B, K, S, D).
+
+    With T = 1, a mask (B, 1, 1, S) may say what each row sees.
+    """
     B, H, T, D = q.shape
     S = k.size(2)
-    if q.is_cuda or T == 1 or T * S > 1 << 20:
-        whole = T == S                                     # nothing cached: half of the scores need no computing
-        return F.scaled_dot_product_attention(q, k, v, None if whole else mask, is_causal=whole,
-                                              enable_gqa=k.size(1) != H)
+    fused = q.is_cuda or T == 1 or T * S > 1 << 20
+    if 1 < T < S or not fused:
+        mask = torch.full((T, S), -torch.inf, dtype=q.dtype, device=q.device).triu(1 + S - T)
+    if fused:                                              # nothing cached: half of the scores need no computing
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S > 1, enable_gqa=k.size(1) != H)
     # On a CPU two plain matmuls train 2 to 3 times faster than the fused kernel, whose backward pass is slow,
     # as long as the (T, S) scores are small.
     if k.size(1) != H:
@@ -93,28 +97,19 @@ def attend(q, k, v, mask):
     return (scores.softmax(-1) @ v).view(B, H, T, D)
 
 
-def places(start, T, device):
-    """Positions of T tokens: (T,) from start on; (B, 1) where start is a list, a position of its own for each row."""
-    if isinstance(start, list):
-        return torch.tensor(start, device=device)[:, None]
-    return torch.arange(start, start + T, device=device)
+def remember(cache, k, v, start):
+    """Put k, v (B, K, T, D) into the cache at start -> all that it holds by now, (B, K, S, D), and a mask for attend.
 
-
-def causal_mask(positions, S, dtype):
-    """0 up to each position and -inf after it: (T, S), or (B, 1, 1, S) for rows at positions of their own."""
-    seen = torch.arange(S, device=positions.device)
-    mask = torch.zeros(*positions.shape, S, dtype=dtype, device=positions.device)
-    mask = mask.masked_fill(seen > positions[..., None], -torch.inf)
-    return mask if positions.dim() == 1 else mask[:, None]
-
-
-def remember(kept, new, start):
-    """Write new (B, K, T, D) into kept (B, K, max_len, D) -> all of kept so far, (B, K, S, D). See `places`."""
-    if isinstance(start, list):                            # T = 1
-        kept[range(len(new)), :, start] = new[:, :, 0]
-        return kept[:, :, :max(start) + 1]
-    kept[:, :, start:start + new.size(2)] = new
-    return kept[:, :, :start + new.size(2)]
+    start is an int; or (B, 1), rows of different lengths with T = 1, each of which sees no further than it goes.
+    """
+    if isinstance(start, int):
+        S, mask = start + k.size(2), None
+        cache["k"][:, :, start:S], cache["v"][:, :, start:S] = k, v
+    else:
+        S, rows, at = int(start.max()) + 1, torch.arange(len(k), device=k.device), start[:, 0]
+        mask = (torch.arange(S, device=k.device) <= start)[:, None, None]                    # (B, 1, 1, S)
+        cache["k"][rows, :, at], cache["v"][rows, :, at] = k[:, :, 0], v[:, :, 0]
+    return cache["k"][:, :, :S], cache["v"][:, :, :S], mask
 
 
 class Attention(nn.Module):
@@ -133,15 +128,16 @@ class Attention(nn.Module):
         shape = (batch_size, self.n_kv_head, max_len, self.head_dim)
         return {"k": torch.zeros(shape, **kind), "v": torch.zeros(shape, **kind)}
 
-    def forward(self, x, rope, mask, cache=None, start=0):
+    def forward(self, x, rope, cache=None, start=0):
         B, T, C = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)                     # (B, K, T, D)
         q = rotate(self.q_norm(q), *rope).transpose(1, 2)                                    # (B, H, T, D)
         k = rotate(self.k_norm(k), *rope).transpose(1, 2)                                    # (B, K, T, D)
+        mask = None
         if cache is not None:
-            k, v = remember(cache["k"], k, start), remember(cache["v"], v, start)            # (B, K, S, D)
+            k, v, mask = remember(cache, k, v, start)                                        # (B, K, S, D)
         y = attend(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -180,8 +176,8 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config) if config.mlp == "swiglu" else GELU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope, mask, cache=None, start=0):
-        x = x + self.dropout(self.attn(self.attn_norm(x), rope, mask, cache, start))
+    def forward(self, x, rope, cache=None, start=0):
+        x = x + self.dropout(self.attn(self.attn_norm(x), rope, cache, start))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -214,17 +210,18 @@ class Model(nn.Module):
 
     def _hidden(self, idx, cache=None):
         B, T = idx.shape
-        start = 0 if cache is None else cache["pos"].tolist()                                # or a list, one a row
+        start = 0
+        if cache is not None:                              # or (B, 1), a position of its own for each row
+            start = cache["pos"][:, None] if cache["pos"].dim() else int(cache["pos"])
         x = self.embed(idx)                                                                  # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # the residual stream too: half the memory traffic
         x = self.dropout(x)
-        positions = places(start, T, idx.device)
+        positions = torch.arange(T, device=idx.device) + start
         rope = rope_table(positions, self.config.n_embd // self.config.n_head, self.config.rope_theta)
         rope = [t.to(x.dtype) for t in rope]
-        mask = causal_mask(positions, T + (max(start) if isinstance(start, list) else start), x.dtype)
         for i, block in enumerate(self.blocks):
-            x = block(x, rope, mask, None if cache is None else cache["layers"][i], start)
+            x = block(x, rope, None if cache is None else cache["layers"][i], start)
         return self.norm(x)
 
     def _logits(self, x):

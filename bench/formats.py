@@ -6,8 +6,10 @@
 max |dlogit| is against torch with the weights as stored, "cost" against the checkpoint's own weights. The weights are
 far from those of a fresh model, so that logits spread by 1 and more, and greedy texts tell models apart.
 """
+import contextlib
 import dataclasses
 import importlib
+import io
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -90,9 +92,10 @@ def main(cfg):
             with tempfile.TemporaryDirectory() as folder:
                 suffix = {"gguf": ".gguf", "window": ".onnx"}.get(form, "")
                 try:
-                    found = export.export(model, made[kind], Path(folder, "model" + suffix),
-                                          "onnx" if form == "window" else form, quant, window=form == "window",
-                                          prompts=cfg.prompts, prompt_tokens=cfg.prompt_tokens, quiet=True)
+                    with contextlib.redirect_stdout(io.StringIO()):
+                        found = export.export(model, made[kind], Path(folder, "model" + suffix),
+                                              "onnx" if form == "window" else form, quant, window=form == "window",
+                                              prompts=cfg.prompts, prompt_tokens=cfg.prompt_tokens)
                     texts = f"{found['same']} of {found['prompts']}"
                     if found.get("tied"):
                         texts += f", {found['tied']} part at a near tie"

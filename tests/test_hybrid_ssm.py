@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import configurator
 import hybrid_ssm
 
 CONFIG = hybrid_ssm.Config(n_layer=4, attn_layer_period=3, n_head=4, n_embd=32, n_hidden=48, vocab_size=40,
@@ -123,12 +124,20 @@ def test_memory_is_linear_in_the_length_and_holds_no_states_of_all_tokens(ssm):
             return t
 
         with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            mixer(torch.randn(b, T, 32, requires_grad=True), None, None).square().mean().backward()
+            mixer(torch.randn(b, T, 32, requires_grad=True), None).square().mean().backward()
         saved[T] = sum(kept.values())
         states = b * T * 64 * N                            # of all tokens, E = 64
         assert saved[T] < 4 * states / 2                    # bytes
         assert largest.numel < states / 4
     assert saved[1024] - saved[512] < 2.1 * (saved[512] - saved[256])
+
+
+def test_nothing_is_as_large_as_tokens_times_tokens():
+    m = hybrid_ssm.Model(replace(CONFIG, block_size=1500, n_layer=2))
+    idx = torch.randint(40, (1, 1500))
+    with Largest() as largest:
+        m(idx, idx)[1].backward()
+    assert largest.numel < 1500 * 1500 / 4
 
 
 # ---- the model
@@ -183,7 +192,7 @@ def test_mamba2_mixer_equals_that_of_transformers():
                                                n_groups=1, conv_kernel=4, chunk_size=16, layer_norm_epsilon=1e-6), 0)
     hf.load_state_dict(mixer.state_dict())
     x = torch.randn(2, 100, 32)
-    assert (mixer(x, None, None) - hf(x)).abs().max() < 1e-4
+    assert (mixer(x, None) - hf(x)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("ssm", ["mamba1", "mamba2"])
@@ -267,3 +276,16 @@ def test_positions_only_with_rope():
 def test_impossible_shapes_are_named(wrong, match):
     with pytest.raises(ValueError, match=match):
         replace(CONFIG, **wrong)
+
+
+@pytest.mark.parametrize("wrong", ["--contexts=0", "--contexts=", "--rounds=0", "--batch_size=0", "--tokens=0",
+                                   "--lengths=100", "--parts=all", "--recipe=config/tiny_cpu.py"])
+def test_mistakes_with_the_benchmark_are_one_line(wrong, monkeypatch, capsys):
+    from bench import hybrid
+    monkeypatch.setattr("sys.argv", ["hybrid.py", "--parts=decode", "--seconds=0.01", wrong])
+    monkeypatch.chdir(hybrid.ROOT)
+    with pytest.raises(SystemExit) as e:
+        configurator.run(hybrid.main, hybrid.Config)
+    assert e.value.code
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("error: ") and wrong[2:].partition("=")[0] in error
