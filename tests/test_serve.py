@@ -70,7 +70,7 @@ def running(model, **settings):
     """A server in a thread -> (port, Server)."""
     cfg = serve.Config(port=0, log=False, **settings)
     ours = serve.Server(cfg, model, TOKENIZER, SimpleNamespace(path=Path("tiny"), meta={}))
-    theirs = serve.Uvicorn(serve.settings(cfg, ours.app), ours)
+    theirs = serve.Uvicorn(cfg, ours)
     thread = threading.Thread(target=theirs.run)
     thread.start()
     while not theirs.started:
@@ -340,11 +340,8 @@ HOSTILE_CHAT = [
                           ("/detokenize", {"tokens": "a"}), ("/detokenize", {"tokens": [-1]})],
                          ids=lambda b: str(b)[:40])
 def test_a_hostile_request_gets_a_clear_no(served, path, body):
-    if isinstance(body, bytes) and b"stop" in body:        # a stop text that no text can hold: not wrong
-        assert ask(served.port, path, body)[0] == 200
-        return
     status, answer, _ = ask(served.port, path, body)
-    other_model = isinstance(body, dict) and body.get("model") == "b" or "udfff" in str(body)
+    other_model = isinstance(body, dict) and body.get("model") == "b"
     assert status == (404 if other_model else 400)
     assert set(answer["error"]) == {"message", "type", "param", "code"}
     assert answer["error"]["type"] == "invalid_request_error" and answer["error"]["message"]
@@ -408,10 +405,6 @@ def test_other_names_and_other_pages_are_refused(served):
     assert status(Origin=f"http://{here}") == 200
     assert status(Origin="http://evil.example") == status(Origin="null") == status(Origin=f"http://{here}.evil") == 403
     assert "access-control-allow-origin" not in ask(served.port, "/v1/models", Origin=f"http://{here}")[2]
-    with running(tiny(), origins=("https://a.example",)) as (port, _):
-        allowed = ask(port, "/v1/models", Origin="https://a.example")[2]["access-control-allow-origin"]
-        assert allowed == "https://a.example"
-        assert ask(port, "/v1/models", Origin="https://b.example")[0] == 403
 
 
 def test_who_finds_the_queue_full_is_told_at_once():
@@ -439,7 +432,7 @@ def test_a_client_that_leaves_frees_its_row(stream):
 
 
 def test_slow_clients_are_closed():
-    with running(tiny(), header_seconds=0.4, body_seconds=0.4) as (port, _):
+    with running(tiny(), client_seconds=0.4) as (port, _):
         begun = time.monotonic()
         assert raw(port) == raw(port, b"GET /health HTTP/1.1\r\nHost: local") == b""
         assert raw(port, *[b"GET /"] + [b"x"] * 3, wait=0.15) == b""
