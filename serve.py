@@ -176,7 +176,8 @@ class StreamOptions(Strict):
 
 
 Id = Annotated[int, Field(ge=0, lt=2**31)]
-Ids = Annotated[list[Id], Field(min_length=1)]
+Some = Field(min_length=1, fail_fast=True)                 # else a body of 1 MB can have a million errors
+Ids = Annotated[list[Id], Some]
 Stop = Annotated[str, Field(max_length=256)]
 
 
@@ -214,7 +215,7 @@ class Generation(Body):
 
 
 class Completion(Generation):
-    prompt: str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+    prompt: str | Ids | Annotated[list[str], Some] | Annotated[list[Ids], Some]
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=20)
     best_of: int | None = Field(None, ge=1, le=16)
@@ -228,7 +229,7 @@ class TextPart(Strict):
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Some]
     name: str | None = None
 
 
@@ -237,7 +238,7 @@ class ResponseFormat(Strict):
 
 
 class ChatCompletion(Generation):
-    messages: list[Message] = Field(min_length=1, max_length=1000)
+    messages: list[Message] = Field(min_length=1, max_length=1000, fail_fast=True)
     max_completion_tokens: Id | None = None
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
@@ -250,7 +251,7 @@ class Tokenize(Body):
 
 
 class Detokenize(Body):
-    tokens: list[Id]
+    tokens: list[Id] = Field(fail_fast=True)
 
 
 BODIES = {"/v1/completions": Completion, "/v1/chat/completions": ChatCompletion, "/tokenize": Tokenize,
@@ -594,7 +595,8 @@ class Server:
                       "bos_token": None, "pad_token": None, "chat_template": None, "template": self.template})
 
     async def tokenize(self, request):
-        ids = await self.encode((await self.read(request)).prompt)
+        text, eot = (await self.read(request)).prompt, self.tokenizer.eot
+        ids = [eot] if text == self.token(eot) else await self.encode(text)                  # alone: so lm-eval asks
         return reply({"count": len(ids), "max_model_len": self.engine.size, "tokens": ids})
 
     async def detokenize(self, request):

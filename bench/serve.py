@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import openai
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +32,7 @@ import model  # noqa: E402
 @dataclasses.dataclass(frozen=True)
 class Config:
     checkpoint: str = ""            # what to serve; empty: random weights, 8 layers of 448, byte tokens
-    what: tuple[str, ...] = ("speed", "crowd", "leave", "slow")  # which of the measurements
+    what: tuple[str, ...] = ("same", "speed", "crowd", "leave", "slow")  # which of the measurements
     clients: int = 100              # of the crowd
     requests: int = 2000            # of all of them together
     tokens: int = 64                # of each answer when speed is measured
@@ -87,6 +88,12 @@ async def ask(port, body):
     return status, text, first, time.perf_counter() - begun, whole
 
 
+def memory(pid):
+    """MB that a process has; nan where there is no /proc."""
+    path = Path(f"/proc/{pid}/status")
+    return int(re.search(r"VmRSS:\s+(\d+)", path.read_text())[1]) // 1024 if path.exists() else float("nan")
+
+
 async def many(port, bodies, clients):
     """`clients` at a time -> the answers, in the order of the bodies."""
     answers, left = [None] * len(bodies), iter(enumerate(bodies))
@@ -94,6 +101,8 @@ async def many(port, bodies, clients):
     async def client():
         for i, body in left:
             answers[i] = await ask(port, body)
+            if answers[i][0] == 429:
+                await asyncio.sleep(1)                     # as its Retry-After says
     await asyncio.gather(*(client() for _ in range(clients)))
     return answers
 
@@ -108,6 +117,27 @@ def counts(port):
     text = connection.getresponse().read().decode()
     connection.close()
     return {k: float(v) for k, v in re.findall(r"^(thimble_[^ ]+) (\S+)$", text, re.M)}
+
+
+async def same(port, cfg):
+    """The official client, 200 prompts, completions and chats: streamed is not streamed."""
+    async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
+        name, equal, usage = (await client.models.list()).data[0].id, 0, 0
+        for i in range(200):
+            how = {"model": name, "max_tokens": 8, "seed": i, "temperature": i % 4 / 3}
+            text = "ab né 🎉 cd "[i % 7:] * (1 + i % 5)
+            if i % 2:
+                create, how["messages"] = client.chat.completions.create, [{"role": "user", "content": text}]
+            else:
+                create, how["prompt"] = client.completions.create, text
+            whole = await create(**how)
+            parts = [part async for part in await create(stream=True, stream_options={"include_usage": True}, **how)]
+            got = "".join((c.delta.content or "") if i % 2 else c.text for part in parts for c in part.choices)
+            choice = whole.choices[0]
+            equal += got == (choice.message.content if i % 2 else choice.text)
+            usage += parts[-1].usage == whole.usage
+    print(f"200 prompts by openai {openai.__version__}: {equal} streamed as not streamed, usage equal in {usage}",
+          flush=True)
 
 
 async def speed(port, cfg):
@@ -199,17 +229,17 @@ async def slow(port, cfg):
 
 
 def main(cfg):
-    if bad := set(cfg.what) - {"speed", "crowd", "leave", "slow"}:
-        raise configurator.UserError(f"--what={','.join(sorted(bad))} is none of speed, crowd, leave, slow")
+    known = Config().what
+    if bad := set(cfg.what) - set(known):
+        raise configurator.UserError(f"--what={','.join(sorted(bad))} is none of {', '.join(known)}")
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),) * 2)
     with tempfile.TemporaryDirectory() as folder:
         process, port = start(cfg.checkpoint or random_model(Path(folder)))
         try:
             for name in cfg.what:
+                before = memory(process.pid)
                 asyncio.run(globals()[name](port, cfg))
-            usage = Path(f"/proc/{process.pid}/status")
-            if usage.exists():
-                print("memory of the server:", re.search(r"VmRSS:\s+(.*)", usage.read_text())[1])
+                print(f"  {name}: the server went from {before} to {memory(process.pid)} MB", flush=True)
         finally:
             process.terminate()
             code = process.wait()
