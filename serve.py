@@ -131,7 +131,7 @@ def read_page():
         inline = re.search(f"<{tag}>(.*?)</{tag}>", page, re.S)[1]
         digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
         kinds.append(f"{tag}-src 'sha256-{digest}'")
-    rest = "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    rest = "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     return page, f"default-src 'none'; {'; '.join(kinds)}; {rest}"
 
 
@@ -266,14 +266,15 @@ def parse(body, kind):
         raise ApiError(400, f"the body is not JSON: {e}", code="invalid_json") from None
     if not isinstance(value, dict):
         raise ApiError(400, "the body must be a JSON object")
+    if unknown := [key[:50] for key in value if key not in kind.model_fields]:
+        raise ApiError(400, f"unknown: {', '.join(unknown[:5])}", unknown[0], "unknown_field")
     try:
         return kind.model_validate({key: part for key, part in value.items() if part is not None})
     except ValidationError as e:
         errors = e.errors(include_url=False, include_input=False, include_context=False)
         where = str(errors[0]["loc"][0])[:100]
         why = "; ".join(f"{'.'.join(map(str, part['loc']))}: {part['msg']}" for part in errors)
-        code = "unknown_field" if errors[0]["type"] == "extra_forbidden" else None
-        raise ApiError(400, why, where, code) from None
+        raise ApiError(400, why, where) from None
 
 
 # ---- the model's side, all in a thread of its own
@@ -672,6 +673,8 @@ class Server:
         prompts, echoes = asked.prompt, []
         if isinstance(prompts, str) or isinstance(prompts[0], int):
             prompts = [prompts]
+        if len(prompts) * asked.n > (most := self.cfg.max_queue):
+            raise ApiError(400, f"{len(prompts)} prompts x n={asked.n} are more than {most} texts", "n")
         for i, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
                 self.known(prompt, "prompt")
@@ -703,8 +706,6 @@ class Server:
         if (longest := max(map(len, prompts))) > size:
             raise ApiError(400, f"the prompt has {longest} tokens, the context of this model {size}",
                            "prompt" if kind is Answer else "messages", "context_length_exceeded")
-        if len(prompts) * asked.n > cfg.max_queue:
-            raise ApiError(400, f"{len(prompts)} prompts x n={asked.n} are more than {cfg.max_queue} texts", "n")
         if room < 1 and echoes[0] is None:
             raise ApiError(400, "max_tokens must be at least 1; 0 needs echo", "max_tokens")
         if bad := next((token for token in asked.bias if token >= vocab_size), None):
