@@ -22,6 +22,7 @@ import math
 import os
 import re
 import secrets
+import socket
 import sys
 import threading
 import time
@@ -218,8 +219,6 @@ class Completion(Generation):
     prompt: str | Ids | Annotated[list[str], Some] | Annotated[list[Ids], Some]
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=20)
-    best_of: int | None = Field(None, ge=1, le=16)
-    suffix: Literal[""] = ""
 
 
 class TextPart(Strict):
@@ -233,16 +232,11 @@ class Message(Strict):
     name: str | None = None
 
 
-class ResponseFormat(Strict):
-    type: Literal["text"]
-
-
 class ChatCompletion(Generation):
     messages: list[Message] = Field(min_length=1, max_length=1000, fail_fast=True)
     max_completion_tokens: Id | None = None
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
-    response_format: ResponseFormat | None = None
 
 
 class Tokenize(Body):
@@ -406,7 +400,7 @@ class Engine:
                     part[to, :, :n] = part[best, :, :n]
         row = self.filling = self.rows[to]
         row.ids, row.sequence = sequence.prompt[:n], sequence
-        self.counts["reused"] += n
+        self.counts["prompt_tokens_reused"] += n
         self.swap(to, self.n)
         return 0
 
@@ -575,13 +569,10 @@ class Server:
 
     async def metrics(self, request):
         e, lines = self.engine, []
-        for name, kind, value in (
-                ("requests_running", "gauge", e.n), ("requests_waiting", "gauge", len(e.waiting)),
-                ("prompt_tokens_total", "counter", e.counts["prompt_tokens"]),
-                ("prompt_tokens_reused_total", "counter", e.counts["reused"]),
-                ("generated_tokens_total", "counter", e.counts["generated_tokens"]),
-                ("steps_total", "counter", e.counts["steps"]), ("failures_total", "counter", e.counts["failures"])):
-            lines += [f"# TYPE thimble_{name} {kind}", f"thimble_{name} {value}"]
+        for name, value in (("requests_running", e.n), ("requests_waiting", len(e.waiting))):
+            lines += [f"# TYPE thimble_{name} gauge", f"thimble_{name} {value}"]
+        for name in ("prompt_tokens", "prompt_tokens_reused", "generated_tokens", "steps", "failures"):
+            lines += [f"# TYPE thimble_{name}_total counter", f"thimble_{name}_total {e.counts[name]}"]
         lines += ["# TYPE thimble_first_token_seconds summary",
                   f"thimble_first_token_seconds_count {e.counts['firsts']}",
                   f"thimble_first_token_seconds_sum {e.counts['first_seconds']:.6f}",
@@ -593,7 +584,7 @@ class Server:
     async def tokenizer_info(self, request):
         return reply({"name": self.tokenizer.name, "kind": self.tokenizer.kind, "vocab_size": self.tokenizer.vocab_size,
                       "eos_token": self.token(self.tokenizer.eot), "eos_token_id": self.tokenizer.eot,
-                      "bos_token": None, "pad_token": None, "chat_template": None, "template": self.template})
+                      "template": self.template})
 
     async def tokenize(self, request):
         text, eot = (await self.read(request)).prompt, self.tokenizer.eot
@@ -668,8 +659,6 @@ class Server:
 
     async def completions(self, request):
         asked = await self.read(request)
-        if asked.best_of not in (None, asked.n):
-            raise ApiError(400, "best_of must be n: all that is written is returned", "best_of")
         prompts, echoes = asked.prompt, []
         if isinstance(prompts, str) or isinstance(prompts[0], int):
             prompts = [prompts]
@@ -951,9 +940,18 @@ class Uvicorn(uvicorn.Server):
         self.ours.engine.stop_at = time.monotonic() + self.ours.cfg.drain_seconds
 
 
+def listen(cfg):
+    host = cfg.host.strip("[]")
+    try:
+        return socket.create_server((host, cfg.port), backlog=1024,
+                                    family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as e:
+        raise UserError(f"--host={cfg.host} --port={cfg.port}: {e.strerror}; --port=0 takes any free port") from None
+
+
 def main(cfg):
     model, tokenizer, loaded = sample.load(cfg.checkpoint, cfg.which, cfg.device)
-    Uvicorn(cfg, Server(cfg, model, tokenizer, loaded)).run()
+    Uvicorn(cfg, Server(cfg, model, tokenizer, loaded)).run([listen(cfg)])
 
 
 if __name__ == "__main__":
