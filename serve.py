@@ -946,7 +946,8 @@ def listen(cfg):
         return socket.create_server((host, cfg.port), backlog=1024,
                                     family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as e:
-        raise UserError(f"--host={cfg.host} --port={cfg.port}: {e.strerror}; --port=0 takes any free port") from None
+        why = e.strerror.partition(" (")[0]
+        raise UserError(f"--host={cfg.host} --port={cfg.port}: {why}; --port=0 takes any free port") from None
 
 
 def main(cfg):
