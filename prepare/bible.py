@@ -57,11 +57,13 @@ def books_of(lines, where):
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        match = re.match(r"(\S+) (\d+):\d+ +(.+)", line)
+        match = re.match(r"(\S+) (\d+):\d+\b *(.*)", line)
         if not match:
             raise UserError(f"{where}, line {number} is {line[:40]!r}, not 'book chapter:verse text': give another "
                             "--input, or use prepare/text.py for text of any form")
         book, chapter, verse = match.groups()
+        if not verse:                                      # some verses are in other manuscripts only
+            continue
         gap = "" if book not in books else "\n" if (book, chapter) == before else "\n\n"
         books.setdefault(book, []).append(gap + verse.strip())
         before = book, chapter
