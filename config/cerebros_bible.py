@@ -1,0 +1,20 @@
+# The Bible, by a random wiring (cerebros.py); with --init_from=runs/search_cerebros/best phase two of a search: the
+# wiring that it found, trained longer. Nothing here names a shape, so that the found one stays.
+dataset = "bible_bpe4096"
+prepare = "prepare/bible.py"
+
+arch = "cerebros"
+
+batch_size = 16
+lr = 0.02
+momentum = 0.9
+rest_lr = 0.01
+schedule = "restarts"
+warmup_steps = 50
+restart_steps = 650
+restart_mul = 2.0
+restart_decay = 0.5
+min_lr = 0.02
+max_steps = 2000
+eval_every = 200
+prompts = ("In the beginning", "Jesus said")
