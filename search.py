@@ -158,9 +158,11 @@ class Study:
                 if stored is None:
                     self.study.set_user_attr("config", asked)
             except Exception as e:                         # a database has many ways to say no
+                self.close()
                 why = " ".join(str(e).split())[:200] or type(e).__name__
                 raise UserError(f"--storage={hidden(cfg.storage) or folder}: {why}") from None
         if changed := [k for k in asked if stored and asked[k] != stored.get(k)]:
+            self.close()
             k = changed[0]
             raise UserError(f"{folder} is a study with {k}={stored.get(k)}, this command has {k}={asked[k]}: use the "
                             "same, or name another --out_dir")
