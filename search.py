@@ -132,6 +132,22 @@ def trial_config(cfg, params, out_dir):
 
 # ---- the study
 
+class FileLock:
+    """A lock for Optuna's journal that a killed worker lets go of at once; Optuna's own stays for 30 seconds."""
+
+    def __init__(self, path):
+        self.path, self.file = path, None
+
+    def acquire(self):
+        file = open(self.path, "w")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        self.file = file
+        return True
+
+    def release(self):
+        self.file.close()
+
+
 class Study:
     """An Optuna study, its folder, and a lock under which this machine's workers claim trials and write reports.
 
@@ -171,7 +187,8 @@ class Study:
         if self.cfg.storage:
             return optuna.storages.RDBStorage(re.sub("^postgresql://", "postgresql+psycopg://", self.cfg.storage))
         from optuna.storages.journal import JournalFileBackend
-        return optuna.storages.JournalStorage(JournalFileBackend(str(self.folder / "journal.log")))
+        journal = JournalFileBackend(str(self.folder / "journal.log"), FileLock(self.folder / "workers" / "journal"))
+        return optuna.storages.JournalStorage(journal)
 
     def sampler(self, number):
         """A trial's own: what is drawn depends on the seed, the trial's number and the trials that have ended."""
