@@ -516,7 +516,7 @@ def paths_of(cfg):
     first_one = cfg.checkpoint or str(checkpoint.newest_run())
     if cfg.all_steps:
         run = Path(first_one)
-        found = sorted(run.glob("step_*"), key=lambda p: int(p.name.removeprefix("step_")))
+        found = sorted((p for p in run.glob("step_*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
         if not found:
             raise UserError(f"--all_steps: {run} is no run folder with checkpoints")
         return [str(p) for p in found]

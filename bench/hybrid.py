@@ -7,7 +7,6 @@ A training step is forward, backward, clipping at 1 and AdamW, as in bench/speed
 the dense model (model.py) has the same, with an MLP so wide that it has as many parameters. transformers takes part in
 the first comparison, without mamba-ssm: with bfloat16 autocast, as ours, and in float32.
 """
-import importlib
 import json
 import re
 import resource
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import configurator  # noqa: E402
+import hybrid_ssm as hybrid  # noqa: E402
 import model as dense  # noqa: E402
 import optim  # noqa: E402
 import train  # noqa: E402
@@ -44,6 +44,12 @@ class Config:
     seconds: float = 4.0            # of each turn
     case: str = ""                  # for the script's own use: measure this model at the first of the lengths, as JSON
 
+    def __post_init__(self):
+        for name in ("batch_size", "tokens", "lengths", "contexts", "rounds", "seconds"):
+            value = getattr(self, name)
+            if not value or min(value if isinstance(value, tuple) else (value,)) <= 0:
+                raise ValueError(f"{name}={value} must be above 0")
+
 
 def parameters(kind, c):
     with torch.device("meta"):
@@ -53,7 +59,8 @@ def parameters(kind, c):
 def build(cfg, name, block_size):
     """A model of the recipe's shape. The dense one gets the MLP with which it comes closest to mamba2's size."""
     recipe = configurator.load(train.Config, cfg.recipe)
-    hybrid = importlib.import_module(recipe.arch)
+    if recipe.arch != "hybrid_ssm":
+        raise configurator.UserError(f"--recipe={cfg.recipe} is of a {recipe.arch}: give one of hybrid_ssm")
     c = replace(recipe.model, block_size=block_size, vocab_size=recipe.model.vocab_size or 257)
     if name != "dense":
         return hybrid.Model(replace(c, ssm=name))
@@ -183,7 +190,7 @@ PARTS = {"length": by_length, "jamba": beside_jamba, "decode": decoding}
 def main(cfg):
     if unknown := set(cfg.parts) - set(PARTS):
         raise configurator.UserError(f"--parts={','.join(sorted(unknown))}: there are {', '.join(PARTS)}")
-    if wrong := [n for n in cfg.lengths if n < 1 or cfg.tokens % n]:
+    if wrong := [n for n in cfg.lengths if cfg.tokens % n]:
         raise configurator.UserError(f"--lengths={wrong[0]}: must divide --tokens={cfg.tokens}")
     train.keep_freed_memory()
     torch.manual_seed(0)

@@ -242,6 +242,7 @@ def call(*flags, cwd):
 
 
 def test_command_line(runs, tmp_path):
+    (runs / "bpe" / "step_of_mine").mkdir()                # whatever else lies there
     out = call(f"--checkpoint={runs / 'bpe'}", "--suite=cloze", "--all_steps", cwd=tmp_path)
     assert out.returncode == 0, out.stderr
     report = json.loads((runs / "bpe" / "evaluation.json").read_text())["suites"]["cloze"]

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import configurator
 import hybrid_ssm
 
 CONFIG = hybrid_ssm.Config(n_layer=4, attn_layer_period=3, n_head=4, n_embd=32, n_hidden=48, vocab_size=40,
@@ -275,3 +276,16 @@ def test_positions_only_with_rope():
 def test_impossible_shapes_are_named(wrong, match):
     with pytest.raises(ValueError, match=match):
         replace(CONFIG, **wrong)
+
+
+@pytest.mark.parametrize("wrong", ["--contexts=0", "--contexts=", "--rounds=0", "--batch_size=0", "--tokens=0",
+                                   "--lengths=100", "--parts=all", "--recipe=config/tiny_cpu.py"])
+def test_mistakes_with_the_benchmark_are_one_line(wrong, monkeypatch, capsys):
+    from bench import hybrid
+    monkeypatch.setattr("sys.argv", ["hybrid.py", "--parts=decode", "--seconds=0.01", wrong])
+    monkeypatch.chdir(hybrid.ROOT)
+    with pytest.raises(SystemExit) as e:
+        configurator.run(hybrid.main, hybrid.Config)
+    assert e.value.code
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("error: ") and wrong[2:].partition("=")[0] in error

@@ -382,7 +382,10 @@ def test_killed_at_any_time_leaves_the_old_dataset_or_the_new(tmp_path):
         process = subprocess.Popen([*command, f"--seed={seed}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(whole * rng.uniform(0.3, 1.0))
         process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
+        if process.wait() == -signal.SIGKILL:
+            killed += 1
+        else:  # it was done already: the machine is faster now than when the whole was measured
+            whole *= 0.7
         if (tmp_path / "ds").exists():
             now = data.load(tmp_path / "ds").meta
             assert now["options"]["seed"] == seed or (now == kept and not fresh)
