@@ -36,6 +36,7 @@ class Config:
     block_size: int = 256           # tokens of a training row, over which the window slides
     wiring_seed: int = 0            # draws the graph
     affinity_first: float = 0.5     # first level: draws of places, per place of the window
+    recency: float = 1.0            # a place of the window is drawn with a chance of 1 / age**recency; 0: all alike
     affinity: float = 1.0           # later levels: draws, per place or unit of an earlier level
     affinity_decay: float = 0.7     # of that, for each level further down
     p_lateral: float = 0.25         # chance of a connection to the unit beside, at each try
@@ -99,7 +100,8 @@ def draw_wiring(config):
             for j in range(k):
                 share = config.affinity_first if k == 1 else config.affinity * config.affinity_decay ** (k - j)
                 draws = max(1, math.ceil(share * sizes[j])) + (2 * sizes[j] if (k, j) == (last, last - 1) else 0)
-                reads |= {(j, rng.randrange(sizes[j])) for _ in range(draws)}
+                chances = [(W - p) ** -config.recency for p in range(W)] if j == 0 else None
+                reads |= {(j, i) for i in rng.choices(range(sizes[j]), chances, k=draws)}
             row = 0                                        # neighbours connected one after the other
             for v in reversed(range(u)):
                 p = config.p_lateral * config.lateral_decay ** (u - v)
@@ -111,7 +113,7 @@ def draw_wiring(config):
             level.append((neurons, reads))
         levels.append(level)
     read = set().union(*(reads for level in levels for _, reads in level))
-    for j in range(last):                                  # repair: nothing is computed for nobody
+    for j in range(1, last):                               # repair: nothing is computed for nobody
         for i in range(sizes[j]):
             if (j, i) not in read:
                 rng.choice(levels[rng.randint(j, min(j + 6, last - 1))])[1].add((j, i))  # levels[j] is level j + 1
@@ -170,17 +172,26 @@ class Unit(nn.Module):
         n_in = sum(sizes[u] for u in self.units)
         self.std = (len(places) * config.n_embd + n_in) ** -0.5
         self.bias = nn.Parameter(torch.zeros(neurons))
-        # one row of C weights per neuron and place; the model gathers those of all units into one product
         self.window = nn.Parameter(torch.empty(neurons, len(places) * config.n_embd)) if places else None
         self.norm = RMSNorm(n_in, config.norm_eps) if units else None
         self.proj = nn.Linear(n_in, neurons, bias=False) if units else None
 
-    def forward(self, seen, outputs):
-        """seen: (B, T, N), what the window gives, or None; outputs: {(level, index): (B, T, n)} -> (B, T, N)."""
+    def turned(self, angles):
+        """angles: (W, C/2) -> (N, P * C).
+
+        The product of weights with an embedding turned by its place is that of the weights, turned back, with the
+        embedding itself: so they turn once a batch, not each embedding once for every position.
+        """
+        return rotate_pairs(self.window.unflatten(1, (len(self.places), -1)), -angles[self.places]).flatten(1)
+
+    def forward(self, x, angles, outputs):
+        """x: (B, W - 1 + T, C); outputs: {(level, index): (B, T, n)} -> (B, T, N)."""
+        z, T = self.bias, x.size(1) - len(angles) + 1
+        if self.places:
+            z = z + F.linear(torch.cat([x[:, p:p + T] for p in self.places], -1), self.turned(angles))
         if self.units:
-            x = self.proj(self.norm(torch.cat([outputs[u] for u in self.units], -1)))
-            seen = x if seen is None else seen + x
-        return seen + self.bias
+            z = z + self.proj(self.norm(torch.cat([outputs[u] for u in self.units], -1)))
+        return z
 
 
 class Model(nn.Module):
@@ -218,24 +229,11 @@ class Model(nn.Module):
         if not tied:
             nn.init.normal_(self.head.weight, std=0.01)
 
-    def kernel(self):
-        """(N, W, C): the window weights of all units that have some, 0 where a unit does not look.
-
-        A unit's product with an embedding turned by its place is that of the weights, turned back, with the embedding
-        itself. So the rotation costs W turns a batch, not W for each position of it.
-        """
-        c, rows = self.config, []
-        for unit in self.units:
-            if unit.places:
-                weights = unit.window.view(-1, len(unit.places), c.n_embd)
-                row = weights.new_zeros(len(weights), c.window, c.n_embd)
-                rows.append(row.index_copy(1, torch.tensor(unit.places, device=row.device), weights))
-        return rotate_pairs(torch.cat(rows), -self.angles(rows[0].device))
-
-    def angles(self, device):
+    def angles(self):
         """(W, C/2): place times frequency."""
-        freqs = self.config.rope_theta ** (-torch.arange(0, self.config.n_embd, 2, device=device) / self.config.n_embd)
-        return torch.arange(self.config.window, device=device)[:, None] * freqs
+        c, device = self.config, self.embed.weight.device
+        freqs = c.rope_theta ** (-torch.arange(0, c.n_embd, 2, device=device) / c.n_embd)
+        return torch.arange(c.window, device=device)[:, None] * freqs
 
     def _hidden(self, idx, cache=None):
         B, T = idx.shape
@@ -247,14 +245,11 @@ class Model(nn.Module):
             cache["window"].copy_(x[:, T:])
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        windows = x.unfold(1, W, 1).mT.reshape(B, T, W * C)
-        seen = F.linear(windows, self.kernel().flatten(1))                                   # (B, T, sum of N)
-        parts = iter(seen.split([len(unit.bias) for unit in self.units if unit.places], -1))
-        outputs = {}
+        angles, outputs = self.angles(), {}
         for name, unit in zip(self.names, self.units, strict=True):
-            x = unit(next(parts) if unit.places else None, outputs)
-            outputs[name] = self.dropout(self.act(x))
-        return self.norm(x)                                # the last unit's, before its activation
+            z = unit(x, angles, outputs)
+            outputs[name] = self.dropout(self.act(z))
+        return self.norm(z)                                # the last unit's, before its activation
 
     # copied from model.py
     def _logits(self, x):
@@ -291,13 +286,9 @@ class Model(nn.Module):
         return {role: params for role, params in groups.items() if params}
 
     def flops_per_token(self, seq_len):
-        """Training FLOPs per token, 2 per multiply-add, backward = 2 x forward; whatever seq_len is.
-
-        The product with the window is a full one, also where a unit looks at few places.
-        """
-        full = sum(len(unit.bias) for unit in self.units if unit.places) * self.config.window * self.config.n_embd
-        n = sum(unit.proj.weight.numel() for unit in self.units if unit.units)
-        return 6 * (full + n + (self.embed if self.head is None else self.head).weight.numel())
+        """Training FLOPs per token, 2 per multiply-add, backward = 2 x forward; whatever seq_len is."""
+        n = sum(p.numel() for p in self.units.parameters() if p.dim() == 2)
+        return 6 * (n + (self.embed if self.head is None else self.head).weight.numel())
 
 
 def draw(config, path):
