@@ -54,7 +54,7 @@ class Config:
         for name in ("n_layer", "min_units", "min_neurons", "window", "n_embd", "block_size", "lateral_tries"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("n_rank", "vocab_size", "max_lateral", "wiring_seed"):
+        for name in ("n_rank", "vocab_size", "max_lateral", "wiring_seed", "recency"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         for low, high in (("min_units", "max_units"), ("min_neurons", "max_neurons"), ("window", "block_size")):
@@ -84,9 +84,10 @@ def draw_wiring(config):
     last level for the output, a single unit. A unit of level k draws ceil(affinity * decay^(k - j) * size) times from
     every level j < k, the first level ceil(affinity_first * W) times from the window, the output 2 * size more from
     the last level, always with replacement: what is drawn twice is connected once, as for a dense unit a second copy
-    changes nothing. A neighbour at distance d is connected if one of lateral_tries draws falls below p_lateral *
-    lateral_decay^d, until max_lateral in a row are. What nothing reads is then given to a random later unit, at most
-    seven levels up.
+    changes nothing. Units are drawn with equal chances, places with chances of 1 / age^recency, the newest of age 1. A
+    neighbour at distance d is connected if one of lateral_tries draws falls below p_lateral * lateral_decay^d, until
+    max_lateral in a row are. A unit that nothing reads is then given to a random later one, at most seven levels up; a
+    place that nothing reads stays so.
     """
     rng, W, last = random.Random(config.wiring_seed), config.window, config.n_layer + 1
     sizes = [W] + [rng.randint(config.min_units, config.max_units) for _ in range(config.n_layer)] + [1]

@@ -358,8 +358,8 @@ def wired(g, x, model):
             seen = g.Reshape(g.Gather(x, list(unit.places), axis=1), [0, -1])                # (B, P * C)
             z = g.Add(z, g.MatMul(seen, g.weight(unit.turned(model.angles()).T, f"units.{i}.window")))
         if unit.units:
-            y = g.Concat(*(outputs[u] for u in unit.units), axis=-1)
-            z = g.Add(z, linear(g, rms_norm(g, y, unit.norm, f"units.{i}.norm.weight"), unit.proj, f"units.{i}.proj", 0))
+            y = rms_norm(g, g.Concat(*(outputs[u] for u in unit.units), axis=-1), unit.norm, f"units.{i}.norm.weight")
+            z = g.Add(z, linear(g, y, unit.proj, f"units.{i}.proj", 0))
         outputs[name] = act(g, z)
     return z
 
@@ -455,14 +455,14 @@ def export(model, path, quant="fp32", window=False):
     The graph takes input_ids and position_ids int64 (B, T), attention_mask int64 (B, P + T), for each layer
     past_key_values.{i}.key and .value float32 (B, K, P, D), and gives logits float32 (B, T, V), present.{i}.key and
     .value (B, K, P + T, D). Begin with P = 0. window=True takes input_ids int32 (batch, block), of any length up to
-    block_size, and gives the logits float32 (batch, V) of the last position; this is the only form of cerebros.py, where
-    ids of -1 stand for no token, before a row that is shorter than others. UserError for what cannot be expressed.
+    block_size, and gives the logits float32 (batch, V) of the last position; this is the only form of cerebros.py, which
+    pads shorter rows with -1 on the left, no token. UserError for what cannot be expressed.
     """
     arch = type(model).__module__
     if quant not in QUANTS:
         raise UserError(f"--quant={quant} is not an ONNX form; choose one of {', '.join(QUANTS)}")
     if arch == "cerebros" and (not window or quant != "fp32"):
-        raise UserError("cerebros.py has one ONNX form, a window of ids to logits in fp32: add --window, without --quant")
+        raise UserError("cerebros.py has one ONNX form, a window of ids to logits: add --window, without --quant")
     if arch not in ("model", "ternary", "hybrid_ssm", "cerebros"):
         raise UserError(f"{arch}.py has no ONNX form: teach onnx_graph.py its layers, or export it with --format=hf")
     if quant == "q2" and arch != "ternary":

@@ -24,8 +24,8 @@ def any_config(seed):
     rng = random.Random(seed)
     return Config(n_layer=rng.randint(1, 10), min_units=1, max_units=rng.randint(1, 6), window=rng.randint(1, 40),
                   wiring_seed=seed, affinity_first=rng.choice([0.01, 0.5, 17.85]),
-                  affinity=rng.choice([0.01, 1, 21.49]), p_lateral=rng.choice([0, 0.249, 1]),
-                  lateral_tries=rng.randint(1, 32), affinity_decay=rng.random())
+                  affinity=rng.choice([0.01, 1, 21.49]), recency=rng.choice([0, 1, 3]),
+                  p_lateral=rng.choice([0, 0.249, 1]), lateral_tries=rng.randint(1, 32), affinity_decay=rng.random())
 
 
 @pytest.mark.parametrize("first", range(0, 200, 50))
@@ -39,15 +39,15 @@ def test_every_unit_is_reached_from_the_window_and_reaches_the_output(first):
         for (k, i), sources in reads.items():
             assert len(sources) == len(set(sources)) and all(s < (k, i) for s in sources)  # in order: no circles
             assert any(j < k for j, _ in sources)
-        reached, useful = {(0, p) for p in range(config.window)}, {(config.n_layer + 1, 0)}
+        places = {(0, p) for p in range(config.window)}
+        reached, useful = set(places), {(config.n_layer + 1, 0)}
         for name in sorted(reads):
             if reached & set(reads[name]):
                 reached.add(name)
         for name in sorted(reads, reverse=True):
             if name in useful:
                 useful |= set(reads[name])
-        everything = set(reads) | {(0, p) for p in range(config.window)}
-        assert reached == everything == useful
+        assert reached - places == set(reads) == useful - places
         assert draw_wiring(config) == levels               # the seed says all
 
 
@@ -72,7 +72,7 @@ def test_lateral_links_follow_tries_and_the_longest_row():
 
 def test_vertical_links_are_as_many_as_the_affinities_say():
     """With replacement: d draws of n hit n (1 - (1 - 1/n)^d) different ones, on average."""
-    kind = {"n_layer": 2, "min_units": 40, "max_units": 40, "p_lateral": 0.0, "window": 40}
+    kind = {"n_layer": 2, "min_units": 40, "max_units": 40, "p_lateral": 0.0, "window": 40, "recency": 0.0}
     counts = {"first": [], "near": [], "far": []}
     for seed in range(20):
         first, second, _ = draw_wiring(Config(**kind, affinity_first=0.5, affinity=2.0, affinity_decay=0.5,
@@ -83,6 +83,16 @@ def test_vertical_links_are_as_many_as_the_affinities_say():
     for name, draws in (("first", 20), ("near", 40), ("far", 20)):
         expected = 40 * (1 - (1 - 1 / 40) ** draws)
         assert expected - 0.3 < sum(counts[name]) / len(counts[name]) < expected + 1, name  # repair adds a few
+
+
+def test_recent_places_are_drawn_more_often():
+    """At one draw a unit, and a recency of 2, place of age a is read in a share of 1 / a^2 over the sum of all."""
+    kind = {"n_layer": 1, "min_units": 200, "max_units": 200, "p_lateral": 0.0, "window": 5, "affinity_first": 0.2}
+    for recency in (0, 2):
+        units = [u for s in range(20) for u in draw_wiring(Config(**kind, recency=recency, wiring_seed=s))[0]]
+        chances = [age ** -recency for age in range(5, 0, -1)]
+        for p, chance in enumerate(chances):
+            assert abs(sum(u["places"] == [p] for u in units) / 4000 - chance / sum(chances)) < 0.03
 
 
 def test_the_rotation_is_one():
