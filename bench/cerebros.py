@@ -1,10 +1,11 @@
-"""A found wiring beside random ones, a plain MLP of as many parameters, and counted n-grams of the same tokens.
+"""A found wiring beside random ones, plain MLPs of as many parameters, and counted n-grams of the same tokens.
 
-    python bench/cerebros.py --found=runs/search_cerebros/best                      # three seeds each, 2000 steps
+    python bench/cerebros.py --found=runs/search_cerebros/best                      # three seeds each
     python bench/cerebros.py --found=runs/search_cerebros/best --max_steps=200 --seeds=0   # a quick look
 
-Everything but the wiring is that of the found run, trained anew by the recipe of phase two. The scores are those of the
-reloaded checkpoints. Runs that are there already are not trained again.
+All have the found one's window, embedding and head, and are trained anew by the recipe of phase two. Every size is that
+of the found one: the neurons of all units are scaled. The scores are those of the reloaded checkpoints, and must be the
+reported ones. Runs that are there already are not trained again.
 """
 import json
 import math
@@ -21,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 import cerebros  # noqa: E402
 import checkpoint  # noqa: E402
 import configurator  # noqa: E402
+import search  # noqa: E402
 import train  # noqa: E402
 from configurator import UserError  # noqa: E402
 
@@ -29,12 +31,16 @@ from configurator import UserError  # noqa: E402
 class Config:
     found: str = "runs/search_cerebros/best"  # run folder of the found wiring
     recipe: str = str(ROOT / "config/cerebros_bible.py")  # how each is trained
+    space: str = str(ROOT / "config/search_cerebros.py")  # what random wirings are drawn from
+    models: tuple[str, ...] = ("found wiring", "random wiring", "plain MLP", "MLP of 8 tokens", "found, redrawn")
     dataset: str = ""               # another than the recipe's
-    max_steps: int = 0              # 0: the recipe's
-    seeds: tuple[int, ...] = (0, 1, 2)  # of the weights, and of the random wirings
+    max_steps: int = 0              # in one cycle; 0: the recipe's
+    seeds: tuple[int, ...] = (0, 1, 2)  # of weights and batches, and of the random wirings
     out_dir: str = "runs/bench_cerebros"
 
     def __post_init__(self):
+        if wrong := set(self.models) - set(Config.models):
+            raise ValueError(f"models={wrong.pop()}: there are {', '.join(Config.models)}")
         if not self.seeds or self.max_steps < 0:
             raise ValueError(f"seeds={self.seeds} must name at least one, max_steps={self.max_steps} not be negative")
 
@@ -44,23 +50,35 @@ def size(config):
         return sum(p.numel() for p in cerebros.Model(config).parameters())
 
 
-def chain(config, neurons):
-    """The wiring of a plain MLP: one unit a level, the first reads the whole window, each other the one below."""
-    top = config.n_rank or config.n_embd
-    levels = [[{"neurons": top if k > config.n_layer else neurons, "places": [*range(config.window)] if k == 1 else [],
-                "units": [[k - 1, 0]] if k > 1 else []}] for k in range(1, config.n_layer + 2)]
-    return replace(config, wiring=json.dumps(levels))
+def sized(config, levels, n):
+    """`config` with this wiring, the neurons of its units scaled so that it has nearly n parameters."""
+    def scaled(factor):
+        wiring = [[unit | {"neurons": max(1, round(factor * unit["neurons"]))} for unit in level] for level in levels]
+        return replace(config, wiring=json.dumps([*wiring[:-1], levels[-1]]))
+
+    low, high = 0.0, 64.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if size(scaled(middle)) < n else (low, middle)
+    return scaled(low)
 
 
-def mlp(config):
-    """The plain MLP whose size is nearest to that of `config`."""
-    low, high = 1, 1
-    while size(chain(config, high)) < size(config):
-        high *= 2
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (middle + 1, high) if size(chain(config, middle)) < size(config) else (low, middle)
-    return min((chain(config, n) for n in (max(1, low - 1), low)), key=lambda c: abs(size(c) - size(config)))
+def chain(config, n_places):
+    """The wiring of a plain MLP: a unit a level, the first reads the newest places, each other the one below."""
+    first = {"neurons": 100, "places": [*range(config.window - n_places, config.window)], "units": []}
+    more = [{"neurons": 100, "places": [], "units": [[k, 0]]} for k in range(1, config.n_layer)]
+    return [[unit] for unit in (first, *more, {"neurons": config.n_rank or config.n_embd, "places": [],
+                                               "units": [[config.n_layer, 0]]})]
+
+
+def from_space(found, recipe, seed):
+    """`found` with every setting of the graph drawn from the space of a search."""
+    study = search.optuna_module().create_study(sampler=search.optuna_module().samplers.RandomSampler(seed))
+    trial, settings = study.ask(), configurator.load(search.Config, recipe)
+    drawn = {key: suggest(trial) for key, suggest in search.parse_space(settings).items()}
+    shape = {"n_embd", "n_rank", "window", "act", "dropout"}  # not of the graph
+    keys = {f.name for f in fields(found)} & set(drawn) - shape
+    return replace(found, wiring="", **{key: drawn[key] for key in keys})
 
 
 def ngrams(dataset):
@@ -97,8 +115,9 @@ def score(cfg, config, out_dir):
     keys = {f.name for f in fields(config)} - {"vocab_size"}
     values = {k: getattr(config, k) for k in keys} | {"out_dir": str(out_dir)}
     values |= {"dataset": cfg.dataset, "prepare": ""} if cfg.dataset else {}
-    values |= {"max_steps": cfg.max_steps, "eval_every": max(1, cfg.max_steps // 4),
-               "warmup_steps": min(50, cfg.max_steps // 10)} if cfg.max_steps else {}
+    warmup = cfg.max_steps // 10
+    values |= {"max_steps": cfg.max_steps, "eval_every": max(1, cfg.max_steps // 2), "warmup_steps": warmup,
+               "restart_steps": cfg.max_steps - warmup} if cfg.max_steps else {}
     one = configurator.load(train.Config, cfg.recipe, **values, seed=int(out_dir.name.rpartition("-")[2]), prompts=())
     if not (out_dir / "latest").exists():
         train.train(one)
@@ -111,7 +130,7 @@ def score(cfg, config, out_dir):
     loss = train.evaluate(checkpoint.load_model(saved).to(device), dataset, device, autocast)["val_loss"]
     told = saved.meta["state"]["record"]["val_loss"]
     if loss != told:
-        print(f"note: {out_dir} reported {told}, its checkpoint scores {loss}", file=sys.stderr)
+        raise UserError(f"{out_dir} reported {told}, its checkpoint scores {loss}: remove it and run this again")
     return loss
 
 
@@ -123,11 +142,15 @@ def main(cfg):
     recipe = configurator.load(train.Config, cfg.recipe, **({"dataset": cfg.dataset} if cfg.dataset else {}))
     dataset, results, sizes = train.open_dataset(recipe), {}, {}
     for seed in cfg.seeds:
-        random = replace(found, wiring="", wiring_seed=10_000 + seed)  # the same ranges, another draw
-        for name, config in (("found wiring", found), ("random wiring", random), ("plain MLP", mlp(found))):
-            out_dir = Path(cfg.out_dir) / f"{name.replace(' ', '_')}-{seed}"
-            results.setdefault(name, []).append(score(cfg, config, out_dir))
-            sizes.setdefault(name, []).append(size(config))
+        redrawn, random = replace(found, wiring="", wiring_seed=10_000 + seed), from_space(found, cfg.space, seed)
+        built = {"found wiring": found, "random wiring": sized(random, cerebros.draw_wiring(random), size(found)),
+                 "plain MLP": sized(found, chain(found, found.window), size(found)),
+                 "MLP of 8 tokens": sized(found, chain(found, min(8, found.window)), size(found)),
+                 "found, redrawn": sized(redrawn, cerebros.draw_wiring(redrawn), size(found))}
+        for name in cfg.models:
+            out_dir = Path(cfg.out_dir) / f"{name.replace(' ', '_').replace(',', '')}-{seed}"
+            results.setdefault(name, []).append(score(cfg, built[name], out_dir))
+            sizes.setdefault(name, []).append(size(built[name]))
     per_byte = len(dataset.val) / dataset.val_bytes / math.log(2)
     print(f"\n{dataset.path}, validation\n  {'':<16}{'perplexity':>11}{'bits/byte':>11}{'spread':>9}{'parameters':>13}")
     for name, nats in ngrams(dataset).items():

@@ -5,16 +5,17 @@ prepare = "prepare/bible.py"
 
 arch = "cerebros"
 
-batch_size = 16
-lr = 0.02
+batch_size = 8
+lr = 0.03
 momentum = 0.9
-rest_lr = 0.01
+rest_lr = 0.015
 schedule = "restarts"
 warmup_steps = 50
-restart_steps = 650
+restart_steps = 300
 restart_mul = 2.0
 restart_decay = 0.5
 min_lr = 0.02
-max_steps = 2000
-eval_every = 200
+max_steps = 950
+eval_every = 190
+dtype = "bfloat16"
 prompts = ("In the beginning", "Jesus said")
