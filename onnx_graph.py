@@ -455,7 +455,7 @@ def export(model, path, quant="fp32", window=False):
     The graph takes input_ids and position_ids int64 (B, T), attention_mask int64 (B, P + T), for each layer
     past_key_values.{i}.key and .value float32 (B, K, P, D), and gives logits float32 (B, T, V), present.{i}.key and
     .value (B, K, P + T, D). Begin with P = 0. window=True takes input_ids int32 (batch, block), of any length up to
-    block_size, and gives the logits float32 (batch, V) of the last position. That is the only form of cerebros.py, where
+    block_size, and gives the logits float32 (batch, V) of the last position. That is the one form of cerebros.py, where
     -1 in front of a shorter row stands for no token. UserError for what cannot be expressed.
     """
     arch = type(model).__module__

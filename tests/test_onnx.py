@@ -165,6 +165,27 @@ def test_window_form_of_a_wiring(ort, tmp_path, act):
             onnx_graph.export(model, path, **wrong)
 
 
+@pytest.mark.slow
+def test_window_form_in_node(ort, tmp_path, monkeypatch):
+    if not (shutil.which("npm") and shutil.which("node")):
+        pytest.skip("needs Node.js")
+    command = ["npm", "install", "--ignore-scripts", "--prefix", str(tmp_path), "onnxruntime-node@1.20.1"]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("npm does not give onnxruntime-node")
+    import cerebros
+    from bench import window
+    monkeypatch.setenv("NODE_PATH", str(tmp_path / "node_modules"))
+    torch.manual_seed(0)
+    model = cerebros.Model(cerebros.Config(n_embd=16, vocab_size=60)).eval()
+    onnx_graph.export(model, tmp_path / "w.onnx", window=True)
+    ids = torch.randint(60, (3, 40))
+    logits, times = window.node(tmp_path / "w.onnx", ids.int().numpy(), 5, tmp_path)
+    with torch.no_grad():
+        assert np.abs(logits - model(ids)[0][:, -1].numpy()).max() <= 1e-4 and len(times) == 5
+    with pytest.raises(UserError, match="Node does not run"):
+        window.node(tmp_path / "absent.onnx", ids.int().numpy(), 5, tmp_path)
+
+
 def test_files_are_as_small_as_they_should_be(tmp_path):
     config = importlib.import_module("model").Config(n_embd=256, vocab_size=2048, tie_embeddings=True)
     ternary = importlib.import_module("ternary")
