@@ -293,27 +293,38 @@ class Model(nn.Module):
 
 
 def draw(config, path):
-    """A picture of the wiring at `path`: levels from bottom to top, a unit's area by its neurons, lateral links red."""
+    """A picture of the wiring at `path`: levels from bottom to top, a unit's area by its neurons."""
     from matplotlib.figure import Figure
-    levels = read_wiring(config) if config.wiring else draw_wiring(config)
-    at = {(0, p): ((p + 0.5) / config.window, 0) for p in range(config.window)}
-    at |= {(k, i): ((i + 0.5) / len(level), k) for k, level in enumerate(levels, 1) for i in range(len(level))}
-    figure = Figure(figsize=(9, 1.6 * len(levels) + 1.5), layout="constrained")
+    levels, W = read_wiring(config) if config.wiring else draw_wiring(config), config.window
+    at = {(0, p): (0.98 - 0.96 * math.log(W - p) / math.log(W + 1), 0) for p in range(W)}
+    for k, level in enumerate(levels, 1):                  # shifted, so that no unit hides the link between two others
+        shift = 0.3 * (-1) ** k * (k < len(levels)) / len(level)
+        at |= {(k, i): ((i + 0.5 + shift) / len(level), k) for i in range(len(level))}
+    figure = Figure(figsize=(9, 1.3 * len(levels) + 1.7), layout="constrained")
     axes = figure.subplots()
+    read = set()
     for k, level in enumerate(levels, 1):
         for i, unit in enumerate(level):
             x, y = at[k, i]
-            for j, v in [*((0, p) for p in unit["places"]), *unit["units"]]:
-                arrow = {"arrowstyle": "-", "linewidth": 0.4 if j == 0 else 0.9, "color": "gray" if j < k else "red",
-                         "alpha": 0.5, "connectionstyle": f"arc3,rad={0.4 if j == k else 0.0}"}
+            for j, v in [*((0, p) for p in unit["places"]), *map(tuple, unit["units"])]:
+                color, rad = ("tab:red", 0.4) if j == k else ("tab:orange", 0) if j == 0 else ("gray", 0)
+                arrow = {"arrowstyle": "-", "linewidth": 0.9 if j else 0.6, "color": color, "alpha": 0.7,
+                         "connectionstyle": f"arc3,rad={rad}", "shrinkA": 0, "shrinkB": 0, "zorder": 1}
                 axes.annotate("", (x, y), at[j, v], arrowprops=arrow)
+                read |= {(j, v)}
             axes.scatter(x, y, s=2 * unit["neurons"] + 20, color="tab:blue", zorder=3)
             axes.annotate(str(unit["neurons"]), (x, y), ha="center", va="center", fontsize=7, color="white", zorder=4)
-    places = [at[0, p] for p in range(config.window)]
-    axes.scatter(*zip(*places, strict=True), s=12, color="black", zorder=3)
+    for p in range(W):
+        axes.scatter(*at[0, p], s=14, color="black" if (0, p) in read else "lightgray", zorder=3)
+        if (age := W - p) in (1, 2, 3, 4, 6, 8, 12, 16, 24, 40, W):
+            axes.annotate(str(age), (at[0, p][0], -0.1), ha="center", va="top", fontsize=7)
+    for color, name in (("tab:orange", "reads a token"), ("gray", "reads a unit below"), ("tab:red", "lateral")):
+        axes.plot([], [], color=color, label=name)
+    axes.legend(loc="upper left", fontsize=8, frameon=False)
     names = ["window", *(f"level {k}" for k in range(1, len(levels))), "output"]
     axes.set_yticks(range(len(names)), names)
-    axes.set(xticks=[], xlabel="the oldest token of the window is on the left", ylim=(-0.4, len(levels) + 0.4))
+    axes.set(xticks=[], xlabel="age of a token, the newest is 1", xlim=(0, 1.02), ylim=(-0.5, len(levels) + 0.4))
+    axes.spines[:].set_visible(False)
     figure.savefig(path, dpi=120)
 
 
