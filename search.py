@@ -414,7 +414,8 @@ def plot_pareto(study, done):
     picture, axes = figure(study.folder.name, second, first)
     axes.plot([t.values[1] for t in done], [t.values[0] for t in done], "o", color="lightgray")
     front = sorted(study.study.best_trials, key=lambda t: t.values[1])
-    axes.plot([t.values[1] for t in front], [t.values[0] for t in front], "o-", color="tab:red", label="Pareto set")
+    axes.plot([t.values[1] for t in front], [t.values[0] for t in front], "o-", color="tab:red", label="Pareto set",
+              drawstyle="steps-post")
     for t in front:
         axes.annotate(str(t.number), (t.values[1], t.values[0]), textcoords="offset points", xytext=(4, 4), fontsize=8)
     axes.legend()
