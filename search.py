@@ -206,10 +206,7 @@ class Study:
 
     def dead(self, trial):
         """Whether the worker of a running trial has ended. One on another machine is believed to be alive."""
-        name = trial.user_attrs.get("worker")
-        if name is None:                                   # killed in the moment between two writes, or not there yet
-            begun = trial.datetime_start.timestamp() if trial.datetime_start else 0
-            return time.time() - begun > 60
+        name = trial.user_attrs["worker"]
         if name == self.name or name.partition("/")[0] != socket.gethostname():
             return False
         try:
@@ -225,7 +222,7 @@ class Study:
         """End a trial that nobody runs any more, and queue its values anew; the queue first, so that none is lost."""
         again = any(t.user_attrs.get("again") == trial.number for t in self.study.get_trials(deepcopy=False))
         if trial.params and not again:
-            self.study.enqueue_trial(trial.params, user_attrs={"again": trial.number})
+            self.study.enqueue_trial(trial.params, user_attrs={"again": trial.number, "worker": self.name})
         self.study.tell(trial.number, state=self.State.FAIL)
 
     def claim(self):
@@ -237,8 +234,11 @@ class Study:
                     self.give_up(trial)
             trials = self.study.get_trials(deepcopy=False)
             count = sum(t.state != self.State.FAIL or "error" in t.user_attrs for t in trials)
-            if count >= self.cfg.n_trials and not any(t.state == self.State.WAITING for t in trials):
-                return None
+            if not any(t.state == self.State.WAITING for t in trials):
+                if count >= self.cfg.n_trials:
+                    return None
+                # first queued, with its worker's name, so that there is no moment in which it runs without one
+                self.study.enqueue_trial({}, user_attrs={"worker": self.name})
             trial = self.study.ask()
             trial.set_user_attr("worker", self.name)
             self.study.sampler = self.sampler(trial.number)
