@@ -7,7 +7,8 @@
 
 A window of the last W tokens is embedded, each embedding turned by its place in the window. Above it lie n_layer
 levels of units, each a dense layer on what the wiring gives it: places of the window, units of earlier levels, units
-beside it. One last unit gathers them for the head. The window slides along a text, so every position trains.
+beside it. One last unit gathers them for the head. The window slides along a text, so every position trains; places
+before the text's first token hold 0 (in the ONNX form of export.py --window an id of -1 says so).
 
 Legend: B batch, T tokens, C n_embd, W window, P places a unit reads, N neurons, V vocabulary.
 """
