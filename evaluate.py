@@ -100,28 +100,49 @@ class Speaker:
         other.name, other.model = "random", sample.deployed(type(self.model)(config)).to(self.cfg.device).eval()
         return other
 
-    def complete(self, prompt, max_new_tokens, stops=(), seed=None):
-        return self._write(self.tokenizer.encode(prompt) or [self.tokenizer.eot], max_new_tokens, stops, seed)
+    def complete(self, prompt, max_new_tokens, stops=()):
+        return self.completions(prompt, max_new_tokens, stops)[0]
+
+    def completions(self, prompt, max_new_tokens, stops=(), seeds=(None,)):
+        return self._write(self.tokenizer.encode(prompt) or [self.tokenizer.eot], max_new_tokens, stops, seeds)
 
     def answer(self, question, max_new_tokens):
         messages = [{"role": "system", "content": self.cfg.system}] if self.cfg.system else []
         messages += [{"role": "user", "content": question}]
         ids, _ = chat.encode(self.tokenizer, messages, self.template, reply=True)
-        return self._write(ids, max_new_tokens, (), None)
+        return self._write(ids, max_new_tokens)[0]
 
-    def _write(self, ids, max_new_tokens, stops, seed):
-        """Greedy, or with a seed drawn at the temperature of humaneval; ends before the first of the stop texts."""
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        text, stream = "", self.tokenizer.stream()
-        for token in sample.generate(self.model, ids, max_new_tokens, generator, self.stop_ids,
-                                     self.tokenizer.vocab_size,
-                                     temperature=0.0 if seed is None else self.cfg.temperature):
-            text += stream.step(token)
-            if any(stop in text for stop in stops):
+    @torch.no_grad()
+    def _write(self, ids, max_new_tokens, stops=(), seeds=(None,)):
+        """A text for each seed, written side by side: greedy for None, else drawn at the temperature of humaneval.
+
+        Each ends before the first of the stop texts.
+        """
+        device, V = next(self.model.parameters()).device, self.tokenizer.vocab_size
+        generators = [seed if seed is None else torch.Generator().manual_seed(seed) for seed in seeds]
+        streams, texts, rows = [self.tokenizer.stream() for _ in seeds], [""] * len(seeds), list(range(len(seeds)))
+        decoder = sample.Decoder(self.model, torch.tensor([ids], device=device), max_new_tokens)
+        logits = decoder().expand(len(rows), -1)
+        decoder.select(torch.zeros(len(rows), dtype=torch.long, device=device))  # the prompt is read once for all
+        for _ in range(max_new_tokens):
+            new, kept = [], []
+            for row, i in enumerate(rows):
+                probs = sample.filter_logits(
+                    logits[row, :V], temperature=0.0 if generators[i] is None else self.cfg.temperature).softmax(-1)
+                token = torch.multinomial(probs.cpu(), 1, generator=generators[i]).item()
+                if token not in self.stop_ids:
+                    texts[i] += streams[i].step(token)
+                    if not any(stop in texts[i] for stop in stops):
+                        kept.append(row)
+                        new.append(token)
+            if not kept:
                 break
-        else:
-            text += stream.flush()
-        return text[:min([len(text), *(text.find(s) for s in stops if s in text)])]
+            if len(kept) < len(rows):
+                rows = [rows[row] for row in kept]
+                decoder.select(torch.tensor(kept, device=device))
+            logits = decoder(torch.tensor(new, device=device)[:, None])
+        texts = [text + stream.flush() for text, stream in zip(texts, streams, strict=True)]
+        return [text[:min([len(text), *(text.find(s) for s in stops if s in text)])] for text in texts]
 
     @torch.no_grad()
     def nats(self, tokens, mask=None, row_length=0):
@@ -162,7 +183,7 @@ class Floor:
             self.likeliest = counts.counts.reshape(1 << 16, 256).argmax(1)
             self.seen = counts.counts.reshape(1 << 16, 256).any(1)
 
-    def complete(self, prompt, max_new_tokens, stops=(), seed=None):
+    def complete(self, prompt, max_new_tokens, stops=()):
         if self.name == "empty":
             return ""
         if self.name == "echo":
@@ -392,8 +413,9 @@ def humaneval(speaker, cfg):
     """pass@k of completions of the prompt as it stands, judged in the sandbox."""
     records = problems(humaneval_file(cfg), cfg.limit, ("prompt", "test", "entry_point"))
     n = cfg.n if isinstance(speaker, Speaker) else 1
-    jobs = [(p, speaker.complete(p["prompt"], cfg.max_new_tokens, HUMANEVAL_STOPS, None if n == 1 else cfg.seed + i))
-            for p in records for i in range(n)]
+    seeds = {"seeds": range(cfg.seed, cfg.seed + n)} if n > 1 else {}
+    written = speaker.completions if seeds else lambda *how: [speaker.complete(*how)]
+    jobs = [(p, text) for p in records for text in written(p["prompt"], cfg.max_new_tokens, HUMANEVAL_STOPS, **seeds)]
 
     def judge(job):
         problem, completion = job

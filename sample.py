@@ -94,8 +94,9 @@ def filter_logits(logits, seen=(), temperature=1.0, top_k=0, top_p=1.0, min_p=0.
 class Decoder:
     """Rows of ids and the model's cache, a window that slides: when the context is full, its later half starts anew."""
 
-    def __init__(self, model, idx):
-        self.model, self.size, self.idx = model, model.config.block_size, idx                # idx: (B, T)
+    def __init__(self, model, idx, max_new_tokens):
+        self.model, self.idx = model, idx                                                    # idx: (B, T)
+        self.size = min(model.config.block_size, idx.size(1) + max_new_tokens)
         self.cache, self.filled = None, 0
 
     def __call__(self, new=None):
@@ -126,7 +127,7 @@ def generate(model, ids, max_new_tokens, generator=None, stop_ids=(), vocab_size
     vocab_size is the tokenizer's, where the model has more rows than that.
     """
     device, new = next(model.parameters()).device, None
-    decoder = Decoder(model, torch.tensor([ids], device=device))
+    decoder = Decoder(model, torch.tensor([ids], device=device), max_new_tokens)
     for _ in range(max_new_tokens):
         logits = filter_logits(decoder(new)[0, :vocab_size], decoder.idx[0], **sampling)
         token = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).item()
@@ -144,7 +145,7 @@ def beam_search(model, ids, max_new_tokens, beam, length_penalty=1.0, stop_ids=(
     no open hypothesis can still win, or at max_new_tokens. beam=1 is greedy decoding.
     """
     device = next(model.parameters()).device
-    decoder, new = Decoder(model, torch.tensor([ids], device=device)), None
+    decoder, new = Decoder(model, torch.tensor([ids], device=device), max_new_tokens), None
     scores, open_, finished = torch.zeros(1, 1, dtype=torch.double), [[]], []
     for length in range(1, max_new_tokens + 1):
         logp = decoder(new)[:, :vocab_size].log_softmax(-1).double().cpu() + scores        # (beams, V), summed

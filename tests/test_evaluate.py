@@ -193,7 +193,7 @@ def test_rank_by_hand(runs):
 
 def test_questions_are_asked_as_they_were_taught(runs, monkeypatch):
     asked = []
-    monkeypatch.setattr(sample, "generate", lambda model, ids, *a, **k: asked.append(ids) or iter(()))
+    monkeypatch.setattr(Speaker, "_write", lambda self, ids, *a: asked.append(ids) or [""])
     for template in chat.TEMPLATES:
         speaker = Speaker(runs / "bpe", Config(template=template, system="Be kind."))
         assert speaker.answer("Who?", 9) == ""
@@ -205,9 +205,26 @@ def test_questions_are_asked_as_they_were_taught(runs, monkeypatch):
 
 def test_stop_texts(runs, monkeypatch):
     speaker = Speaker(runs / "byte", Config())
-    monkeypatch.setattr(sample, "generate", lambda *a, **k: iter(speaker.tokenizer.encode("    pass\n\ndef x(): ä")))
-    assert speaker.complete("p", 99, ("\ndef ", "\nclass ")) == "    pass\n"
+    said = itertools.cycle([*"    pass\n\ndef x(): ä".encode(), speaker.tokenizer.eot])
+    monkeypatch.setattr(sample, "filter_logits", lambda logits, **how: torch.full_like(
+        logits, -torch.inf).index_fill_(0, torch.tensor(next(said)), 0.0))
     assert speaker.complete("p", 99) == "    pass\n\ndef x(): ä"
+    assert speaker.complete("p", 99, ("\ndef ", "\nclass ")) == "    pass\n"
+
+
+@pytest.mark.parametrize("name", ["byte", "bpe"])
+def test_completions_side_by_side_are_those_drawn_alone(runs, name):
+    speaker = Speaker(runs / name, Config(temperature=1.5))
+    together = speaker.completions("the big cat", 40, ("o",), range(6))
+    assert together == [speaker.completions("the big cat", 40, ("o",), (i,))[0] for i in range(6)]
+    assert len(set(together)) > 3 and len({len(text) for text in together}) > 1
+    assert speaker.completions("the big cat", 40) == [speaker.complete("the big cat", 40)]
+    ids, text = speaker.tokenizer.encode("the big cat"), ""
+    stream = speaker.tokenizer.stream()
+    for token in sample.generate(speaker.model, ids, 40, torch.Generator().manual_seed(3), speaker.stop_ids,
+                                 speaker.tokenizer.vocab_size, temperature=1.5):
+        text += stream.step(token)
+    assert cut(text + stream.flush(), ("o",)) == together[3]
 
 
 def test_pass_at_k_by_counting():
@@ -231,7 +248,7 @@ def test_gsm8k_tells_form_from_truth(tmp_path):
 def test_humaneval(floors):
     cfg = Config(humaneval=str(HUMANEVAL), limit=4)
     known = {r["prompt"]: r["canonical_solution"] for r in evaluate.problems(HUMANEVAL, 4, ("canonical_solution",))}
-    found = evaluate.humaneval(SimpleNamespace(complete=lambda p, n, s, seed: known[p]), cfg)
+    found = evaluate.humaneval(SimpleNamespace(complete=lambda p, n, s: known[p]), cfg)
     assert found["pass@1"] == (1.0, 0.0, 4)
     for floor in floors:
         assert evaluate.humaneval(floor, cfg)["pass@1"][0] == 0, floor.name
