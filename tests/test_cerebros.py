@@ -4,6 +4,7 @@ import math
 import random
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -222,3 +223,36 @@ def test_it_draws_its_graph(tmp_path):
     assert done.returncode == 0 and (tmp_path / "w.png").read_bytes()[:4] == b"\x89PNG"
     done = subprocess.run(command + [f"--checkpoint={tmp_path}/none"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error:") and done.stderr.count("\n") == 1
+
+
+def test_the_benchmark_compares_equal_sizes():
+    from bench import cerebros as bench
+    found = replace(Config(vocab_size=50, n_embd=16, n_layer=2), wiring_seed=4)
+    found = Model(found).config
+    other = replace(found, wiring="", recency=0.0, n_layer=4)
+    for levels in (bench.chain(found, 40), bench.chain(found, 8), draw_wiring(other)):
+        twin = bench.sized(found, levels, bench.size(found))
+        assert abs(bench.size(twin) / bench.size(found) - 1) < 0.01
+        assert [[u["places"] for u in level] for level in json.loads(twin.wiring)] == \
+            [[u["places"] for u in level] for level in levels]
+    first, *more = bench.chain(found, 8)
+    assert first[0]["places"] == [*range(32, 40)] and [len(level) for level in more] == [1, 1]
+
+
+def test_the_benchmark_counts_ngrams_as_a_table_would():
+    from bench import cerebros as bench
+    rng = random.Random(0)
+    train_ids, val = [rng.randrange(5) for _ in range(60)], [rng.randrange(6) for _ in range(40)]
+
+    def p(context, word):
+        """Witten-Bell: (count + kinds * p of the shorter context) / (total + kinds)."""
+        n = len(context)
+        after = [train_ids[i + n] for i in range(len(train_ids) - n) if train_ids[i:i + n] == context]
+        lower = p(context[1:], word) if n else 1 / 6
+        kinds = len(set(after))
+        return (after.count(word) + kinds * lower) / (len(after) + kinds) if after else lower
+
+    got = bench.ngrams(types.SimpleNamespace(train=train_ids, val=val, vocab_size=6))
+    for n, nats in enumerate(got.values()):
+        want = [-math.log(p(val[max(0, i - n):i], val[i])) for i in range(1, len(val))]
+        assert abs(nats - sum(want) / len(want)) < 1e-9
