@@ -15,6 +15,7 @@ from conftest import ROOT
 import cerebros
 import checkpoint
 import configurator
+import optim
 import train
 from cerebros import Config, Model, draw_wiring
 
@@ -223,6 +224,22 @@ def test_it_draws_its_graph(tmp_path):
     assert done.returncode == 0 and (tmp_path / "w.png").read_bytes()[:4] == b"\x89PNG"
     done = subprocess.run(command + [f"--checkpoint={tmp_path}/none"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error:") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_vocabulary_of_128260_words_trains(tied):
+    """Labels are ids: one-hot rows of so many words would not fit any memory."""
+    torch.manual_seed(0)
+    model = Model(Config(vocab_size=128_260, n_embd=12, n_rank=0 if tied else 16, tie_embeddings=tied))
+    optimizer, losses = optim.Optimizer(model, "muon", 0.02, "adamw", 0.01), []
+    idx = torch.randint(128_260, (2, 33))
+    for _ in range(3):
+        _, loss = model(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+        optimizer.step(1.0)
+        model.zero_grad()
+        losses.append(loss.item())
+    assert abs(losses[0] - math.log(128_260)) < 0.1 and losses[2] < losses[1] < losses[0]
 
 
 def test_the_benchmark_compares_equal_sizes():
