@@ -622,8 +622,10 @@ def check(path, form, quant, model, twin, stored, tokenizer, meta, n_prompts=50,
             raise UserError(f"check failed: texts end with {consumer.end!r} there, ids {consumer.stop or ''}")
     finally:
         consumer.close()
+    ours, theirs = model(few)[0], twin(few)[0]
     return {"runtime": type(consumer).__name__, "delta": gap, "same": same, "tied": tied, "prompts": n_prompts,
-            "tokens": n_tokens, "loss": (model(few)[0] - twin(few)[0]).abs().max().item()}
+            "tokens": n_tokens, "loss": (ours - theirs).abs().max().item(),
+            "kept": (ours.argmax(-1) == theirs.argmax(-1)).double().mean().item()}
 
 
 def check_onnx(path, model, tokenizer, n_prompts, n_tokens):
@@ -684,7 +686,8 @@ def export(model, tokenizer, out, form, quant="", meta=None, window=False, check
     """Write `model` to `out` (a folder, a .gguf or .onnx file), which gets its name only once the check has passed.
 
     -> {"bytes": size of all files} and, where checked, "delta", largest logit - ours with the stored weights, "loss",
-    the same with the checkpoint's weights, "same" greedy texts of `prompts` ("tied": those that part at a near tie).
+    the same with the checkpoint's weights, "kept", how often the likeliest token is still theirs, "same" greedy texts
+    of `prompts` ("tied": those that part at a near tie).
     """
     out, meta, begun = Path(out), meta or {}, time.perf_counter()
     allowed = QUANTS["hf, ternary" if form == "hf" and architecture(model)[0] == "bitnet" else form]
@@ -725,8 +728,12 @@ def export(model, tokenizer, out, form, quant="", meta=None, window=False, check
         checkpoint._remove(temp)
     if "delta" in found:
         print(f"checked in {found['runtime']}: max |dlogit| {found['delta']:.2g}, {found['loss']:.2g} off the "
-              f"checkpoint's; greedy texts of {found['tokens']} tokens: {found['same']}/{prompts} identical"
+              f"checkpoint's, {found['kept']:.1%} of the likeliest tokens kept; greedy texts of {found['tokens']} "
+              f"tokens: {found['same']}/{prompts} identical"
               + (f", {found['tied']} part at a near tie" if found.get("tied") else ""))
+        if found["kept"] < 0.75:
+            checkpoint.warn(f"the file is sound, but --quant={quant} is too coarse for this model: it would say other "
+                            f"things; --quant={allowed[0]} loses nothing")
     print(f"{out}: {found['bytes']:,} bytes, {quant}, {time.perf_counter() - begun:.0f} s")
     return found
 

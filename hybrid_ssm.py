@@ -93,28 +93,31 @@ class RMSNorm(nn.Module):
 
 # copied from model.py
 def rope_table(positions, head_dim, theta):
-    """cos and signed sin, each (T, D) float32, for `rotate`. RoFormer (Su et al. 2021), eq. 34."""
+    """positions (..., T) -> cos and signed sin, each (..., T, D), for `rotate`. RoFormer (Su et al. 2021), eq. 34."""
     freqs = theta ** (-torch.arange(0, head_dim, 2, device=positions.device) / head_dim)     # (D/2,)
-    angles = positions[:, None] * freqs                                                      # (T, D/2)
+    angles = positions[..., None] * freqs                                                    # (..., T, D/2)
     return torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
 
 
 # copied from model.py
 def rotate(x, cos, sin):
     """Turn the pair (x_i, x_{i + D/2}) of every head by its position's angle. x: (B, T, heads, D)."""
-    return torch.addcmul(x * cos[:, None], x.roll(x.size(-1) // 2, -1), sin[:, None])
+    return torch.addcmul(x * cos[..., None, :], x.roll(x.size(-1) // 2, -1), sin[..., None, :])
 
 
 # copied from model.py
-def attend(q, k, v):
-    """Causal softmax(q k^T / sqrt(D)) v. q: (B, H, T, D), the last T of S tokens; k, v: (B, K, S, D)."""
+def attend(q, k, v, mask=None):
+    """Causal softmax(q k^T / sqrt(D)) v. q: (B, H, T, D), the last T of S tokens; k, v: (B, K, S, D).
+
+    With T = 1, a mask (B, 1, 1, S) may say what each row sees.
+    """
     B, H, T, D = q.shape
     S = k.size(2)
-    fused, mask = q.is_cuda or T == 1 or T * S > 1 << 20, None
+    fused = q.is_cuda or T == 1 or T * S > 1 << 20
     if 1 < T < S or not fused:
         mask = torch.full((T, S), -torch.inf, dtype=q.dtype, device=q.device).triu(1 + S - T)
     if fused:                                              # nothing cached: half of the scores need no computing
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S, enable_gqa=k.size(1) != H)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S > 1, enable_gqa=k.size(1) != H)
     # On a CPU two plain matmuls train 2 to 3 times faster than the fused kernel, whose backward pass is slow,
     # as long as the (T, S) scores are small.
     if k.size(1) != H:
@@ -122,6 +125,22 @@ def attend(q, k, v):
     q, k, v = (t.reshape(B * H, -1, D) for t in (q, k, v))
     scores = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(D))                            # (B*H, T, S)
     return (scores.softmax(-1) @ v).view(B, H, T, D)
+
+
+# copied from model.py
+def remember(cache, k, v, start):
+    """Put k, v (B, K, T, D) into the cache at start -> all that it holds by now, (B, K, S, D), and a mask for attend.
+
+    start is an int; or (B, 1), rows of different lengths with T = 1, each of which sees no further than it goes.
+    """
+    if isinstance(start, int):
+        S, mask = start + k.size(2), None
+        cache["k"][:, :, start:S], cache["v"][:, :, start:S] = k, v
+    else:
+        S, rows, at = int(start.max()) + 1, torch.arange(len(k), device=k.device), start[:, 0]
+        mask = (torch.arange(S, device=k.device) <= start)[:, None, None]                    # (B, 1, 1, S)
+        cache["k"][rows, :, at], cache["v"][rows, :, at] = k[:, :, 0], v[:, :, 0]
+    return cache["k"][:, :, :S], cache["v"][:, :, :S], mask
 
 
 # copied from model.py
@@ -148,11 +167,10 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)                     # (B, K, T, D)
         q = rotate(self.q_norm(q), *rope).transpose(1, 2)                                    # (B, H, T, D)
         k = rotate(self.k_norm(k), *rope).transpose(1, 2)                                    # (B, K, T, D)
+        mask = None
         if cache is not None:
-            cache["k"][:, :, start:start + T] = k
-            cache["v"][:, :, start:start + T] = v
-            k, v = cache["k"][:, :, :start + T], cache["v"][:, :, :start + T]                # (B, K, S, D)
-        y = attend(q, k, v)
+            k, v, mask = remember(cache, k, v, start)                                        # (B, K, S, D)
+        y = attend(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -426,14 +444,16 @@ class Model(nn.Module):
 
     def _hidden(self, idx, cache=None):
         B, T = idx.shape
-        start = 0 if cache is None else int(cache["pos"])
+        start = 0
+        if cache is not None:                              # or (B, 1), a position of its own for each row
+            start = cache["pos"][:, None] if cache["pos"].dim() else int(cache["pos"])
         x = self.embed(idx)                                                                  # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # the residual stream too: half the memory traffic
         x = self.dropout(x)
         rope = torch.ones(T, 1, device=x.device), torch.zeros(T, 1, device=x.device)         # nothing turns
         if self.config.rope:
-            positions = torch.arange(start, start + T, device=idx.device)
+            positions = torch.arange(T, device=idx.device) + start
             rope = rope_table(positions, self.config.n_embd // self.config.n_head, self.config.rope_theta)
         rope = [t.to(x.dtype) for t in rope]
         for i, block in enumerate(self.blocks):
@@ -462,7 +482,10 @@ class Model(nn.Module):
 
     # copied from model.py
     def step(self, idx, cache):
-        """idx: (B, T >= 1) more ids -> (logits (B, V) float32 of the last, cache). Use the returned cache."""
+        """idx: (B, T >= 1) more ids -> (logits (B, V) float32 of the last, cache). Use the returned cache.
+
+        With T = 1, cache["pos"] may be (B,) instead of (): rows of different lengths, as a server has them.
+        """
         x = self._hidden(idx, cache)
         return self._logits(x[:, -1]), cache | {"pos": cache["pos"] + idx.size(1)}
 

@@ -112,6 +112,7 @@ def check(model, path, prompts=None, n_new=64):
         the input of the first block is changed by 2e-6 of itself, too. The file may have a delta of 1e-4 or an rms
         of 2 floors
     loss: the largest logit - logit of the unrounded model, what int8 and int4 cost
+    kept: share of places where the likeliest token is still that of the unrounded model
     same: greedy texts equal to those of torch that rounds alike, of `prompts`
     bytes, parameters: size of the file, numbers in the model
     """
@@ -133,13 +134,14 @@ def check(model, path, prompts=None, n_new=64):
         noise = 1 + 2e-6 * torch.randn(config.n_embd, generator=generator).double()
         wide.blocks[0].register_forward_pre_hook(lambda _, inputs: (inputs[0] * noise, *inputs[1:]))
     window = "attention_mask" not in {value.name for value in run.get_inputs()}
-    errors, floors, losses, same = [], [], [], 0
+    errors, floors, losses, kept, same = [], [], [], [], 0
 
     def compare(ids, logits, start=0):
         want, exact, plain = (m(ids)[0][:, start:].numpy() for m in (rounded, wide, model))
         errors.append(logits - want)
         floors.append(want - exact)
         losses.append(logits - plain)
+        kept.append((logits.argmax(-1) == plain.argmax(-1)).ravel())
 
     for length, group in groups.items():
         teacher = model if getattr(config, "packed", False) else rounded  # packed: decodes in a kernel of its own
@@ -169,7 +171,8 @@ def check(model, path, prompts=None, n_new=64):
 
     whole = type(model)(dataclasses.replace(config, packed=False)) if getattr(config, "packed", False) else model
     found = {"quant": quant, "delta": float(max(np.abs(part).max() for part in errors)), "rms": rms(errors),
-             "floor": rms(floors), "loss": float(max(np.abs(part).max() for part in losses)), "same": same,
+             "floor": rms(floors), "loss": float(max(np.abs(part).max() for part in losses)),
+             "kept": float(np.concatenate(kept).mean()), "same": same,
              "prompts": len(prompts), "bytes": path.stat().st_size,
              "parameters": sum(p.numel() for p in whole.parameters())}
     if not (found["delta"] <= 1e-4 or found["rms"] <= 2 * found["floor"]):  # also where it is NaN

@@ -176,13 +176,14 @@ def beam_search(model, ids, max_new_tokens, beam, length_penalty=1.0, stop_ids=(
     return text, score
 
 
-class Printer:
-    """Prints text as it comes but holds back what may be the beginning of a stop text, and ends before one."""
+class StopTexts:
+    """Holds back what may be the beginning of a stop text, and ends before one."""
 
     def __init__(self, stops):
         self.stops, self.held, self.done = [s for s in stops if s], "", False
 
     def __call__(self, text, last=False):
+        """More text -> as much as may be shown."""
         self.held += text
         found = [i for i in map(self.held.find, self.stops) if i >= 0]
         if found:
@@ -191,8 +192,8 @@ class Printer:
         if not (self.done or last):                        # the longest end that could still become a stop text
             keep = max((n for s in self.stops for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
         cut = len(self.held) - keep
-        print(self.held[:cut], end="", flush=True)
-        self.held = self.held[cut:]
+        shown, self.held = self.held[:cut], self.held[cut:]
+        return shown
 
 
 def read_prompt(prompt):
@@ -250,7 +251,7 @@ def stop_ids(loaded, tokenizer):
 
 def write(model, tokenizer, ids, cfg, generator, ends):
     """Print one text that goes on from `ids` as it comes -> (its ids, the score of a beam search)."""
-    show, stream, written, score = Printer(cfg.stop), tokenizer.stream(), [], None
+    held, stream, written, score = StopTexts(cfg.stop), tokenizer.stream(), [], None
     if cfg.beam:
         new, score = beam_search(model, ids, cfg.max_new_tokens, cfg.beam, cfg.length_penalty, ends,
                                  tokenizer.vocab_size)
@@ -260,11 +261,11 @@ def write(model, tokenizer, ids, cfg, generator, ends):
                        repetition_penalty=cfg.repetition_penalty)
     for token in new:
         written.append(token)
-        show(stream.step(token))
-        if show.done:
+        print(held(stream.step(token)), end="", flush=True)
+        if held.done:
             break
-    if not show.done:
-        show(stream.flush(), last=True)
+    if not held.done:
+        print(held(stream.flush(), last=True), end="", flush=True)
     return written, score
 
 

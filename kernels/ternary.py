@@ -114,7 +114,9 @@ class Stepper:
 
     def __call__(self, idx, cache):
         """idx (B, T), cache of Model.init_cache, to be filled in -> logits (B, V) float32 of the last."""
-        (B, T), pos, max_len = idx.shape, int(cache["pos"]), cache["layers"][0]["k"].size(2)
+        (B, T), max_len = idx.shape, cache["layers"][0]["k"].size(2)
+        places = cache["pos"].expand(B).tolist()           # one for all rows, or one each
+        pos = max(places)
         if pos + T > max_len or not 0 <= int(idx.min()) <= int(idx.max()) < self.shape.vocab_size:
             raise IndexError(f"{T} ids up to {int(idx.max())} at position {pos} do not fit a cache of {max_len} and a "
                              f"vocabulary of {self.shape.vocab_size}")
@@ -122,8 +124,8 @@ class Stepper:
             self.shape.max_len = max_len
             self.turn = [t.double() for t in self.rope_table(torch.arange(max_len), self.head_dim, self.theta)]
         logits, idx = torch.empty(B, self.shape.vocab_size), idx.long().contiguous()
-        cos, sin = (t.data_ptr() + 8 * pos * self.head_dim for t in self.turn)
-        for row in range(B):
+        for row, pos in enumerate(places):
+            cos, sin = (t.data_ptr() + 8 * pos * self.head_dim for t in self.turn)
             for i, layer in enumerate(cache["layers"]):
                 for j, name in enumerate("kv", -2):
                     self.layers[(i + 1) * self.size + j] = layer[name][row].data_ptr()

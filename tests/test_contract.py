@@ -81,6 +81,31 @@ def test_step_on_any_chopping_equals_forward(model, chop):
 
 
 @torch.no_grad()
+def test_rows_of_different_lengths_share_a_step(model):
+    """cache["pos"] of shape (B,): what serve.py batches. A row alone gives the same."""
+    model, idx, lengths = shaken(model), ids(3, 40), [1, 17, 30]
+    whole, _ = model(idx)
+    cache = model.init_cache(3, 48)
+    for row, n in enumerate(lengths):
+        alone = model.step(idx[row:row + 1, :n], model.init_cache(1, 48))[1]
+        copy_row(cache, alone, row)
+    cache["pos"] = torch.tensor(lengths)
+    for t in range(10):
+        logits, cache = model.step(torch.stack([idx[row, n + t] for row, n in enumerate(lengths)])[:, None], cache)
+        for row, n in enumerate(lengths):
+            assert (logits[row] - whole[row, n + t]).abs().max() < 1e-4
+    assert cache["pos"].tolist() == [11, 27, 40]
+
+
+def copy_row(cache, alone, row):
+    for key, part in (alone.items() if isinstance(alone, dict) else enumerate(alone)):
+        if not isinstance(part, torch.Tensor):
+            copy_row(cache[key], part, row)
+        elif part.dim():
+            cache[key][row] = part[0]
+
+
+@torch.no_grad()
 def test_a_changed_token_never_changes_earlier_logits(model):
     model, idx = shaken(model), ids(2, 40)
     whole, _ = model(idx)

@@ -94,6 +94,24 @@ def test_rounded_weights_are_the_rounded_weights(tmp_path, case, form, quant):
     assert found["same"] + found.get("tied", 0) >= 5 and np.isfinite(found["loss"])
 
 
+def test_a_form_that_rounds_too_much_is_warned_about(tmp_path, capsys):
+    pytest.importorskip("onnxruntime", reason="pip install -r requirements-test.txt")
+    model, words = built("llama")
+
+    def outlier(name, w):
+        """The same function, with one channel after each norm so large that 8 bits leave nothing of the others."""
+        factor = 1000.0 if "norm" in name else 1 / 1000 if w.size(-1) == 32 and not name.startswith("embed") else 1.0
+        return w * torch.where(torch.arange(w.size(-1)) == 3, factor, 1.0) if "o_proj" not in name else w
+
+    coarse = export.with_weights(model, outlier)
+    with torch.no_grad():
+        assert (coarse(torch.arange(20)[None])[0] - model(torch.arange(20)[None])[0]).abs().max() < 1e-3
+    for fine, m in ((True, model), (False, coarse)):
+        found = export.export(m, words, tmp_path / str(fine), "onnx", "int8", prompts=6, prompt_tokens=12)
+        assert (found["kept"] > 0.75) == fine and (tmp_path / str(fine)).is_dir()
+        assert ("too coarse" not in (said := capsys.readouterr().err)) == fine, said
+
+
 @pytest.mark.slow  # transformers compiles these: they need a C++ compiler, and half a minute
 @pytest.mark.parametrize("quant,packed", [("online", False), ("packed", False), ("packed", True)])
 def test_bitnet_of_transformers(tmp_path, quant, packed):

@@ -1,0 +1,516 @@
+"""The server as its clients see it: the official openai client, raw sockets, and the model itself as the reference."""
+import asyncio
+import http.client
+import importlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import openai
+import pytest
+import torch
+from conftest import ROOT
+
+import chat
+import checkpoint
+import data
+import sample
+import serve
+
+TOKENIZER = data.byte_tokenizer()
+BASE = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": TOKENIZER.vocab_size, "block_size": 96}
+KINDS = {"dense": ("model", {"n_kv_head": 2}), "ternary": ("ternary", {}), "hybrid": ("hybrid_ssm", {"ssm": "mamba2"}),
+         "mamba1": ("hybrid_ssm", {"ssm": "mamba1"})}
+
+
+def tiny(kind="dense", **extra):
+    arch, more = KINDS[kind]
+    module, generator = importlib.import_module(arch), torch.Generator().manual_seed(1)
+    torch.manual_seed(0)
+    m = module.Model(module.Config(**BASE | more | extra)).eval()
+    with torch.no_grad():
+        for p in m.parameters():
+            p += 0.2 * torch.randn(p.shape, generator=generator)
+    return sample.deployed(m)
+
+
+class Script:
+    """A model that writes a given text, whatever it is asked; its cache has nothing but a position."""
+
+    def __init__(self, text, seconds=0.0):
+        self.config = SimpleNamespace(block_size=10_000)
+        self.ids, self.seconds = [*text.encode(), TOKENIZER.eot], seconds
+
+    def parameters(self):
+        return iter([torch.zeros(1)])
+
+    def init_cache(self, batch_size, max_len):
+        return {"pos": torch.zeros((), dtype=torch.long)}
+
+    def step(self, idx, cache):
+        time.sleep(self.seconds)
+        logits = torch.full((len(idx), TOKENIZER.vocab_size), -9.0)
+        for row, pos in enumerate(cache["pos"].expand(len(idx)).tolist()):
+            logits[row, self.ids[(pos + idx.size(1) - 1) % len(self.ids)]] = 9  # every prompt here has one token
+        return logits, cache
+
+
+@contextmanager
+def running(model, **settings):
+    """A server in a thread -> (port, Server)."""
+    cfg = serve.Config(port=0, log=False, **settings)
+    ours = serve.Server(cfg, model, TOKENIZER, SimpleNamespace(path=Path("tiny"), meta={}))
+    theirs = serve.Uvicorn(cfg, ours)
+    thread = threading.Thread(target=theirs.run)
+    thread.start()
+    while not theirs.started:
+        time.sleep(0.005)
+    try:
+        yield theirs.servers[0].sockets[0].getsockname()[1], ours
+    finally:
+        theirs.handle_exit(signal.SIGTERM, None)
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def served():
+    model = tiny()
+    with running(model) as (port, ours), client(port) as api:
+        yield SimpleNamespace(model=model, port=port, server=ours, engine=ours.engine, api=api)
+
+
+def client(port, key="none"):
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0)
+
+
+def ask(port, path, body=None, method=None, **headers):
+    """-> (status, parsed or raw body, headers)."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    if body is not None and not isinstance(body, (bytes, str)):
+        body = json.dumps(body)
+    headers = {"Content-Type": "application/json", **{k.replace("_", "-"): v for k, v in headers.items()}}
+    connection.request(method or ("GET" if body is None else "POST"), path, body, headers)
+    response = connection.getresponse()
+    raw = response.read()
+    connection.close()
+    is_json = response.headers.get("content-type", "").startswith("application/json")
+    return response.status, json.loads(raw) if is_json else raw.decode(), response.headers
+
+
+def raw(port, *parts, wait=0.0):
+    """Send bytes as they are -> all that comes back until the server closes."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as s:
+        for part in parts:
+            s.sendall(part)
+            time.sleep(wait)
+        out = b""
+        while part := s.recv(65536):
+            out += part
+    return out
+
+
+def until(condition, seconds=5.0):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.005)
+    return condition()
+
+
+def prompts(n, longest=40):
+    generator = torch.Generator().manual_seed(2)
+    return [[int(i) for i in torch.randint(97, 123, (1 + k * 7 % longest,), generator=generator)] for k in range(n)]
+
+
+# ---- what is written
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_writes_what_each_would_alone(kind):
+    model = tiny(kind)
+    alone = [list(sample.generate(model, ids, 1 + 5 * k % 40, None, (TOKENIZER.eot,), TOKENIZER.vocab_size,
+                                  temperature=0)) for k, ids in enumerate(prompts(20))]
+    with running(model, max_batch=6) as (port, ours):
+        def one(k):
+            return ask(port, "/v1/completions", {"prompt": prompts(20)[k], "max_tokens": 1 + 5 * k % 40,
+                                                 "temperature": 0, "stream": k % 2 == 1})
+        with ThreadPoolExecutor(10) as pool:               # more clients than rows, which join and leave
+            answers = list(pool.map(one, range(20)))
+        assert not ours.engine.n and not ours.engine.filling and not ours.engine.waiting
+        assert ours.engine.counts["steps"] < sum(map(len, alone)), "nothing was batched"
+    for k, (status, body, _) in enumerate(answers):
+        text = body["choices"][0]["text"] if k % 2 == 0 else "".join(
+            choice["text"] for part in events(body) for choice in part["choices"])
+        assert status == 200 and text == TOKENIZER.decode(alone[k])
+
+
+def events(text):
+    parts = text.split("\n\n")
+    assert parts[-1] == "" and parts[-2] == "data: [DONE]"
+    return [json.loads(part.removeprefix("data: ")) for part in parts[:-2]]
+
+
+def test_streamed_is_not_streamed(served):
+    for k, ids in enumerate(prompts(30)):
+        how = {"model": "tiny", "max_tokens": 12, "seed": k, "temperature": k % 3 / 2, "logprobs": k % 2 or None}
+        whole = served.api.completions.create(prompt=TOKENIZER.decode(ids), **how)
+        parts = list(served.api.completions.create(prompt=TOKENIZER.decode(ids), stream=True, **how,
+                                                   stream_options={"include_usage": True}))
+        choices = [part.choices[0] for part in parts if part.choices]
+        assert "".join(c.text for c in choices) == whole.choices[0].text
+        assert [c.finish_reason for c in choices][-1] == whole.choices[0].finish_reason
+        assert parts[-1].usage == whole.usage and whole.usage.prompt_tokens == len(ids)
+        assert not parts[-1].choices and all(part.usage is None for part in parts[:-1])
+        if k % 2:
+            streamed = [p for c in choices for p in c.logprobs.token_logprobs]
+            assert streamed == pytest.approx(whole.choices[0].logprobs.token_logprobs, abs=1e-5)
+            assert len(whole.choices[0].logprobs.tokens) == whole.usage.completion_tokens
+
+
+def test_chat_streamed_is_not_streamed(served):
+    messages = [{"role": "system", "content": "Be."}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    for seed in range(10):
+        how = {"model": "tiny", "messages": messages, "max_completion_tokens": 9, "seed": seed, "logprobs": True,
+               "top_logprobs": 2}
+        whole = served.api.chat.completions.create(**how)
+        parts = list(served.api.chat.completions.create(stream=True, stream_options={"include_usage": True}, **how))
+        assert parts[0].choices[0].delta.role == "assistant" and whole.choices[0].message.role == "assistant"
+        deltas = [part.choices[0] for part in parts if part.choices]
+        assert "".join(c.delta.content or "" for c in deltas) == whole.choices[0].message.content
+        entries = [entry for c in deltas if c.logprobs for entry in c.logprobs.content]
+        expected = whole.choices[0].logprobs.content
+        assert [e.token for e in entries] == [e.token for e in expected]
+        assert len(entries) == whole.usage.completion_tokens
+        assert [e.logprob for e in entries] == pytest.approx([e.logprob for e in expected], abs=1e-5)
+        assert all(len(e.top_logprobs) == 2 for e in entries)
+        assert parts[-1].usage == whole.usage and deltas[-1].finish_reason == whole.choices[0].finish_reason
+    prompt, _ = chat.encode(TOKENIZER, [{"role": "system", "content": "Be."}, {"role": "user", "content": "Hi"}],
+                            "elite", reply=True)
+    assert whole.usage.prompt_tokens == len(prompt)
+
+
+@torch.no_grad()
+def test_logprobs_are_those_of_a_forward_pass(served):
+    """As lm-eval asks: echo, one more token, ids as the prompt; and with more tokens, which go through the cache."""
+    for n, ids in zip((0, 1, 1, 8), prompts(4), strict=True):
+        answer = served.api.completions.create(model="tiny", prompt=ids, max_tokens=n, echo=True, logprobs=3,
+                                               temperature=0).choices[0]
+        given, text = answer.logprobs, answer.text
+        written = list(sample.generate(served.model, ids, n, None, (), TOKENIZER.vocab_size, temperature=0))
+        logp = served.model(torch.tensor([ids + written]))[0][0].log_softmax(-1)
+        assert given.token_logprobs[0] is None and given.top_logprobs[0] is None
+        assert len(given.tokens) == len(ids) + n
+        for i, token in enumerate((ids + written)[1:], 1):
+            assert abs(given.token_logprobs[i] - logp[i - 1, token].item()) < 1e-4
+            top = logp[i - 1].topk(3)
+            best = sorted(given.top_logprobs[i].values(), reverse=True)[:3]
+            assert torch.allclose(torch.tensor(best), top.values, atol=1e-4)
+        for token, offset in zip(given.tokens, given.text_offset, strict=True):
+            assert token.startswith("bytes:") or text[offset:].startswith(token)
+
+
+def test_chats_go_on_from_what_a_row_holds():
+    for kind in ("dense", "hybrid"):
+        model, ids = tiny(kind), prompts(1)[0] * 30
+        with running(model, max_batch=2) as (port, ours):
+            for _ in range(3):
+                answer = ask(port, "/v1/completions", {"prompt": ids, "max_tokens": 5, "temperature": 0,
+                                                       "logprobs": 0})[1]["choices"][0]
+                new = list(sample.generate(model, ids, 5, None, (), TOKENIZER.vocab_size, temperature=0))
+                assert answer["text"] == TOKENIZER.decode(new)
+                logp = model(torch.tensor([ids + new]))[0][0].log_softmax(-1)[len(ids) - 1:]
+                expected = [logp[i, token].item() for i, token in enumerate(new)]
+                assert answer["logprobs"]["token_logprobs"][:len(new)] == pytest.approx(expected, abs=1e-4)
+                ids = ids + new + prompts(3)[2]
+            assert ours.engine.counts["prompt_tokens_reused"] > 60
+
+
+def test_n_and_seed(served):
+    how = {"model": "tiny", "prompt": ["abc", "de"], "n": 3, "seed": 5, "max_tokens": 10, "temperature": 1.5}
+    first, again = (served.api.completions.create(**how) for _ in range(2))
+    texts = [c.text for c in sorted(first.choices, key=lambda c: c.index)]
+    assert texts == [c.text for c in sorted(again.choices, key=lambda c: c.index)]
+    assert len(texts) == 6 and len(set(texts)) > 3
+    alone = served.api.completions.create(**how | {"prompt": "de", "n": 1, "seed": 6}).choices[0].text
+    assert alone == texts[4]                               # whatever else is in the batch
+
+
+def test_sampling_settings(served):
+    def text(**how):
+        body = {"prompt": "abc", "max_tokens": 12, "temperature": 0, **how}
+        return ask(served.port, "/v1/completions", body)[1]["choices"][0]["text"]
+
+    assert text(logit_bias={"120": 100}) == "x" * 12
+    assert text(temperature=2, top_k=1, seed=1) == text() == text(temperature=2, top_p=0, seed=1)
+    assert text(temperature=2, seed=1) != text()
+    assert text(max_tokens=1000, stop=None, logit_bias={"120": 100}) == "x" * (96 - 3 + 1)  # the context's end
+
+
+def test_penalties_and_bias_by_hand():
+    with running(Script("a" * 99)) as (port, _):           # log-odds of a: 9, all others: -9
+        def text(**how):
+            body = {"prompt": "x", "max_tokens": 8, "temperature": 0, "logit_bias": {"98": 17}, **how}  # b: 8
+            return ask(port, "/v1/completions", body)[1]["choices"][0]["text"]
+
+        assert text() == "aaaaaaaa" and text(frequency_penalty=2) == "abababab"
+        assert text(presence_penalty=2) == "abaaaaaa"
+        assert text(logit_bias={"98": 19}) == "bbbbbbbb"
+
+
+# ---- text
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_characters_and_stop_texts_across_tokens(stream):
+    with running(Script("a🎉b né STOPPED")) as (port, _):
+        def text(**how):
+            body = {"prompt": "x", "max_tokens": 100, "stream": stream, **how}
+            answer = ask(port, "/v1/completions", body)[1]
+            parts = [part["choices"][0] for part in events(answer)] if stream else answer["choices"]
+            assert not any("\ufffd" in part["text"] for part in parts[:-1])
+            return "".join(part["text"] for part in parts), parts[-1]["finish_reason"]
+
+        assert text() == ("a🎉b né STOPPED", "stop")       # by the end-of-text token
+        assert text(max_tokens=3) == ("a\ufffd", "length")  # half of a character
+        assert text(stop="STOP") == ("a🎉b né ", "stop")
+        assert text(stop=["nothing", "né S", "STOP"]) == ("a🎉b ", "stop")
+        assert text(stop="🎉") == ("a", "stop")
+        assert text(stop="STOPPED!") == ("a🎉b né STOPPED", "stop")
+        assert text(stop="") == ("a🎉b né STOPPED", "stop")
+        assert text(stop="STOP", max_tokens=14) == ("a🎉b né STO", "length")  # held back, then shown
+
+
+# ---- limits
+
+HOSTILE = [
+    b"", b"{", b"[]", b"null", b"1", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"prompt":' * 5000, b'{"prompt": NaN}',
+    b'{"prompt": "a", "temperature": NaN}', b'{"prompt": "a", "temperature": 1e999}',
+    b'{"prompt": "a", "max_tokens": 1e999}',
+    b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", b'{"prompt": "\\ud800"}', b'{"prompt": "a", "stop": "\\ud800"}',
+    b'{"prompt": "a", "\\ud800": 1}', b'{"prompt": "a", "model": "\\udfff"}',
+    {}, {"prompt": None}, {"prompt": 5}, {"prompt": True}, {"prompt": []}, {"prompt": [[]]}, {"prompt": [None]},
+    {"prompt": [1, "a"]}, {"prompt": [True]}, {"prompt": [1.5]}, {"prompt": [-1]}, {"prompt": [10**30]},
+    {"prompt": [257]}, {"prompt": [[1], ["a"]]}, {"prompt": {"a": 1}}, {"prompt": "a" * 97}, {"prompt": [97] * 97},
+    {"prompt": ["a"] * 65}, {"prompt": [["a"]]}, {"prompt": "a", "nix": 1}, {"prompt": "a", "n_discard": -1},
+    {"prompt": "a", "tools": []}, {"prompt": "a", "chat_template_kwargs": {"a": 1}}, {"prompt": "a", "suffix": "b"},
+    {"prompt": "a", "n": 10**6}, {"prompt": "a", "n": 0}, {"prompt": "a", "n": -1}, {"prompt": "a", "n": "1"},
+    {"prompt": "a", "n": True}, {"prompt": "a", "n": 1.5}, {"prompt": ["a"] * 30, "n": 16},
+    {"prompt": "a", "best_of": 5},
+    {"prompt": "a", "max_tokens": -1}, {"prompt": "a", "max_tokens": 0}, {"prompt": "a", "max_tokens": 2**40},
+    {"prompt": "a", "max_tokens": "9"}, {"prompt": "a", "temperature": -1}, {"prompt": "a", "temperature": 99},
+    {"prompt": "a", "temperature": "hot"}, {"prompt": "a", "top_p": -0.1}, {"prompt": "a", "top_p": 2},
+    {"prompt": "a", "top_k": -2}, {"prompt": "a", "min_p": 2}, {"prompt": "a", "repetition_penalty": 0},
+    {"prompt": "a", "presence_penalty": 3}, {"prompt": "a", "frequency_penalty": -3}, {"prompt": "a", "seed": 2**70},
+    {"prompt": "a", "seed": 1.5}, {"prompt": "a", "logprobs": 21}, {"prompt": "a", "logprobs": True},
+    {"prompt": "a", "logit_bias": {"x": 1}}, {"prompt": "a", "logit_bias": {"257": 1}},
+    {"prompt": "a", "logit_bias": []},
+    {"prompt": "a", "logit_bias": {"-1": 1}}, {"prompt": "a", "logit_bias": {"1": 1e9}},
+    {"prompt": "a", "logit_bias": {"²": 1}}, {"prompt": "a", "stop": 5}, {"prompt": "a", "stop": ["a"] * 9},
+    {"prompt": "a", "stop": "a" * 257}, {"prompt": "a", "stop": [1]}, {"prompt": "a", "stream": "yes"},
+    {"prompt": "a", "stream_options": {"include_usage": True}}, {"prompt": "a", "stream": True, "stream_options": 5},
+    {"prompt": "a", "stream": True, "stream_options": {"x": 1}}, {"prompt": "a", "echo": 1},
+    {"prompt": "a", "model": "b"},
+    {"prompt": "a", "user": {}}, {"prompt": "a", "model": 5},
+]
+HOSTILE_CHAT = [
+    {}, {"messages": []}, {"messages": "hi"}, {"messages": [5]}, {"messages": [{}]}, {"messages": [{"role": "user"}]},
+    {"messages": [{"role": "tool", "content": "a"}]}, {"messages": [{"role": ["user"], "content": "a"}]},
+    {"messages": [{"role": "user", "content": None}]}, {"messages": [{"role": "user", "content": 5}]},
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]},
+    {"messages": [{"role": "user", "content": "a", "tool_calls": []}]},
+    {"messages": [{"role": "user", "content": "a"}] * 1001},
+    {"messages": [{"role": "user", "content": "a" * 100}]}, {"messages": [{"role": "user", "content": "\ud800"}]},
+    {"messages": [{"role": "user", "content": "a"}], "top_logprobs": 3},
+    {"messages": [{"role": "user", "content": "a"}], "logprobs": 3},
+    {"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json_schema"}},
+    {"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": 0},
+]
+
+
+@pytest.mark.parametrize("path, body", [("/v1/completions", b) for b in HOSTILE] +
+                         [("/v1/chat/completions", b) for b in HOSTILE_CHAT] +
+                         [("/tokenize", {}), ("/tokenize", {"prompt": "\ud800"}), ("/detokenize", {"tokens": [999]}),
+                          ("/detokenize", {"tokens": "a"}), ("/detokenize", {"tokens": [-1]})],
+                         ids=lambda b: str(b)[:40])
+def test_a_hostile_request_gets_a_clear_no(served, path, body):
+    status, answer, _ = ask(served.port, path, body)
+    other_model = isinstance(body, dict) and body.get("model") == "b"
+    assert status == (404 if other_model else 400)
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
+    assert answer["error"]["type"] == "invalid_request_error" and answer["error"]["message"]
+
+
+def test_hostile_http(served):
+    host = f"Host: 127.0.0.1:{served.port}\r\n".encode()
+    post = b"POST /v1/completions HTTP/1.1\r\n" + host + b"Content-Type: application/json\r\n"
+    for sent in (b"\r\n\r\nx\x00y\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01" * 20 + b"\r\n\r\n",
+                 b"GET / HTTP/1.1\r\n" + host + host + b"\r\n", b"GET / HTTP/1.1\r\n" + host + b"a: " + b"b" * 70_000,
+                 b"GET / HTTP/1.1\r\n" + host + b"a: b\r\n" * 20_000, b"GET /" + b"a" * 70_000,
+                 post + b"Content-Length: -5\r\n\r\n", post + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n",
+                 post + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n\r\n",
+                 post + b"Content-Length: 3\r\nTransfer-Encoding: gzip\r\n\r\nabc"):
+        try:
+            answer = raw(served.port, sent)
+        except ConnectionError:                            # closed while we were still sending
+            continue
+        assert re.match(rb"HTTP/1.1 (4\d\d|501) ", answer) and b'{"error"' in answer, (sent[:80], answer[:80])
+    assert ask(served.port, "/v1/completions", b'{"prompt": "a"}', Content_Type="text/plain")[0] == 415
+    assert ask(served.port, "/v1/completions", b" " * 1_000_001)[0] == 413
+    assert ask(served.port, "/nix")[1]["error"]["type"] == "invalid_request_error"
+    assert ask(served.port, "/v1/completions")[0] == 405 and ask(served.port, "/%2e%2e/etc/passwd")[0] == 404
+    assert ask(served.port, "/health")[1] == {"status": "ok"}
+
+
+def test_errors_are_typed(served):
+    with pytest.raises(openai.BadRequestError, match="context") as e:
+        served.api.completions.create(model="tiny", prompt="a" * 97)
+    assert e.value.code == "context_length_exceeded" and e.value.param == "prompt"
+    with pytest.raises(openai.NotFoundError):
+        served.api.completions.create(model="other", prompt="a")
+
+
+def test_only_the_health_and_the_page_need_no_key(monkeypatch):
+    monkeypatch.setenv("THIMBLE_API_KEY", "schlüssel")
+    with running(tiny()) as (port, ours):
+        for path in ours.paths:
+            for given in (None, "Bearer", "Bearer wrong", "Basic schlüssel", "Bearer schlüssel"):
+                headers = {} if given is None else {"Authorization": given.encode()}
+                status = ask(port, path, **headers)[0]
+                if path in ("/health", "/"):
+                    assert status == 200
+                elif given == "Bearer schlüssel":
+                    assert status in (200, 405)
+                else:
+                    assert status == 401
+        with client(port, "nix") as api, pytest.raises(openai.AuthenticationError):
+            api.models.list()
+    with pytest.raises(serve.UserError, match="API key"):
+        monkeypatch.delenv("THIMBLE_API_KEY")
+        serve.Server(serve.Config(host="0.0.0.0"), tiny(), TOKENIZER, SimpleNamespace(path=Path("tiny"), meta={}))
+
+
+def test_other_names_and_other_pages_are_refused(served):
+    def status(**headers):
+        return ask(served.port, "/v1/models", **headers)[0]
+    here = f"127.0.0.1:{served.port}"
+    assert status(Host=here) == status(Host="localhost") == status(Host="[::1]:80") == 200
+    assert status(Host="evil.example") == status(Host="127.0.0.1.evil.example") == status(Host="") == 403
+    assert status(Origin=f"http://{here}") == 200
+    assert status(Origin="http://evil.example") == status(Origin="null") == status(Origin=f"http://{here}.evil") == 403
+    assert "access-control-allow-origin" not in ask(served.port, "/v1/models", Origin=f"http://{here}")[2]
+
+
+def test_who_finds_the_queue_full_is_told_at_once():
+    with running(Script("a" * 5000, 0.002), max_batch=2, max_queue=3) as (port, ours):
+        body = {"prompt": "x", "max_tokens": 100}
+        with ThreadPoolExecutor(20) as pool:
+            answers = list(pool.map(lambda _: ask(port, "/v1/completions", body), range(20)))
+        full = [a for a in answers if a[0] == 429]
+        assert len(full) >= 5 and all(a[2]["Retry-After"] == "1" for a in full)
+        done = [a for a in answers if a[0] == 200]
+        assert len(done) + len(full) == 20 and all(a[1]["choices"][0]["text"] == "a" * 100 for a in done)
+        assert f'path="/v1/completions",status="429"}} {len(full)}' in ask(port, "/metrics")[1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_row(stream):
+    with running(Script("a" * 9000, 0.001), max_batch=4) as (port, ours):
+        body = json.dumps({"prompt": "x", "max_tokens": 9000, "stream": stream, "n": 3}).encode()
+        with socket.create_connection(("127.0.0.1", port)) as s:
+            s.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                      b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            assert until(lambda: ours.engine.n == 3)
+        assert until(lambda: ours.engine.n == 0, 0.5)
+        assert ours.engine.counts["generated_tokens"] < 3000
+
+
+def test_slow_clients_are_closed():
+    with running(tiny(), client_seconds=0.4) as (port, _):
+        begun = time.monotonic()
+        assert raw(port) == raw(port, b"GET /health HTTP/1.1\r\nHost: local") == b""
+        assert raw(port, *[b"GET /"] + [b"x"] * 3, wait=0.15) == b""
+        assert b" 200 " in raw(port, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")  # idle after an answer
+        late = raw(port, b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                   b"Content-Length: 50\r\n\r\n{")
+        assert late.startswith(b"HTTP/1.1 408 ")
+        assert time.monotonic() - begun < 10
+
+
+def test_an_answer_has_a_deadline():
+    with running(Script("a" * 9000, 0.002), request_seconds=0.3) as (port, ours):
+        body = {"prompt": "x", "max_tokens": 9000}
+        assert ask(port, "/v1/completions", body)[0] == 408
+        text = ask(port, "/v1/completions", body | {"stream": True})[1]
+        assert json.loads(text.strip().rpartition("data: ")[2])["error"]["code"] == "timeout"
+        assert until(lambda: ours.engine.n == 0)
+
+
+def test_a_failure_of_the_model_is_told_and_over(capfd):
+    script = Script("abc")
+    with running(script) as (port, ours):
+        script.ids, ids = [10**6], script.ids              # an index out of range
+        assert ask(port, "/v1/completions", {"prompt": "x"})[0] == 500
+        script.ids = ids
+        assert ask(port, "/v1/completions", {"prompt": "x"})[1]["choices"][0]["text"] == "abc"
+        assert "thimble_failures_total 1" in ask(port, "/metrics")[1]
+    assert "IndexError" in capfd.readouterr().err
+
+
+def test_the_log_has_no_prompt_and_cannot_be_forged(capfd):
+    cfg = serve.Config(port=0)
+    ours = serve.Server(cfg, tiny(), TOKENIZER, SimpleNamespace(path=Path("tiny"), meta={}))
+
+    async def drive():
+        ours.engine.run(asyncio.get_running_loop())
+        scope = {"type": "http", "method": "POST", "path": "/x\n12:00:00 forged\x1b[31m", "headers": [
+            (b"host", b"localhost")], "query_string": b"", "client": ("1.2.3.4", 5)}
+        async def send(message):
+            pass
+        async def receive():
+            return {"type": "http.request", "body": b'{"prompt": "secret"}', "more_body": False}
+        await ours.app(scope, receive, send)
+    asyncio.run(drive())
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and "\x1b" not in lines[0] and "secret" not in lines[0] and " 404 " in lines[0]
+
+
+def test_small_routes(served):
+    assert served.api.models.list().data[0].id == "tiny"
+    tokens = ask(served.port, "/tokenize", {"prompt": "né🎉<|endoftext|>"})[1]["tokens"]
+    assert ask(served.port, "/detokenize", {"tokens": tokens})[1] == {"prompt": "né🎉<|endoftext|>"}
+    eos = ask(served.port, "/tokenizer_info")[1]["eos_token"]
+    assert ask(served.port, "/tokenize", {"prompt": eos})[1]["tokens"] == [TOKENIZER.eot]  # so lm-eval asks for its id
+    spec = ask(served.port, "/openapi.json")[1]
+    assert set(spec["paths"]) == served.server.paths and spec["openapi"] == "3.1.0"
+    status, page, headers = ask(served.port, "/")
+    assert status == 200 and "innerHTML" not in page and "default-src 'none'" in headers["content-security-policy"]
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!data:,)|url\(|@import|https?://""", page)
+
+
+def test_sigterm_ends_streams_cleanly(tmp_path):
+    model = tiny(block_size=4096)
+    meta = {"arch": "model", "model_config": {k: getattr(model.config, k) for k in model.config.__dataclass_fields__}}
+    (tmp_path / "tokenizer.json").write_text(TOKENIZER.to_json())
+    checkpoint.save(tmp_path / "run", 1, model.state_dict(), None, meta, tmp_path / "tokenizer.json", best=True)
+    process = subprocess.Popen(
+        [sys.executable, "serve.py", f"--checkpoint={tmp_path / 'run'}", "--port=0", "--drain_seconds=0.3"], cwd=ROOT,
+        stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    port = int(re.search(r"127\.0\.0\.1:(\d+)", process.stderr.readline())[1])
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    body = {"prompt": "x", "max_tokens": 4000, "stream": True, "logit_bias": {"256": -100}}
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    assert response.readline().startswith(b"data: {")
+    process.send_signal(signal.SIGTERM)
+    rest = response.read().decode()
+    connection.close()
+    assert rest.endswith("data: [DONE]\n\n") and '"finish_reason": "length"' in rest
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 0 and "Traceback" not in err
