@@ -31,13 +31,13 @@ class Config:
     min_neurons: int = 64           # fewest neurons of a unit
     max_neurons: int = 192          # and most
     window: int = 40                # tokens that a prediction sees
-    n_embd: int = 64                # width of the embedding
+    n_embd: int = 128               # width of the embedding
     n_rank: int = 0                 # width of what the head reads; 0: n_embd
     vocab_size: int = 0             # 0: the dataset's
     block_size: int = 256           # tokens of a training row, over which the window slides
     wiring_seed: int = 0            # draws the graph
     affinity_first: float = 0.5     # first level: draws of places, per place of the window
-    recency: float = 1.0            # a place of the window is drawn with a chance of 1 / age**recency; 0: all alike
+    recency: float = 2.0            # a place of the window is drawn with a chance of 1 / age**recency; 0: all alike
     affinity: float = 1.0           # later levels: draws, per place or unit of an earlier level
     affinity_decay: float = 0.7     # of that, for each level further down
     p_lateral: float = 0.25         # chance of a connection to the unit beside, at each try
@@ -166,7 +166,7 @@ def rotate_pairs(x, angles):
 
 
 class Unit(nn.Module):
-    """act(dense layer on places of the window and on the normalised outputs of other units)."""
+    """A dense layer on places of the window and on the normalised outputs of other units; the model activates it."""
 
     def __init__(self, config, neurons, places, units, sizes):
         super().__init__()
@@ -275,7 +275,10 @@ class Model(nn.Module):
 
     # copied from model.py
     def step(self, idx, cache):
-        """idx: (B, T >= 1) more ids -> (logits (B, V) float32 of the last, cache). Use the returned cache."""
+        """idx: (B, T >= 1) more ids -> (logits (B, V) float32 of the last, cache). Use the returned cache.
+
+        With T = 1, cache["pos"] may be (B,) instead of (): rows of different lengths, as a server has them.
+        """
         x = self._hidden(idx, cache)
         return self._logits(x[:, -1]), cache | {"pos": cache["pos"] + idx.size(1)}
 
