@@ -65,8 +65,9 @@ class Config:
             raise ValueError(f"n_embd={self.n_embd} must be even: the rotation turns pairs of numbers")
         if self.tie_embeddings and self.n_rank not in (0, self.n_embd):
             raise ValueError(f"n_rank={self.n_rank} must be n_embd={self.n_embd} where the head is the embedding")
-        if self.affinity_first <= 0 or self.affinity <= 0:
-            raise ValueError(f"affinity_first={self.affinity_first} and affinity={self.affinity} must be above 0")
+        if not (0 < self.affinity_first <= 1000 and 0 < self.affinity <= 1000):
+            raise ValueError(f"affinity_first={self.affinity_first} and affinity={self.affinity} must be above 0 and "
+                             "at most 1000")
         for name in ("affinity_decay", "p_lateral", "lateral_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")
@@ -129,6 +130,9 @@ def read_wiring(config):
         levels, there = json.loads(config.wiring), []      # there: [level, index] of the units so far
         for k, level in enumerate(levels, 1):
             for i, unit in enumerate(level):
+                numbers = [unit["neurons"], *unit["places"], *sum(unit["units"], [])]
+                if len(unit) > 3 or any(type(n) is not int for n in numbers):
+                    raise ValueError(f"unit {i} of level {k} must hold neurons, places and units, in whole numbers")
                 wrong = [p for p in unit["places"] if p not in range(config.window)]
                 wrong += [u for u in unit["units"] if u not in there]
                 if wrong or not unit["places"] + unit["units"] or unit["neurons"] < 1:
@@ -137,7 +141,7 @@ def read_wiring(config):
                 there.append([k, i])
         if len(levels[-1]) != 1 or levels[-1][0]["neurons"] != (config.n_rank or config.n_embd):
             raise ValueError(f"the last level must be one unit of {config.n_rank or config.n_embd} neurons")
-    except (ValueError, TypeError, KeyError, IndexError) as e:
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError) as e:
         raise ValueError(f"wiring={config.wiring[:60]!r}: {e}; leave it empty to have one drawn") from None
     return levels
 
@@ -350,6 +354,8 @@ def main(cfg):
         draw(config, cfg.picture)
     except ImportError:
         raise UserError("--draw needs a package: pip install matplotlib") from None
+    except ValueError as e:                                # an ending that is no picture's
+        raise UserError(f"--picture={cfg.picture}: {e}") from None
     levels = read_wiring(config) if config.wiring else draw_wiring(config)
     links = sum(len(unit["places"]) + len(unit["units"]) for level in levels for unit in level)
     print(f"{Path(cfg.picture)}: {sum(map(len, levels))} units, {links} connections, wiring_seed="

@@ -202,6 +202,11 @@ def test_phase_two_keeps_the_wiring_and_slides_on(toy, tmp_path, monkeypatch):
     ({"wiring": '[[{"neurons":8,"places":[],"units":[[1,0]]}]]'}, "wiring="), ({"wiring": "7"}, "wiring="),
     ({"wiring": '[[{"neurons":8,"places":[],"units":[]}]]'}, "wiring="),
     ({"wiring": '[[{"neurons":9,"places":[1],"units":[]}]]'}, "8 neurons"),
+    ({"wiring": '[[{"neurons":8,"places":[1.0],"units":[]}]]'}, "whole numbers"),
+    ({"wiring": '[[{"neurons":8.0,"places":[1],"units":[]}]]'}, "whole numbers"),
+    ({"wiring": '[[{"neurons":8,"places":[true],"units":[]}]]'}, "whole numbers"),
+    ({"wiring": '[[{"neurons":8,"places":[1],"units":[],"more":1}]]'}, "whole numbers"),
+    ({"wiring": "[" * 100_000}, "wiring="), ({"affinity_first": 1e300}, "affinity_first=1e"),
     ({"tie_embeddings": True, "n_rank": 4}, "n_rank=4")])
 def test_impossible_shapes_are_refused_by_name(change, word):
     with pytest.raises(ValueError, match=word):
@@ -222,8 +227,9 @@ def test_it_draws_its_graph(tmp_path):
     command = [sys.executable, ROOT / "cerebros.py", "--draw", "--n_layer=2", f"--picture={tmp_path}/w.png"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "w.png").read_bytes()[:4] == b"\x89PNG"
-    done = subprocess.run(command + [f"--checkpoint={tmp_path}/none"], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error:") and done.stderr.count("\n") == 1
+    for mistake in (f"--checkpoint={tmp_path}/none", f"--picture={tmp_path}/w.foo"):
+        done = subprocess.run([*command, mistake], capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.startswith("error:") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("tied", [False, True])
