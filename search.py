@@ -48,8 +48,7 @@ class Config(train.Config):
     n_trials: int = 30              # of the whole study, by all workers together
     objectives: tuple[str, ...] = ("val_bpb",)  # what to make small: val_bpb, parameters, ms_per_token (to decode one)
     sampler: Literal["tpe", "random"] = "tpe"  # how trials are chosen
-    prune: bool = True              # successive halving: stop trials that lag behind (with one objective)
-    reduction: int = 3              # of which the best 1/reduction go on, from evaluation 1, 3, 9, ...
+    prune: bool = True              # with one objective: at evaluation 1, 3, 9, ... only the best third go on
     seconds: float = 0.0            # training time of each trial: max_steps becomes what fits; 0: as max_steps says
     n_evals: int = 9                # evaluations of a trial, with `seconds`
     storage: str = ""               # sqlite:///FILE or postgresql://...; empty: a journal file in out_dir
@@ -59,8 +58,9 @@ class Config(train.Config):
         for name in ("n_trials", "n_evals"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.reduction < 2 or self.seconds < 0:
-            raise ValueError(f"reduction={self.reduction} must be at least 2, seconds={self.seconds} not negative")
+        if self.seconds < 0 or self.resume:
+            raise ValueError(f"seconds={self.seconds} must not be negative" if not self.resume else
+                             "a search goes on by itself: leave --resume out")
         if wrong := [name for name in self.objectives if name not in OBJECTIVES]:
             raise ValueError(f"objectives={wrong[0]}: there are {', '.join(OBJECTIVES)}")
         if not self.objectives or len(set(self.objectives)) < len(self.objectives):
@@ -85,43 +85,42 @@ def optuna_module():
 
 def parse_space(cfg):
     """{key: function of an Optuna trial that gives the value}; UserError for what is no key, range or choice."""
-    known, space = configurator.flat(cfg), {}
+    space = {}
     for text in cfg.space:
-        match = re.fullmatch(r"\s*(\w+)\s*=\s*(.+?)\s*", text)
-        if not match:
-            raise UserError(f"space {text!r}: expected key=low..high or key=a|b|c")
-        key, values = match.groups()
-        if key not in known or key in OURS or key in train.FREE - {"eval_every", "patience", "dtype"}:
-            keys = [k for k in known if k not in OURS]
-            raise UserError(f"space {text!r}: {key} is not a key to vary{configurator.hint(key, keys)}")
-        if key in space:
-            raise UserError(f"space {text!r}: {key} is there twice")
-        span = re.fullmatch(r"(\S+?)\.\.(\S+)(?: (log)| step (\S+))?", values)
-        if not span:
-            choices = [converted(cfg, text, key, value.strip()) for value in values.split("|")]
-            space[key] = lambda trial, key=key, choices=choices: trial.suggest_categorical(key, choices)
-            continue
-        low, high = (converted(cfg, text, key, value) for value in span.groups()[:2])
-        step = converted(cfg, text, key, span[4]) if span[4] else None
-        if not all(type(v) in (int, float) for v in (low, high)):
-            raise UserError(f"space {text!r}: {key} is not a number: give choices, {key}=a|b|c")
-        if not low < high or step is not None and step <= 0 or span[3] and low <= 0:
-            raise UserError(f"space {text!r}: needs low < high, a step above 0, and with log a low above 0")
-        kind = "suggest_int" if type(low) is int else "suggest_float"
-        more = {"step": step} if step else {"log": bool(span[3])}
-        space[key] = lambda trial, key=key, args=(low, high), kind=kind, more=more: getattr(trial, kind)(
-            key, *args, **more)
+        try:
+            key, suggest = dimension(cfg, text)
+            if key in space:
+                raise UserError(f"{key} is there twice")
+        except UserError as e:
+            raise UserError(f"space {text!r}: {e}") from None
+        space[key] = suggest
     if not space:
         raise UserError("nothing to vary: set space, as config/search_tiny.py does")
     return space
 
 
-def converted(cfg, text, key, value):
-    """The text `value` as the type of `key`. Whether a shape fits together is the trial's matter."""
-    try:
-        return configurator.convert(cfg, key, value)
-    except UserError as e:
-        raise UserError(f"space {text!r}: {e}") from None
+def dimension(cfg, text):
+    """(key, function of an Optuna trial). Whether shapes fit together is the trial's matter."""
+    match = re.fullmatch(r"\s*(\w+)\s*=\s*(.+?)\s*", text)
+    if not match:
+        raise UserError("expected key=low..high or key=a|b|c")
+    key, values = match.groups()
+    keys = [k for k in configurator.flat(cfg)
+            if k not in OURS | (train.FREE - {"eval_every", "patience", "dtype"})]
+    if key not in keys:
+        raise UserError(f"{key} is not a key to vary{configurator.hint(key, keys)}")
+    span = re.fullmatch(r"(\S+?)\.\.(\S+)(?: (log)| step (\S+))?", values)
+    if not span:
+        choices = [configurator.convert(cfg, key, value.strip()) for value in values.split("|")]
+        return key, lambda trial: trial.suggest_categorical(key, choices)
+    low, high, step = (configurator.convert(cfg, key, span[i]) if span[i] else None for i in (1, 2, 4))
+    if not all(type(v) in (int, float) for v in (low, high)):
+        raise UserError(f"{key} is not a number: give choices, {key}=a|b|c")
+    if not low < high or step is not None and step <= 0 or span[3] and low <= 0:
+        raise UserError("needs low < high, a step above 0, and with log a low above 0")
+    kind = "suggest_int" if type(low) is int else "suggest_float"
+    more = {"step": step} if step else {"log": bool(span[3])}
+    return key, lambda trial: getattr(trial, kind)(key, low, high, **more)
 
 
 def trial_config(cfg, params, out_dir):
@@ -133,15 +132,23 @@ def trial_config(cfg, params, out_dir):
 # ---- the study
 
 class FileLock:
-    """A lock for Optuna's journal that a killed worker lets go of at once; Optuna's own stays for 30 seconds."""
+    """A lock for Optuna's journal that a killed worker lets go of at once; Optuna's own stays for 30 seconds.
 
-    def __init__(self, path):
-        self.path, self.file = path, None
+    Who gets it first drops a last line that a full disk or a crash cut off: Optuna could never read on behind it.
+    """
+
+    def __init__(self, path, journal):
+        self.path, self.journal, self.file = path, journal, None
 
     def acquire(self):
         file = open(self.path, "w")
         fcntl.flock(file, fcntl.LOCK_EX)
         self.file = file
+        with open(self.journal, "r+b") as f:
+            f.seek(max(0, f.seek(0, os.SEEK_END) - 1))
+            if f.read() not in (b"", b"\n"):
+                f.seek(0)
+                f.truncate(f.read().rfind(b"\n") + 1)
         return True
 
     def release(self):
@@ -163,7 +170,7 @@ class Study:
         fcntl.flock(self.held, fcntl.LOCK_EX)
         single = len(cfg.objectives) == 1
         self.prune = cfg.prune and single
-        pruner = optuna.pruners.SuccessiveHalvingPruner(1, cfg.reduction) if self.prune else optuna.pruners.NopPruner()
+        pruner = optuna.pruners.SuccessiveHalvingPruner(1, 3) if self.prune else optuna.pruners.NopPruner()
         with self.locked():                                # tables are made once
             try:
                 self.study = optuna.create_study(
@@ -175,8 +182,7 @@ class Study:
                     self.study.set_user_attr("config", asked)
             except Exception as e:                         # a database has many ways to say no
                 self.close()
-                why = " ".join(str(e).split())[:200] or type(e).__name__
-                raise UserError(f"--storage={hidden(cfg.storage) or folder}: {why}") from None
+                raise storage_error(cfg, folder, e) from None
         if changed := [k for k in asked if stored and asked[k] != stored.get(k)]:
             self.close()
             k = changed[0]
@@ -187,8 +193,9 @@ class Study:
         if self.cfg.storage:
             return optuna.storages.RDBStorage(re.sub("^postgresql://", "postgresql+psycopg://", self.cfg.storage))
         from optuna.storages.journal import JournalFileBackend
-        journal = JournalFileBackend(str(self.folder / "journal.log"), FileLock(self.folder / "workers" / "journal"))
-        return optuna.storages.JournalStorage(journal)
+        journal = self.folder / "journal.log"
+        lock = FileLock(self.folder / "workers" / "journal", journal)
+        return optuna.storages.JournalStorage(JournalFileBackend(str(journal), lock))
 
     def sampler(self, number):
         """A trial's own: what is drawn depends on the seed, the trial's number and the trials that have ended."""
@@ -249,8 +256,10 @@ class Study:
         self.held.close()
 
 
-def hidden(url):
-    return re.sub(r"//[^@/]*@", "//", url)                 # a password is nobody's business
+def storage_error(cfg, folder, e):
+    url = re.sub(r"//[^@/]*@", "//", cfg.storage)          # a password is nobody's business
+    why = " ".join(str(e.__cause__ or e).split())[:200] or type(e).__name__
+    return UserError(f"--storage={url or folder}: {why}")
 
 
 # ---- one trial
@@ -320,10 +329,7 @@ def run_trial(study, trial, space, dataset):
         params = {key: suggest(trial) for key, suggest in space.items()}
         one = trial_config(cfg, params, folder)
         if cfg.seconds:
-            try:
-                steps = fit_steps(one, dataset, cfg.seconds)
-            except ValueError as e:
-                raise UserError(e) from None
+            steps = fit_steps(one, dataset, cfg.seconds)
             one = replace(one, max_steps=steps, eval_every=max(1, -(-steps // cfg.n_evals)),
                           warmup_steps=min(one.warmup_steps, steps // 4))
         train.train(one, report)
@@ -364,11 +370,13 @@ def write_reports(study, space, dataset):
         return None
     best = min(done, key=lambda t: t.user_attrs["val_bpb"])
     run = folder / f"trial_{best.number:04d}"
-    if run.exists():                                       # else another machine has it
+    if run.exists():
         temporary = folder / f".best-{os.getpid()}"
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(run.name)
         os.replace(temporary, folder / "best")
+    else:                                                  # another machine has it
+        (folder / "best").unlink(missing_ok=True)
     with contextlib.suppress(ImportError):
         plot_search(study, [t for t in trials if "val_bpb" in t.user_attrs], dataset)
         if len(study.cfg.objectives) > 1:
@@ -401,6 +409,7 @@ def plot_search(study, trials, dataset):
     if best:
         axes.step(*zip(*best, strict=True), where="post", color="tab:red", label=f"best so far, {low:.3f}")
     axes.plot([], [], "x", color="gray", label="stopped early")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     trigram = dataset.meta["baselines"].get("trigram")
     if trigram and any(t.user_attrs["val_bpb"] > 0.9 * trigram for t in trials):
         axes.axhline(trigram, color="gray", linestyle="--", linewidth=0.8, label=f"byte trigrams, {trigram:.3f}")
@@ -409,12 +418,13 @@ def plot_search(study, trials, dataset):
 
 
 def plot_pareto(study, done):
-    """pareto.png: the first two objectives of every trial; those that no other beats in all of them are joined."""
+    """pareto.png: the first two objectives of every trial; those that no other beats in all are red."""
     first, second = study.cfg.objectives[:2]
     picture, axes = figure(study.folder.name, second, first)
     axes.plot([t.values[1] for t in done], [t.values[0] for t in done], "o", color="lightgray")
     front = sorted(study.study.best_trials, key=lambda t: t.values[1])
-    axes.plot([t.values[1] for t in front], [t.values[0] for t in front], "o-", color="tab:red", label="Pareto set",
+    style = "o-" if len(study.cfg.objectives) == 2 else "o"
+    axes.plot([t.values[1] for t in front], [t.values[0] for t in front], style, color="tab:red", label="Pareto set",
               drawstyle="steps-post")
     for t in front:
         axes.annotate(str(t.number), (t.values[1], t.values[0]), textcoords="offset points", xytext=(4, 4), fontsize=8)
@@ -440,6 +450,8 @@ def search(cfg, folder):
         raise UserError("a search needs the same dtype for all trials: give --dtype=bfloat16 or --dtype=float32")
     optuna_module()
     dataset = train.open_dataset(cfg)
+    if cfg.init_from:                                      # a wrong name must not use up the trials
+        checkpoint.load(cfg.init_from, which="best")
     study, best = Study(cfg, folder), None
     print(f"{folder}: {' '.join(cfg.space)}\n{'trial':>5}  {'bits/byte':>9}  {'parameters':>12}  {'ms/token':>8}  "
           f"{'steps':>6}  {'time':>6}", flush=True)
@@ -447,19 +459,25 @@ def search(cfg, folder):
         while trial := study.claim():
             try:
                 run_trial(study, trial, space, dataset)
-            except (UserError, RuntimeError) as e:         # a shape that cannot be, a loss that is not finite, memory
-                trial.set_user_attr("error", " ".join(str(e).split())[:500] or type(e).__name__)
-                study.study.tell(trial, state=study.State.FAIL)
-            except BaseException:                          # Ctrl-C, SIGTERM, a bug
-                with study.locked():
-                    study.give_up(study.study.get_trials(deepcopy=False)[trial.number])
-                raise
+            except BaseException as e:
+                # its own fault: a shape that cannot be, a loss that is not finite, memory
+                if isinstance(e, (ValueError, RuntimeError)) and not isinstance(e.__cause__, OSError):
+                    trial.set_user_attr("error", " ".join(str(e).split())[:500] or type(e).__name__)
+                    study.study.tell(trial, state=study.State.FAIL)
+                else:                                      # Ctrl-C, SIGTERM, a full disk, a bug
+                    with study.locked():
+                        study.give_up(study.study.get_trials(deepcopy=False)[trial.number])
+                    raise
             with study.locked():
                 best = write_reports(study, space, dataset)
             print(row(study, trial), flush=True)
         with study.locked():
             best = write_reports(study, space, dataset)
         return best
+    except Exception as e:
+        if type(e).__module__.partition(".")[0] in ("optuna", "sqlalchemy"):  # the database has gone
+            raise storage_error(cfg, folder, e) from None
+        raise
     finally:
         study.close()
 
@@ -470,8 +488,11 @@ def main(cfg):
     best = search(cfg, folder)
     if best is None:
         raise UserError(f"no trial of {folder} has ended well: see {folder}/trials.csv")
+    here = (folder / "best").exists()
     print(f"best: trial {best.number}, {best.user_attrs['val_bpb']:.4f} bits per byte. All of them: "
-          f"{folder}/trials.csv, {folder}/search.png. Now try:\npython sample.py --checkpoint={folder}/best")
+          f"{folder}/trials.csv, {folder}/search.png. "
+          + (f"Now try:\npython sample.py --checkpoint={folder}/best" if here else
+             f"Its run folder is on {best.user_attrs['worker'].partition('/')[0]}"))
 
 
 if __name__ == "__main__":

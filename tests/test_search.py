@@ -119,12 +119,13 @@ def test_a_budget_of_seconds_sets_the_steps(toy):
 
 
 @pytest.mark.parametrize("space, word", [
-    ("lrr=1..2", "did you mean 'lr'"), ("lr", "expected key="), ("lr=2..1", "low < high"), ("lr=0..1 log", "a low"),
+    ("lrr=1..2", "did you mean 'lr'"), ("prompts=a|b", "not a key to vary - there is"), ("lr=1|2,lr=1|2", "twice"),
+    ("lr", "expected key="), ("lr=2..1", "low < high"), ("lr=0..1 log", "a low"),
     ("n_layer=1.5..2", "expected int"), ("mlp=relu", "not one of"), ("mlp=a..b", "not one of"),
     ("n_trials=1..2", "not a key to vary"), ("out_dir=a|b", "not a key to vary"), ("n_layer=1..4 step 0", "a step")])
 def test_mistakes_in_the_space_are_named(toy, space, word):
     with pytest.raises(UserError, match=word) as e:
-        search.parse_space(config(toy, space=(space,)))
+        search.parse_space(config(toy, space=tuple(space.split(","))))
     assert "\n" not in str(e.value)
 
 
@@ -138,6 +139,52 @@ def test_a_database_that_is_not_there_is_one_line_without_the_password(toy):
     with pytest.raises(UserError) as e:
         search.search(config(toy, storage="mysterysql://me:secret@host/db"), Path("study"))
     assert "secret" not in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_journal_whose_last_line_was_cut_off_goes_on(toy):
+    """As a full disk leaves it: what comes after half a line could never be read again."""
+    cfg = config(toy, n_trials=2, max_steps=2, prune=False)
+    search.search(cfg, Path("study"))
+    journal = Path("study/journal.log")
+    journal.write_bytes(journal.read_bytes()[:-20])        # into the line that ends trial 1
+    for n_trials in (2, 3):
+        search.search(config(toy, n_trials=n_trials, max_steps=2, prune=False), Path("study"))
+    rows = table("study")
+    assert [row["state"] for row in rows] == ["COMPLETE", "DIED", "COMPLETE", "COMPLETE"]
+    assert rows[1]["lr"] == rows[2]["lr"] and rows[1]["val_bpb"] == rows[2]["val_bpb"]
+
+
+def test_a_full_disk_ends_the_worker_and_not_the_trials(toy, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint, "_free", lambda _: 0)
+        with pytest.raises(UserError, match="disk full"):
+            search.search(config(toy, n_trials=2, max_steps=1), Path("study"))
+    search.search(config(toy, n_trials=2, max_steps=1), Path("study"))
+    assert [row["state"] for row in table("study")] == ["DIED", "COMPLETE", "COMPLETE"]
+
+
+def test_a_database_that_goes_away_is_one_line(toy, tmp_path, monkeypatch):
+    cfg = config(toy, n_trials=2, max_steps=1, storage=f"sqlite:///{tmp_path}/study.db")
+    with monkeypatch.context() as m:
+        m.setattr(search, "run_trial", lambda *_: Path("study.db").write_bytes(b""))
+        with pytest.raises(UserError, match="study.db: .*no such table") as e:
+            search.search(cfg, Path("study"))
+    assert "\n" not in str(e.value)
+
+
+def test_a_wrong_start_uses_up_no_trials(toy):
+    with pytest.raises(UserError, match="no checkpoint or run folder none"):
+        search.search(config(toy, init_from="none"), Path("study"))
+    assert not Path("study").exists()
+    with pytest.raises(UserError, match="leave --resume out"):
+        config(toy, resume=True)
+
+
+def test_the_best_of_another_machine_is_not_mistaken_for_ours(toy):
+    search.search(config(toy, n_trials=2, max_steps=1), Path("study"))
+    shutil.rmtree(Path("study", os.readlink("study/best")))
+    search.search(config(toy, n_trials=2, max_steps=1), Path("study"))
+    assert not os.path.lexists("study/best")
 
 
 # ---- several workers, on a cheap trial
