@@ -59,8 +59,8 @@ class Config(train.Config):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.seconds < 0 or self.resume:
-            raise ValueError(f"seconds={self.seconds} must not be negative" if not self.resume else
-                             "a search goes on by itself: leave --resume out")
+            raise ValueError(f"seconds={self.seconds} must not be negative, and a search goes on by itself, without "
+                             "--resume")
         if wrong := [name for name in self.objectives if name not in OBJECTIVES]:
             raise ValueError(f"objectives={wrong[0]}: there are {', '.join(OBJECTIVES)}")
         if not self.objectives or len(set(self.objectives)) < len(self.objectives):
@@ -105,8 +105,7 @@ def dimension(cfg, text):
     if not match:
         raise UserError("expected key=low..high or key=a|b|c")
     key, values = match.groups()
-    keys = [k for k in configurator.flat(cfg)
-            if k not in OURS | (train.FREE - {"eval_every", "patience", "dtype"})]
+    keys = [k for k in configurator.flat(cfg) if k not in OURS | train.FREE - {"eval_every", "patience", "dtype"}]
     if key not in keys:
         raise UserError(f"{key} is not a key to vary{configurator.hint(key, keys)}")
     span = re.fullmatch(r"(\S+?)\.\.(\S+)(?: (log)| step (\S+))?", values)
@@ -168,8 +167,7 @@ class Study:
         self.name = f"{socket.gethostname()}/{uuid.uuid4().hex[:12]}"
         self.held = open(self.worker_file(self.name), "w")
         fcntl.flock(self.held, fcntl.LOCK_EX)
-        single = len(cfg.objectives) == 1
-        self.prune = cfg.prune and single
+        self.prune = cfg.prune and len(cfg.objectives) == 1
         pruner = optuna.pruners.SuccessiveHalvingPruner(1, 3) if self.prune else optuna.pruners.NopPruner()
         with self.locked():                                # tables are made once
             try:
@@ -220,10 +218,8 @@ class Study:
             with open(self.worker_file(name)) as f:
                 fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 return True
-        except FileNotFoundError:
-            return True
-        except BlockingIOError:
-            return False
+        except OSError as e:                               # no file: it ended well; or somebody holds the lock
+            return isinstance(e, FileNotFoundError)
 
     def give_up(self, trial):
         """End a trial that nobody runs any more, and queue its values anew; the queue first, so that none is lost."""
@@ -294,11 +290,9 @@ def fit_steps(cfg, dataset, seconds):
 def ms_per_token(model, n=32):
     """Median milliseconds of decoding a token in float32 on the CPU, one row, the context half full."""
     model.eval()
-    half = max(1, model.config.block_size // 2)
-    cache = model.init_cache(1, half + n)
+    half, times = max(1, model.config.block_size // 2), []
     idx = torch.arange(half)[None] % model.config.vocab_size
-    _, cache = model.step(idx, cache)
-    times = []
+    _, cache = model.step(idx, model.init_cache(1, half + n))
     for _ in range(min(n, max(1, model.config.block_size - half))):
         start = time.perf_counter()
         _, cache = model.step(idx[:, :1], cache)
@@ -311,19 +305,17 @@ def run_trial(study, trial, space, dataset):
     cfg, folder = study.cfg, study.folder / f"trial_{trial.number:04d}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    begun, count = time.perf_counter(), 0
-    stopped = []
+    begun, count, stopped = time.perf_counter(), 0, False
 
     def report(record):
-        nonlocal count
+        nonlocal count, stopped
         count += 1
         if record["val_bpb"] is None:
             raise UserError(f"the loss is not finite at step {record['step']}")
         if study.prune:
             trial.report(record["val_bpb"], count)
-            if trial.should_prune() and record["step"] < one.max_steps:
-                stopped.append(True)
-                return "others do better (successive halving)"
+            stopped = trial.should_prune() and record["step"] < one.max_steps
+            return "others do better (successive halving)" if stopped else None
 
     with open(folder / "log.txt", "w") as log, contextlib.redirect_stdout(log):
         params = {key: suggest(trial) for key, suggest in space.items()}
@@ -342,10 +334,8 @@ def run_trial(study, trial, space, dataset):
                "wiring": getattr(model.config, "wiring", "")}
     for key, value in numbers.items():
         trial.set_user_attr(key, value)
-    if stopped:
-        study.study.tell(trial, state=study.State.PRUNED)
-    else:
-        study.study.tell(trial, [numbers[name] for name in cfg.objectives])
+    values = None if stopped else [numbers[name] for name in cfg.objectives]
+    study.study.tell(trial, values, study.State.PRUNED if stopped else None)
 
 
 # ---- reports
@@ -353,7 +343,7 @@ def run_trial(study, trial, space, dataset):
 COLUMNS = ("val_bpb", "parameters", "ms_per_token", "best_step", "steps", "train_seconds", "seconds")
 
 
-def write_reports(study, space, dataset):
+def write_reports(study, space):
     """trials.csv, the pictures and the link `best`, from all trials of the study."""
     folder, trials = study.folder, study.study.get_trials(deepcopy=False)
     table = io.StringIO()
@@ -378,7 +368,7 @@ def write_reports(study, space, dataset):
     else:                                                  # another machine has it
         (folder / "best").unlink(missing_ok=True)
     with contextlib.suppress(ImportError):
-        plot_search(study, [t for t in trials if "val_bpb" in t.user_attrs], dataset)
+        plot_search(study, [t for t in trials if "val_bpb" in t.user_attrs])
         if len(study.cfg.objectives) > 1:
             plot_pareto(study, done)
         module = import_module(best.params.get("arch", study.cfg.arch))
@@ -396,7 +386,7 @@ def figure(title, xlabel, ylabel):
     return figure, axes
 
 
-def plot_search(study, trials, dataset):
+def plot_search(study, trials):
     """search.png: every trial's bits per byte, and the best so far."""
     picture, axes = figure(study.folder.name, "trial", "validation bits per byte")
     low, best = float("inf"), []
@@ -410,9 +400,6 @@ def plot_search(study, trials, dataset):
         axes.step(*zip(*best, strict=True), where="post", color="tab:red", label=f"best so far, {low:.3f}")
     axes.plot([], [], "x", color="gray", label="stopped early")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    trigram = dataset.meta["baselines"].get("trigram")
-    if trigram and any(t.user_attrs["val_bpb"] > 0.9 * trigram for t in trials):
-        axes.axhline(trigram, color="gray", linestyle="--", linewidth=0.8, label=f"byte trigrams, {trigram:.3f}")
     axes.legend()
     picture.savefig(study.folder / "search.png", dpi=120)
 
@@ -452,11 +439,15 @@ def search(cfg, folder):
     dataset = train.open_dataset(cfg)
     if cfg.init_from:                                      # a wrong name must not use up the trials
         checkpoint.load(cfg.init_from, which="best")
-    study, best = Study(cfg, folder), None
+    study = Study(cfg, folder)
     print(f"{folder}: {' '.join(cfg.space)}\n{'trial':>5}  {'bits/byte':>9}  {'parameters':>12}  {'ms/token':>8}  "
           f"{'steps':>6}  {'time':>6}", flush=True)
     try:
-        while trial := study.claim():
+        while True:
+            with study.locked():
+                best = write_reports(study, space)
+            if not (trial := study.claim()):
+                return best
             try:
                 run_trial(study, trial, space, dataset)
             except BaseException as e:
@@ -468,12 +459,7 @@ def search(cfg, folder):
                     with study.locked():
                         study.give_up(study.study.get_trials(deepcopy=False)[trial.number])
                     raise
-            with study.locked():
-                best = write_reports(study, space, dataset)
             print(row(study, trial), flush=True)
-        with study.locked():
-            best = write_reports(study, space, dataset)
-        return best
     except Exception as e:
         if type(e).__module__.partition(".")[0] in ("optuna", "sqlalchemy"):  # the database has gone
             raise storage_error(cfg, folder, e) from None

@@ -176,7 +176,7 @@ def test_a_wrong_start_uses_up_no_trials(toy):
     with pytest.raises(UserError, match="no checkpoint or run folder none"):
         search.search(config(toy, init_from="none"), Path("study"))
     assert not Path("study").exists()
-    with pytest.raises(UserError, match="leave --resume out"):
+    with pytest.raises(UserError, match="without --resume"):
         config(toy, resume=True)
 
 
