@@ -51,6 +51,10 @@ class Config:
     rows: int = 32                  # windows whose logits are compared
     calls: int = 1000               # timed, of one window each, in one thread
 
+    def __post_init__(self):
+        if self.rows < 1 or self.calls < 1:
+            raise ValueError(f"rows={self.rows} and calls={self.calls} must be at least 1")
+
 
 def node(file, ids, calls, folder):
     """ids (B, T) -> (logits (B, V), milliseconds of each call of one row), by onnxruntime-node."""
@@ -67,7 +71,7 @@ def node(file, ids, calls, folder):
     return np.frombuffer(out.read_bytes(), np.float32).reshape(len(ids), -1), json.loads(run.stdout)
 
 
-def python(file, ids, calls):
+def python(file, ids, calls, _=None):
     """The same, by onnxruntime here."""
     run, times = onnx_check.session(file), []
     logits, = run.run(None, {"input_ids": ids})
@@ -88,8 +92,8 @@ def main(cfg):
         want = model(ids)[0][:, -1].numpy()
     with tempfile.TemporaryDirectory() as folder:
         ids = ids.int().numpy()
-        for name, (logits, times) in (("Python", python(cfg.file, ids, cfg.calls)),
-                                      ("Node", node(Path(cfg.file).resolve(), ids, cfg.calls, folder))):
+        for name, run in (("Python", python), ("Node", node)):
+            logits, times = run(Path(cfg.file).resolve(), ids, cfg.calls, folder)
             half, most = np.percentile(times, (50, 95))
             print(f"{name:<7} max |dlogit| {np.abs(logits - want).max():.1e}, p50 {half:.3f} ms, p95 {most:.3f} ms of "
                   f"{len(times)} calls with [1, {length}]", flush=True)
