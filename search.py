@@ -252,10 +252,13 @@ class Study:
         self.held.close()
 
 
+def hidden(url):
+    return re.sub(r"//[^/]*@", "//", url)                  # a password is nobody's business
+
+
 def storage_error(cfg, folder, e):
-    url = re.sub(r"//[^@/]*@", "//", cfg.storage)          # a password is nobody's business
     why = " ".join(str(e.__cause__ or e).split())[:200] or type(e).__name__
-    return UserError(f"--storage={url or folder}: {why}")
+    return UserError(f"--storage={hidden(cfg.storage) or folder}: {why}")
 
 
 # ---- one trial
@@ -469,6 +472,7 @@ def search(cfg, folder):
 
 
 def main(cfg):
+    sys.argv = [hidden(arg) for arg in sys.argv]           # every run writes it down
     files, _ = configurator.split(Config, sys.argv[1:])
     folder = Path(cfg.out_dir or Path("runs") / (Path(files[-1]).stem if files else "search"))
     best = search(cfg, folder)

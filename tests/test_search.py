@@ -163,6 +163,13 @@ def test_a_full_disk_ends_the_worker_and_not_the_trials(toy, monkeypatch):
     assert [row["state"] for row in table("study")] == ["DIED", "COMPLETE", "COMPLETE"]
 
 
+def test_the_password_is_in_no_file(toy, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["search.py", "--storage=postgresql://me:secret@host/db"])
+    search.main(config(toy, n_trials=1, max_steps=1, out_dir="study"))
+    files = [path.read_bytes() for path in Path("study").rglob("*") if path.is_file()]
+    assert any(b"//host/db" in file for file in files) and not any(b"secret" in file for file in files)
+
+
 def test_a_database_that_goes_away_is_one_line(toy, tmp_path, monkeypatch):
     cfg = config(toy, n_trials=2, max_steps=1, storage=f"sqlite:///{tmp_path}/study.db")
     with monkeypatch.context() as m:
