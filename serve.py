@@ -526,9 +526,8 @@ class Engine:
         """Report the prompt's tokens, by one pass without a cache -> whether no more was asked than one token."""
         entries, stream, prompt = [], self.tokenizer.stream(skip_special=False), sequence.prompt
         if sequence.top is not None:
-            logits = self.model(torch.tensor([prompt], device=self.device))[0][0]            # (T, V)
-            logp = logits.log_softmax(-1).cpu()
-            entries = [self.entry(sequence, token, stream.step(token), logp[i - 1] if i else None)
+            logits = self.model(torch.tensor([prompt], device=self.device))[0][0]            # (T, V), large
+            entries = [self.entry(sequence, token, stream.step(token), logits[i - 1].log_softmax(-1) if i else None)
                        for i, token in enumerate(prompt)]
         sequence.length, done = len(sequence.echo), not sequence.room
         self.events.append((sequence, sequence.echo, entries, "length" if done else None))
@@ -871,6 +870,9 @@ class Guard:
                 await error.response()(scope, receive, watch)
             else:
                 await self.app(scope, receive, watch)
+        except Exception:
+            status = 500                                   # what Starlette answers around this
+            raise
         finally:
             path = scope["path"] if scope["path"] in self.server.paths else "other"
             self.server.requests[path, status] += 1
@@ -956,9 +958,8 @@ class Uvicorn(uvicorn.Server):
                   file=sys.stderr, flush=True)
 
     def handle_exit(self, sig, frame):
-        self.force_exit = self.should_exit                 # the second time at once
-        self.should_exit = True
-        self.ours.engine.stop_at = time.monotonic() + self.ours.cfg.drain_seconds
+        seconds = 0 if self.should_exit else self.ours.cfg.drain_seconds                     # the second time at once
+        self.should_exit, self.ours.engine.stop_at = True, time.monotonic() + seconds
 
 
 def listen(cfg):

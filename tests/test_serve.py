@@ -585,21 +585,25 @@ def test_small_routes(served):
     assert not re.search(r"""(src|href)\s*=\s*["'](?!data:,)|url\(|@import|https?://""", page)
 
 
-def test_sigterm_ends_streams_cleanly(tmp_path):
+@pytest.mark.parametrize("seconds, signals", [("0.3", 1), ("60", 2)])
+def test_sigterm_ends_streams_cleanly(tmp_path, seconds, signals):
+    """After the seconds that it may take; at once when it comes a second time."""
     model = tiny(block_size=4096)
     meta = {"arch": "model", "model_config": {k: getattr(model.config, k) for k in model.config.__dataclass_fields__}}
     (tmp_path / "tokenizer.json").write_text(TOKENIZER.to_json())
     checkpoint.save(tmp_path / "run", 1, model.state_dict(), None, meta, tmp_path / "tokenizer.json", best=True)
     process = subprocess.Popen(
-        [sys.executable, "serve.py", f"--checkpoint={tmp_path / 'run'}", "--port=0", "--drain_seconds=0.3"], cwd=ROOT,
-        stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        [sys.executable, "serve.py", f"--checkpoint={tmp_path / 'run'}", "--port=0", f"--drain_seconds={seconds}"],
+        cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     port = int(re.search(r"127\.0\.0\.1:(\d+)", process.stderr.readline())[1])
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     body = {"prompt": "x", "max_tokens": 4000, "stream": True, "logit_bias": {"256": -100}}
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
     response = connection.getresponse()
     assert response.readline().startswith(b"data: {")
-    process.send_signal(signal.SIGTERM)
+    for _ in range(signals):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
     rest = response.read().decode()
     connection.close()
     assert rest.endswith("data: [DONE]\n\n") and '"finish_reason": "length"' in rest
