@@ -313,8 +313,9 @@ class Engine:
     def reset(self):
         self.cache = None                                  # before there is another: it may fill half the memory
         self.cache = self.model.init_cache(self.max_batch, self.size)
-        # keys and values can be cut at any token, a state can only be continued
-        self.cuttable = all(set(layer) == {"k", "v"} for layer in self.cache.get("layers", [{}]))
+        # all keys and values, (B, K, S, D), can be cut at any token; a state or a window can only be continued
+        self.cuttable = all(set(layer) == {"k", "v"} and layer["k"].shape[2:3] == (self.size,)
+                            for layer in self.cache.get("layers", [{}]))
         self.rows, self.n, self.filling = [Row() for _ in range(self.max_batch)], 0, None
 
     # called by the event loop

@@ -235,6 +235,19 @@ def test_chats_go_on_from_what_a_row_holds():
             assert ours.engine.counts["prompt_tokens_reused"] > 60
 
 
+def test_only_keys_and_values_of_the_whole_context_are_cut():
+    model = tiny()
+    init_cache = model.init_cache
+    for layout, cuttable in ((lambda t: t, True), (lambda t: t.transpose(1, 2), False), (lambda t: t[:, :, :9], False)):
+        def changed(*size, layout=layout):
+            cache = init_cache(*size)
+            return cache | {"layers": [{k: layout(t) for k, t in layer.items()} for layer in cache["layers"]]}
+        model.init_cache = changed
+        model.step = lambda idx, cache: (torch.zeros(len(idx), 257), cache)
+        assert serve.Engine(model, TOKENIZER, set(), 2).cuttable == cuttable
+    assert not serve.Engine(tiny("hybrid"), TOKENIZER, set(), 2).cuttable
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_whoever_comes_and_leaves_the_others_write_what_they_would_alone(kind, monkeypatch):
