@@ -194,7 +194,7 @@ class Generation(Body):
     presence_penalty: float = Field(0, ge=-2, le=2)
     frequency_penalty: float = Field(0, ge=-2, le=2)
     logit_bias: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] = Field(
-        {}, max_length=1000)
+        {}, max_length=1000, fail_fast=True)
     seed: int | None = Field(None, ge=-2**63, lt=2**63)
     stop: Stop | Annotated[list[Stop], Field(max_length=8)] = []
     stream: bool = False
