@@ -122,6 +122,12 @@ def changed(cfg):
     return {f.name: flat(cfg)[f.name] for f, value in _walk(cfg) if value != _default(f)}
 
 
+def convert(cfg, key, text):
+    """`text` as the type that `key` has in `cfg` or its sub config, as on a command line. Raises UserError."""
+    part = next((getattr(cfg, f.name) for f in fields(cfg) if "sub" in f.metadata), None)
+    return _value(Setting(key, text, "", True), _types(type(cfg), type(part) if part is not None else None)[key])
+
+
 def given(part):
     """The keys of a sub config that files, flags or overrides set, if only to the default; else `changed(part)`."""
     return {key: flat(part)[key] for key in getattr(part, "_given", changed(part))}
@@ -182,17 +188,20 @@ def help_text(Config, argv=()):
 
 
 def _notes(cls):
-    """{field: (own-line comments above it, comment beside it)} from the source of `cls`."""
+    """{field: (own-line comments above it, comment beside it)} from the source of `cls` and of what it extends."""
+    if cls is object:
+        return {}
+    inherited = _notes(cls.__base__)
     try:
         source = textwrap.dedent(inspect.getsource(cls))
     except (OSError, TypeError):  # defined in an interpreter: there is no source to read
-        return {}
+        return inherited
     comments = {}  # line -> (column, is alone on its line, text)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             alone = token.line.lstrip().startswith("#")
             comments[token.start[0]] = (token.start[1], alone, token.string.lstrip("#").strip())
-    notes, end = {}, 0
+    notes, end = inherited, 0
     for node in ast.parse(source).body[0].body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             above = [comments[n] for n in range(end + 1, node.lineno) if n in comments]

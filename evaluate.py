@@ -266,18 +266,19 @@ NEXT = [("for i", r" in\b"), ("from os import path\nfrom sys", r" import\b"), ("
         ("try:\n    f()\n", r"(except|finally)\b"), ("if x:\n    y = 1\nel", r"(se:|if )"), ("def f(a, b)", r":"),
         ("with open('a')", r" as\b"), ("squares = [n * n", r" for\b"), ("while Tr", r"ue:"),
         ("print(x) if x is", r" not\b")]
-BLOCKS = ["def f(x):\n", "for i in range(3):\n", "if x > 0:\n", "while n:\n", "class A:\n", "with open(p) as f:\n",
-          "try:\n    f()\nexcept OSError:\n", "def g():\n    for i in x:\n"]
-BODIES = [("def add(a, b):\n", "add", [((2, 3), 5), ((-1, 1), 0)]),
-          ("def is_even(n):\n", "is_even", [((4,), True), ((7,), False)]),
-          ("def largest(values):\n", "largest", [(([3, 9, 2],), 9), (([-5, -7],), -5)]),
-          ("def reverse(text):\n", "reverse", [(("abc",), "cba"), (("xy",), "yx")]),
-          ("def square(x):\n", "square", [((3,), 9), ((-2,), 4)]),
-          ("def last(items):\n", "last", [(([1, 2],), 2), (("xyz",), "z")]),
-          ("def count_vowels(text):\n", "count_vowels", [(("banana",), 3), (("sky",), 0)]),
-          ("def factorial(n):\n    # the product of 1 to n\n", "factorial", [((5,), 120), ((1,), 1)])]
-OPEN = ["import os\n\n\ndef ", "class Stack:\n    def ", "def read_lines(path):\n", "def main():\n",
-        "# print the numbers from 1 to 10\n"]
+# These end before the line break: most tokenizers have words of a line break and the spaces after it
+BLOCKS = ["def f(x):", "for i in range(3):", "if x > 0:", "while n:", "class A:", "with open(p) as f:",
+          "try:\n    f()\nexcept OSError:", "def g():\n    for i in x:"]
+BODIES = [("def add(a, b):", "add", [((2, 3), 5), ((-1, 1), 0)]),
+          ("def is_even(n):", "is_even", [((4,), True), ((7,), False)]),
+          ("def largest(values):", "largest", [(([3, 9, 2],), 9), (([-5, -7],), -5)]),
+          ("def reverse(text):", "reverse", [(("abc",), "cba"), (("xy",), "yx")]),
+          ("def square(x):", "square", [((3,), 9), ((-2,), 4)]),
+          ("def last(items):", "last", [(([1, 2],), 2), (("xyz",), "z")]),
+          ("def count_vowels(text):", "count_vowels", [(("banana",), 3), (("sky",), 0)]),
+          ("def factorial(n):\n    # the product of 1 to n", "factorial", [((5,), 120), ((1,), 1)])]
+OPEN = ["import os\n\n\ndef", "class Stack:\n    def", "def read_lines(path):", "def main():",
+        "# print the numbers from 1 to 10"]
 
 
 def parses(code):
@@ -321,9 +322,10 @@ def code(speaker, cfg):
     words = [bool(re.match(rule, speaker.complete(p, 8))) for p, rule in NEXT]
     blocks = []
     for p in BLOCKS:
-        line = first_line(speaker.complete(p, 24).lstrip("\n"))
-        blocks.append(line.startswith(" ") and parses(p + line + ("\n" + line[:-len(line.lstrip())] + "    pass"
-                                                                  if line.rstrip().endswith(":") else "")))
+        text = speaker.complete(p, 24)
+        line = first_line(text.lstrip("\n"))
+        inner = "\n" + line[:-len(line.lstrip())] + "    pass" if line.rstrip().endswith(":") else ""
+        blocks.append(text.startswith("\n") and line.startswith(" ") and parses(f"{p}\n{line}{inner}"))
     bodies = []
     for p, name, cases in BODIES:
         program = p + speaker.complete(p, 60, ("\ndef ", "\nclass ", "\nif ", "\nprint", "\n#"))
@@ -410,8 +412,13 @@ def pass_at_k(n, correct, k):
 
 
 def humaneval(speaker, cfg):
-    """pass@k of completions of the prompt as it stands, judged in the sandbox."""
-    records = problems(humaneval_file(cfg), cfg.limit, ("prompt", "test", "entry_point"))
+    """pass@k of completions of the prompt, judged in the sandbox.
+
+    The line break at a prompt's end is left to the model: it is the beginning of a word of most tokenizers, and after a
+    line break alone few models indent.
+    """
+    records = [record | {"prompt": record["prompt"].rstrip()}
+               for record in problems(humaneval_file(cfg), cfg.limit, ("prompt", "test", "entry_point"))]
     n = cfg.n if isinstance(speaker, Speaker) else 1
     seeds = {"seeds": range(cfg.seed, cfg.seed + n)} if n > 1 else {}
     written = speaker.completions if seeds else lambda *how: [speaker.complete(*how)]

@@ -204,6 +204,10 @@ def silu(g, x):
     return g.Mul(x, g.Sigmoid(x))
 
 
+def gelu(g, x):
+    return g.Mul(g.Mul(x, 0.5), g.Add(g.Erf(g.Mul(x, math.sqrt(0.5))), 1.0))
+
+
 def rope_table(g, positions, head_dim, theta):
     """positions (B, T) -> cos and signed sin, (B, T, 1, D), for `rotate`."""
     freqs = theta ** (-torch.arange(0, head_dim, 2) / head_dim)
@@ -254,7 +258,7 @@ def mlp(g, x, module, name):
         gate = g.Pow(g.Relu(gate), 2.0) if getattr(module, "act", "silu") == "relu2" else silu(g, gate)
         up = g.Mul(gate, up)
     else:
-        up = g.Mul(g.Mul(up, 0.5), g.Add(g.Erf(g.Mul(up, math.sqrt(0.5))), 1.0))             # GELU
+        up = gelu(g, up)
     if hasattr(module, "sub_norm"):
         up = rms_norm(g, up, module.sub_norm, f"{name}.sub_norm.weight")
     return linear(g, up, module.down_proj, f"{name}.down_proj", F)
@@ -343,12 +347,34 @@ def residual(g, x, f, block, kind, i):
     return g.Add(x, f(x))
 
 
+def wired(g, x, model):
+    """x (B, T, C), of any length, 0 where there is no token -> what the head of cerebros.py reads, (B, R)."""
+    window, outputs = model.config.window, {}
+    act = {"silu": silu, "gelu": gelu, "softplus": lambda g, z: g.Softplus(z)}[model.config.act]
+    x = g.Slice(g.Pad(x, np.array([0, window - 1, 0, 0, 0, 0])), [-window], [2**31], [1])    # (B, W, C)
+    for i, (name, unit) in enumerate(zip(model.names, model.units, strict=True)):
+        z = g.weight(unit.bias, f"units.{i}.bias")
+        if unit.places:
+            seen = g.Reshape(g.Gather(x, list(unit.places), axis=1), [0, -1])                # (B, P * C)
+            z = g.Add(z, g.MatMul(seen, g.weight(unit.turned(model.angles()).T, f"units.{i}.window")))
+        if unit.units:
+            y = rms_norm(g, g.Concat(*(outputs[u] for u in unit.units), axis=-1), unit.norm, f"units.{i}.norm.weight")
+            z = g.Add(z, linear(g, y, unit.proj, f"units.{i}.proj", 0))
+        outputs[name] = act(g, z)
+    return z
+
+
 # ---- the whole graph
 
 def graph(model, quant, window):
     """-> Graph of any of our models."""
     config = model.config
     g = Graph(config, quant, cached=not window)
+    if hasattr(config, "wiring"):
+        ids = g.input("input_ids", ["batch", "block"], INT32)
+        there = g.Unsqueeze(g.Cast(g.GreaterOrEqual(ids, np.int32(0)), to=FLOAT), [2])
+        x = rms_norm(g, embed(g, ids, model.embed.weight.detach().numpy()), model.embed_norm, "embed_norm.weight")
+        return finished(g, wired(g, g.Mul(x, there), model), model, window)
     if window:
         ids = g.input("input_ids", ["batch", "block"], INT32)
         T = S = g.Gather(g.Shape(ids), np.int64(1))
@@ -393,8 +419,14 @@ def graph(model, quant, window):
         x = residual(g, x, feed, block, "mlp", i)
     if window:
         x = g.Gather(x, np.int64(-1), axis=1)                                                # (B, C) or (B, n, C)
+    return finished(g, x, model, window)
+
+
+def finished(g, x, model, window):
+    """The graph with norm and head behind x (B or B, T, C), which may have streams."""
+    config = model.config
     x = rms_norm(g, x, model.norm, "norm.weight")
-    if n > 1:
+    if getattr(config, "n_streams", 1) > 1:
         x = g.ReduceSum(x, [-2], keepdims=0)
     head = getattr(model, "head", None)
     logits = tied_head(g, x) if head is None else linear(g, x, head, "head", config.n_embd)
@@ -423,12 +455,15 @@ def export(model, path, quant="fp32", window=False):
     The graph takes input_ids and position_ids int64 (B, T), attention_mask int64 (B, P + T), for each layer
     past_key_values.{i}.key and .value float32 (B, K, P, D), and gives logits float32 (B, T, V), present.{i}.key and
     .value (B, K, P + T, D). Begin with P = 0. window=True takes input_ids int32 (batch, block), of any length up to
-    block_size, and gives the logits float32 (batch, V) of the last position. UserError for what cannot be expressed.
+    block_size, and gives the logits float32 (batch, V) of the last position. That is the one form of cerebros.py, where
+    -1 in front of a shorter row stands for no token. UserError for what cannot be expressed.
     """
     arch = type(model).__module__
     if quant not in QUANTS:
         raise UserError(f"--quant={quant} is not an ONNX form; choose one of {', '.join(QUANTS)}")
-    if arch not in ("model", "ternary", "hybrid_ssm"):
+    if arch == "cerebros" and (not window or quant != "fp32"):
+        raise UserError("cerebros.py has one ONNX form, a window of ids to logits: add --window, without --quant")
+    if arch not in ("model", "ternary", "hybrid_ssm", "cerebros"):
         raise UserError(f"{arch}.py has no ONNX form: teach onnx_graph.py its layers, or export it with --format=hf")
     if quant == "q2" and arch != "ternary":
         raise UserError(f"--quant=q2 is for ternary models, not for {arch}.py; use int4 or int8")

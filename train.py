@@ -471,8 +471,11 @@ def plot(run_dir, dataset):
     os.replace(temporary, run_dir / "loss.png")
 
 
-def train(cfg):
-    """Train as `cfg` says -> the record of the last evaluation (step, val_loss, val_bpb, best_loss, ...)."""
+def train(cfg, report=None):
+    """Train as `cfg` says -> the record of the last evaluation (step, val_loss, val_bpb, best_loss, ...).
+
+    report gets the record of every evaluation; what it returns, if anything, is the reason to stop there.
+    """
     run_dir = Path(cfg.out_dir or f"runs/{cfg.arch}")
     dataset = open_dataset(cfg)
     device = pick_device(cfg.device)
@@ -582,6 +585,9 @@ def train(cfg):
                 since, since_step = time.perf_counter(), step
                 if cfg.patience and state["waited"] >= cfg.patience:
                     log.say(f"stopped: no better validation loss in {cfg.patience} evaluations")
+                    last = True
+                if report and (reason := report(state["record"])):
+                    log.say(f"stopped: {reason}")
                     last = True
             elif ((last or step == 0 or cfg.save_every and step % cfg.save_every == 0) and step != saved_at
                   and not state["bad_steps"]):

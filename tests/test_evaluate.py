@@ -82,16 +82,16 @@ def test_a_good_completion_passes_the_fair_suite():
             "print('%d' % (a + b": "))", "for i": " in x:", "from os import path\nfrom sys": " import x",
             "x = 1 if y == 2": " else 3", "try:\n    f()\n": "except E:", "if x:\n    y = 1\nel": "se:",
             "def f(a, b)": ":", "with open('a')": " as f", "squares = [n * n": " for n in x]", "while Tr": "ue:",
-            "print(x) if x is": " not None", "def f(x):\n": "    if x:\n",
-            "def add(a, b):\n": "    return a + b\n\ndef x",
-            "def is_even(n):\n": "    return n % 2 == 0", "def largest(values):\n": "    return max(values)",
-            "def reverse(text):\n": "    return text[::-1]", "def square(x):\n": "    return x * x",
-            "def last(items):\n": "    return items[-1]",
-            "def count_vowels(text):\n": "    return sum(c in 'aeiou' for c in text)",
-            "def factorial(n):\n    # the product of 1 to n\n": "    return n * factorial(n - 1) if n else 1",
-            "class A:\n": "\n    x = 1", "try:\n    f()\nexcept OSError:\n": "    pass",
-            "def g():\n    for i in x:\n": "        print(i)"}
-    perfect = SimpleNamespace(complete=lambda p, n, stops=(), seed=None: cut(rest.get(p, "    pass\n"), stops))
+            "print(x) if x is": " not None", "def f(x):": "\n    if x:\n",
+            "def add(a, b):": "\n    return a + b\n\ndef x",
+            "def is_even(n):": "\n    return n % 2 == 0", "def largest(values):": "\n    return max(values)",
+            "def reverse(text):": "\n    return text[::-1]", "def square(x):": "\n    return x * x",
+            "def last(items):": "\n    return items[-1]",
+            "def count_vowels(text):": "\n    return sum(c in 'aeiou' for c in text)",
+            "def factorial(n):\n    # the product of 1 to n": "\n    return n * factorial(n - 1) if n else 1",
+            "class A:": "\n\n    x = 1", "try:\n    f()\nexcept OSError:": "\n    pass",
+            "def g():\n    for i in x:": "\n        print(i)"}
+    perfect = SimpleNamespace(complete=lambda p, n, stops=(), seed=None: cut(rest.get(p, "\n    pass\n"), stops))
     found = evaluate.code(perfect, Config(waive=WAIVE))
     assert found["fair score"][0] == 1.0
 
@@ -247,7 +247,8 @@ def test_gsm8k_tells_form_from_truth(tmp_path):
 @pytest.mark.skipif(bool(LACKS) or not HUMANEVAL.exists(), reason=f"needs {HUMANEVAL} and a sandbox, lacks {LACKS}")
 def test_humaneval(floors):
     cfg = Config(humaneval=str(HUMANEVAL), limit=4)
-    known = {r["prompt"]: r["canonical_solution"] for r in evaluate.problems(HUMANEVAL, 4, ("canonical_solution",))}
+    known = {r["prompt"].rstrip(): "\n" + r["canonical_solution"]
+             for r in evaluate.problems(HUMANEVAL, 4, ("canonical_solution",))}
     found = evaluate.humaneval(SimpleNamespace(complete=lambda p, n, s: known[p]), cfg)
     assert found["pass@1"] == (1.0, 0.0, 4)
     for floor in floors:

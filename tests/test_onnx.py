@@ -135,6 +135,57 @@ def test_window_form(ort, tmp_path, case):
     assert run.run(None, {"input_ids": np.zeros((5, 40), np.int32)})[0].shape == (5, 60)
 
 
+WIRED = {"silu": {"window": 40, "block_size": 96}, "gelu": {"tie_embeddings": True, "p_lateral": 1.0, "window": 7},
+         "softplus": {"n_layer": 1, "n_rank": 24, "window": 1}}
+
+
+@pytest.mark.parametrize("act", list(WIRED))
+def test_window_form_of_a_wiring(ort, tmp_path, act):
+    """(batch, 40) int32 -> (batch, V) float32, opset 14; -1 stands where there is no token yet."""
+    import cerebros
+    torch.manual_seed(0)
+    model = cerebros.Model(cerebros.Config(n_embd=16, vocab_size=60, act=act, **WIRED[act])).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    path = tmp_path / "window.onnx"
+    onnx_graph.export(model, path, window=True)
+    assert [(o.domain, o.version) for o in onnx.load(path).opset_import] == [("", 14)]
+    assert onnx_check.check(model, path, PROMPTS, n_new=60)["same"] == len(PROMPTS)
+    run = onnx_check.session(path)
+    assert (run.get_inputs()[0].type, run.get_outputs()[0].shape) == ("tensor(int32)", ["batch", 60])
+    texts = [torch.randint(60, (n,)) for n in (1, 12, 40)]
+    rows = torch.stack([torch.cat((torch.full((40 - len(t),), -1), t)) for t in texts])
+    got = run.run(None, {"input_ids": rows.int().numpy()})[0]
+    with torch.no_grad():
+        want = torch.cat([model(t[None])[0][:, -1] for t in texts])
+    assert got.dtype == np.float32 and np.abs(got - want.numpy()).max() <= 1e-4
+    for wrong in ({"window": False}, {"window": True, "quant": "int8"}):
+        with pytest.raises(UserError, match="one ONNX form.*add --window, without --quant"):
+            onnx_graph.export(model, path, **wrong)
+
+
+@pytest.mark.slow
+def test_window_form_in_node(ort, tmp_path, monkeypatch):
+    if not (shutil.which("npm") and shutil.which("node")):
+        pytest.skip("needs Node.js")
+    command = ["npm", "install", "--ignore-scripts", "--prefix", str(tmp_path), "onnxruntime-node@1.20.1"]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("npm does not give onnxruntime-node")
+    import cerebros
+    from bench import window
+    monkeypatch.setenv("NODE_PATH", str(tmp_path / "node_modules"))
+    torch.manual_seed(0)
+    model = cerebros.Model(cerebros.Config(n_embd=16, vocab_size=60)).eval()
+    onnx_graph.export(model, tmp_path / "w.onnx", window=True)
+    ids = torch.randint(60, (3, 40))
+    logits, times = window.node(tmp_path / "w.onnx", ids.int().numpy(), 5, tmp_path)
+    with torch.no_grad():
+        assert np.abs(logits - model(ids)[0][:, -1].numpy()).max() <= 1e-4 and len(times) == 5
+    with pytest.raises(UserError, match="Node does not run"):
+        window.node(tmp_path / "absent.onnx", ids.int().numpy(), 5, tmp_path)
+
+
 def test_files_are_as_small_as_they_should_be(tmp_path):
     config = importlib.import_module("model").Config(n_embd=256, vocab_size=2048, tie_embeddings=True)
     ternary = importlib.import_module("ternary")

@@ -24,6 +24,7 @@ import checkpoint
 import configurator
 import data
 import model
+import search
 import train
 from optim import lr_scale
 
@@ -532,8 +533,11 @@ RECIPES = sorted((ROOT / "config").glob("*.py"))
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_loads_and_starts_at_ln_v(path):
-    cfg = configurator.load(train.Config, path)
+    searches = re.search(r"^space = ", path.read_text(), re.M)
+    cfg = configurator.load(search.Config if searches else train.Config, path)
     assert path.read_text().startswith("# ")               # machine, minutes, expected loss
+    if searches:
+        assert search.parse_space(cfg)                     # every key is one, every value one of its kind
     if cfg.prepare:
         assert (ROOT / cfg.prepare.split()[0]).exists()
     vocab_size = cfg.model.vocab_size or {"char": 66, "byte": 257}.get(

@@ -1,0 +1,48 @@
+"""prepare/bible.py: verses become books, whole books are held out, mistakes are one line."""
+import io
+import json
+import tarfile
+
+import pytest
+
+import data
+from configurator import UserError
+from prepare import bible
+
+LINES = [f"{book} {c}:{v} {book} says {c * v} words." for book in "abcdefghij" for c in (1, 2) for v in (1, 2, 3)]
+
+
+def test_a_verse_is_a_line_and_a_chapter_a_paragraph():
+    books = bible.books_of(["a 1:1 One.", "a 1:2 Two.", "a 1:3", "a 2:1 Three.", "b 1:1 Four."], "here")
+    assert books == {"a": "One.\nTwo.\n\nThree.\n", "b": "Four.\n"}
+
+
+def test_books_go_whole_to_train_or_val(tmp_path):
+    file = tmp_path / "verses.txt"
+    file.write_text("\n".join(LINES))
+    bible.main(bible.Config(input=str(file), tokenizer="byte", name="b", data_dir=str(tmp_path), val_fraction=0.2))
+    dataset = data.load(tmp_path / "b")
+    words = [dataset.tokenizer().decode(ids).split() for ids in (dataset.train, dataset.val)]
+    train, val = ({w for w in part if len(w) == 1 and w.isalpha()} for part in words)
+    assert val and not train & val and train | val == set("abcdefghij")
+
+
+def test_the_package_has_its_verses_put_together():
+    content = io.BytesIO()
+    parts = [{"type": "paragraph start"}, {"chapterNumber": 1, "verseNumber": 1, "value": "In the  "},
+             {"chapterNumber": 1, "verseNumber": 1, "value": "beginning. "}]
+    with tarfile.open(fileobj=content, mode="w:gz") as archive:
+        for book in bible.BOOKS:
+            info, body = tarfile.TarInfo(f"package/json/{book}.json"), json.dumps(parts).encode()
+            info.size = len(body)
+            archive.addfile(info, io.BytesIO(body))
+    lines = bible.verses_of(content.getvalue()).splitlines()
+    assert len(lines) == 66 and lines[0] == "genesis 1:1 In the beginning."
+
+
+def test_other_text_is_refused_by_line(tmp_path):
+    (tmp_path / "x.txt").write_text("a 1:1 Good.\nno verse\n")
+    with pytest.raises(UserError, match="line 2 is 'no verse'"):
+        bible.main(bible.Config(input=str(tmp_path / "x.txt"), data_dir=str(tmp_path)))
+    with pytest.raises(UserError, match="no file"):
+        bible.main(bible.Config(input=str(tmp_path / "none.txt"), data_dir=str(tmp_path)))

@@ -1,0 +1,254 @@
+"""search.py: what it reports is true, its trials repeat, and no trial is lost or run twice, whatever is killed."""
+import csv
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import configurator
+import data
+import train
+from configurator import UserError
+
+optuna = pytest.importorskip("optuna", reason="needs optuna: pip install -r requirements-search.txt")
+import search  # noqa: E402
+
+LOOP = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 32, "batch_size": 8, "max_steps": 9, "eval_every": 1,
+        "device": "cpu", "dtype": "float32"}
+SPACE = ("lr=0.0001..0.1 log", "n_layer=1..2", "mlp=swiglu|gelu", "n_embd=16..32 step 16", "tie_embeddings=true|false")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def config(toy, **changes):
+    return configurator.load(search.Config, **(LOOP | {"dataset": str(toy), "space": SPACE, "n_trials": 6} | changes))
+
+
+def table(folder):
+    with open(f"{folder}/trials.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def test_what_it_reports_is_what_the_checkpoints_score(toy):
+    best = search.search(config(toy), Path("study"))
+    rows = table("study")
+    assert [int(row["trial"]) for row in rows] == list(range(6))
+    assert {row["state"] for row in rows} == {"COMPLETE", "PRUNED"}
+    autocast = torch.autocast("cpu", enabled=False)
+    for row in rows:
+        run = f"study/trial_{int(row['trial']):04d}"
+        model = checkpoint.load_model(checkpoint.load(run, which="best"))
+        again = train.evaluate(model, data.load(toy), torch.device("cpu"), autocast)
+        assert again["val_bpb"] == float(row["val_bpb"])
+        assert sum(p.numel() for p in model.parameters()) == int(row["parameters"])
+        assert model.config.n_layer == int(row["n_layer"]) and model.config.mlp == row["mlp"]
+        assert str(model.config.tie_embeddings) == row["tie_embeddings"]
+        assert json.loads(Path(run, "config.json").read_text())["lr"] == float(row["lr"])
+        assert (row["state"] == "PRUNED") == (int(row["steps"]) < 9)
+    done = [row for row in rows if row["state"] == "COMPLETE"]
+    assert best.number == int(min(done, key=lambda row: float(row["val_bpb"]))["trial"])
+    assert os.readlink("study/best") == f"trial_{best.number:04d}" and Path("study/search.png").exists()
+    record = train.train(configurator.load(train.Config, **{k: v for k, v in LOOP.items() if k not in (
+        "n_layer", "n_embd", "n_head", "block_size")}, dataset=str(toy), init_from="study/best", out_dir="two"))
+    assert record["step"] == 9
+
+
+def test_the_same_command_finds_the_same_and_then_has_nothing_to_do(toy, capsys):
+    for folder in ("one", "two"):
+        search.search(config(toy, n_trials=3), Path(folder))
+    same = [[{k: v for k, v in row.items() if k not in ("worker", "seconds", "train_seconds", "ms_per_token")}
+             for row in table(folder)] for folder in ("one", "two")]
+    assert same[0] == same[1]
+    search.search(config(toy, n_trials=3), Path("one"))
+    search.search(config(toy, n_trials=4), Path("one"))    # and one more
+    assert len(table("one")) == 4
+    with pytest.raises(UserError, match="n_head"):
+        search.search(config(toy, n_head=4), Path("one"))
+
+
+def test_several_objectives_give_a_pareto_set(toy):
+    search.search(config(toy, n_trials=4, max_steps=2, objectives=("val_bpb", "parameters")), Path("study"))
+    rows = table("study")
+    assert {row["state"] for row in rows} == {"COMPLETE"} and Path("study/pareto.png").exists()
+    study = optuna.load_study(study_name="study", storage=optuna.storages.JournalStorage(
+        optuna.storages.journal.JournalFileBackend("study/journal.log")))
+    points = {int(r["trial"]): (float(r["val_bpb"]), float(r["parameters"])) for r in rows}
+    front = {n for n, p in points.items() if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points.values())}
+    assert {t.number for t in study.best_trials} == front
+
+
+def test_a_wiring_is_searched_and_drawn(toy):
+    shape = {"arch": "cerebros", "n_embd": 8, "window": 6, "max_units": 2, "min_neurons": 8, "max_neurons": 8,
+             "block_size": 16}
+    loop = {k: LOOP[k] for k in ("batch_size", "eval_every", "device", "dtype")}
+    cfg = configurator.load(search.Config, **loop, **shape, dataset=str(toy), max_steps=2, n_trials=2,
+                            space=("wiring_seed=0..99",))
+    search.search(cfg, Path("study"))
+    wirings = [row["wiring"] for row in table("study")]
+    assert len(set(wirings)) == 2 and all(json.loads(w)[-1][0]["neurons"] == 8 for w in wirings)
+    assert Path("study/wiring.png").exists()
+
+
+def test_a_shape_that_cannot_be_is_a_failed_trial_and_not_the_end(toy):
+    search.search(config(toy, n_trials=4, max_steps=1, space=("n_head=2|3",), sampler="random"), Path("study"))
+    rows = table("study")
+    assert len(rows) == 4
+    for row in rows:
+        assert (row["state"] == "FAIL") == (row["n_head"] == "3") == ("n_head=3" in row["error"])
+
+
+def test_a_budget_of_seconds_sets_the_steps(toy):
+    search.search(config(toy, n_trials=1, seconds=1.0, n_evals=2, max_steps=10**6), Path("study"))
+    row = table("study")[0]
+    assert 1 < int(row["steps"]) < 10_000
+    assert json.loads(Path("study/trial_0000/config.json").read_text())["max_steps"] == int(row["steps"])
+
+
+@pytest.mark.parametrize("space, word", [
+    ("lrr=1..2", "did you mean 'lr'"), ("lr", "expected key="), ("lr=2..1", "low < high"), ("lr=0..1 log", "a low"),
+    ("n_layer=1.5..2", "expected int"), ("mlp=relu", "not one of"), ("mlp=a..b", "not one of"),
+    ("n_trials=1..2", "not a key to vary"), ("out_dir=a|b", "not a key to vary"), ("n_layer=1..4 step 0", "a step")])
+def test_mistakes_in_the_space_are_named(toy, space, word):
+    with pytest.raises(UserError, match=word) as e:
+        search.parse_space(config(toy, space=(space,)))
+    assert "\n" not in str(e.value)
+
+
+def test_without_optuna_one_line_says_what_to_install(toy, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(UserError, match="pip install -r requirements-search.txt"):
+        search.search(config(toy), Path("study"))
+
+
+def test_a_database_that_is_not_there_is_one_line_without_the_password(toy):
+    with pytest.raises(UserError) as e:
+        search.search(config(toy, storage="mysterysql://me:secret@host/db"), Path("study"))
+    assert "secret" not in str(e.value) and "\n" not in str(e.value)
+
+
+# ---- several workers, on a cheap trial
+
+def cheap_trial(study, trial, space, dataset):
+    """Like search.run_trial, but what begins and ends is written down, and the loss is a parabola."""
+    params = {key: suggest(trial) for key, suggest in space.items()}
+    with open("begun", "a") as f:
+        f.write(f"{trial.number}\n")
+    time.sleep(random.Random(trial.number).random() / 10)
+    for key, value in {"val_bpb": (params["lr"] - 0.03) ** 2, "parameters": 1, "ms_per_token": 1.0, "steps": 1,
+                       "seconds": 0.1}.items():
+        trial.set_user_attr(key, value)
+    study.study.tell(trial, [trial.study.get_trials()[trial.number].user_attrs["val_bpb"]])
+    with open("ended", "a") as f:
+        f.write(f"{trial.number}\n")
+
+
+def worker(cfg):
+    search.run_trial, search.plot_search = cheap_trial, lambda *_: None
+    with open(os.devnull, "w") as sys.stdout:
+        search.search(cfg, Path("study"))
+    os._exit(0)
+
+
+def start(cfg):
+    process = multiprocessing.get_context("fork").Process(target=worker, args=(cfg,))
+    process.start()
+    return process
+
+
+def numbers(name):
+    return [int(n) for n in Path(name).read_text().split()]
+
+
+def check_whole(n_trials, died=0):
+    """Each trial once, all finished; of those that died, each has exactly one that took over its values."""
+    rows = table("study")
+    done = [int(row["trial"]) for row in rows if row["state"] == "COMPLETE"]
+    assert len(done) == n_trials and sorted(set(numbers("begun"))) == sorted(numbers("begun"))
+    assert set(numbers("ended")) <= set(done)              # a finished trial is never lost
+    assert {row["state"] for row in rows} <= {"COMPLETE", "DIED"}
+    dead = {row["trial"]: row["lr"] for row in rows if row["state"] == "DIED"}
+    assert len(dead) <= died
+    again = {row["again"]: row["lr"] for row in rows if row["again"]}
+    assert again == {n: lr for n, lr in dead.items() if lr}
+
+
+def four_workers(cfg):
+    processes = [start(cfg) for _ in range(4)]
+    for process in processes:
+        process.join(300)
+        assert process.exitcode == 0
+    check_whole(cfg.n_trials)
+    assert len({row["worker"] for row in table("study")}) > 1
+
+
+def test_four_workers_on_one_journal(toy):
+    four_workers(config(toy, n_trials=24, prune=False))
+
+
+def test_four_workers_on_one_sqlite_file(toy, tmp_path):
+    four_workers(config(toy, n_trials=12, prune=False, storage=f"sqlite:///{tmp_path}/study.db"))
+
+
+@pytest.fixture
+def postgres():
+    """The address of a PostgreSQL server of our own."""
+    pytest.importorskip("psycopg", reason="needs psycopg: pip install -r requirements-search.txt")
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin")) or [Path(p).parent for p in [shutil.which("initdb")] if p]
+    if not found:
+        pytest.skip("needs PostgreSQL: apt install postgresql")
+    user = "nobody" if os.geteuid() == 0 else None         # it refuses to run as root
+    folder = tempfile.mkdtemp()
+    if user:
+        shutil.chown(folder, user)
+    command = [found[-1] / "initdb", "-A", "trust", "-U", "me", "-N", "-D", f"{folder}/db"]
+    done = subprocess.run(command, capture_output=True, text=True, user=user, cwd=folder)
+    if done.returncode:
+        pytest.skip(f"PostgreSQL does not start: {done.stderr[-200:]}")
+    server = subprocess.Popen([found[-1] / "postgres", "-D", f"{folder}/db", "-k", folder, "-c", "listen_addresses="],
+                              user=user, cwd=folder, stderr=subprocess.DEVNULL)
+    import psycopg
+    for _ in range(600):
+        try:
+            psycopg.connect(host=folder, user="me", dbname="postgres").close()
+            break
+        except psycopg.OperationalError:
+            time.sleep(0.1)
+    yield f"postgresql://me@/postgres?host={folder}"
+    server.send_signal(signal.SIGINT)
+    server.wait(60)
+    shutil.rmtree(folder)
+
+
+def test_four_workers_on_one_postgresql(toy, postgres):
+    four_workers(config(toy, n_trials=24, prune=False, storage=postgres))
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_workers_lose_nothing(toy, kills):
+    cfg, rng = config(toy, n_trials=12 + 4 * kills, prune=False), random.Random(0)
+    for i in range(kills):
+        process, had = start(cfg), len(numbers("ended")) if i else 0
+        while not (Path("ended").exists() and len(numbers("ended")) > had) and process.is_alive():
+            time.sleep(0.005)
+        time.sleep(0.15 * rng.random())
+        process.kill()                                     # SIGKILL
+        process.join()
+        Path("ended").touch()
+    process = start(cfg)
+    process.join(300)
+    assert process.exitcode == 0
+    check_whole(cfg.n_trials, died=kills)
