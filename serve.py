@@ -12,6 +12,7 @@ pip install -r requirements-serve.txt.
 import asyncio
 import base64
 import collections
+import contextlib
 import functools
 import hashlib
 import hmac
@@ -75,7 +76,7 @@ class Config:
     max_queue: int = 64             # texts that wait; beyond them: 429
     max_tokens: int = 0             # longest answer; 0: what the context holds
     max_body: int = 1_000_000       # bytes of a request
-    client_seconds: float = 10.0    # for a client to send its headers, and as long again for the body
+    client_seconds: float = 10.0    # for a client to send its headers, as long for the body, and to read what is sent
     request_seconds: float = 120.0  # for an answer, waiting included
     drain_seconds: float = 8.0      # on SIGTERM: for running answers to finish
     log: bool = True                # a line for each request, without its text
@@ -193,7 +194,7 @@ class Generation(Body):
     presence_penalty: float = Field(0, ge=-2, le=2)
     frequency_penalty: float = Field(0, ge=-2, le=2)
     logit_bias: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] = Field(
-        {}, max_length=1000)
+        {}, max_length=1000, fail_fast=True)
     seed: int | None = Field(None, ge=-2**63, lt=2**63)
     stop: Stop | Annotated[list[Stop], Field(max_length=8)] = []
     stream: bool = False
@@ -301,12 +302,20 @@ class Engine:
         self.size, self.device = model.config.block_size, next(model.parameters()).device
         self.waiting, self.more, self.counts = collections.deque(), threading.Condition(), collections.Counter()
         self.stop_at, self.events, self.entering = math.inf, [], None
-        self.reset()
+        try:
+            self.reset()
+            with torch.no_grad():
+                self.step([[0]] * max_batch, [0] * max_batch, 0)
+        except Exception as e:                             # no memory for it, or a model file that steps no such rows
+            raise UserError(f"--max_batch={max_batch} rows of {self.size:,} tokens do not work: "
+                            f"{str(e).partition(chr(10))[0]}; --max_batch=1 asks the least") from None
 
     def reset(self):
+        self.cache = None                                  # before there is another: it may fill half the memory
         self.cache = self.model.init_cache(self.max_batch, self.size)
-        # keys and values can be cut at any token, a state can only be continued
-        self.cuttable = all(set(layer) == {"k", "v"} for layer in self.cache.get("layers", [{}]))
+        # all keys and values, (B, K, S, D), can be cut at any token; a state or a window can only be continued
+        self.cuttable = all(set(layer) == {"k", "v"} and layer["k"].shape[2:3] == (self.size,)
+                            for layer in self.cache.get("layers", [{}]))
         self.rows, self.n, self.filling = [Row() for _ in range(self.max_batch)], 0, None
 
     # called by the event loop
@@ -320,6 +329,13 @@ class Engine:
             self.waiting.extend(sequences)
             self.more.notify()
         return True
+
+    def cancel(self, sequences):
+        """Their client has left or has its answer: who waits no longer does, who runs leaves before the next token."""
+        with self.more:
+            for sequence in sequences:
+                sequence.cancelled = True
+            self.waiting = collections.deque(s for s in self.waiting if not s.cancelled)
 
     def run(self, loop):
         threading.Thread(target=self._run, args=(loop,), daemon=True, name="engine").start()
@@ -340,8 +356,9 @@ class Engine:
                 self.events += [(s, "", [], "error") for s in running]
                 self.reset()
             events, self.events, self.entering = self.events, [], None
-            if events and not loop.is_closed():
-                loop.call_soon_threadsafe(self.deliver, events)
+            if events:
+                with contextlib.suppress(RuntimeError):    # the loop is closed: nobody is left to be told
+                    loop.call_soon_threadsafe(self.deliver, events)
 
     def deliver(self, events):
         for sequence, *rest in events:
@@ -373,11 +390,8 @@ class Engine:
 
     def next(self):
         with self.more:
-            while self.waiting and self.n < self.max_batch:
-                self.entering = self.waiting.popleft()
-                if not self.entering.cancelled:
-                    return self.entering
-        return None
+            self.entering = self.waiting.popleft() if self.waiting and self.n < self.max_batch else None
+        return self.entering
 
     def admit(self, sequence):
         """Give it a row -> how many tokens went through the model for that."""
@@ -435,7 +449,7 @@ class Engine:
     def step(self, idx, pos, at):
         """Model.step of the rows at, at + 1, ...: as many ids for each, and how many each has seen -> logits."""
         rows = view(self.cache, at, at + len(idx))
-        rows["pos"] = torch.tensor(pos[0] if len(pos) == 1 else pos)
+        rows["pos"] = torch.tensor(pos[0]) if len(pos) == 1 else torch.tensor(pos, device=self.device)
         logits, new = self.model.step(torch.tensor(idx, device=self.device), rows)
         for old, part in zip(leaves(rows), leaves(new), strict=True):
             if part is not old:                            # a model file may return other tensors than it was given
@@ -472,8 +486,8 @@ class Engine:
 
     def draw(self, sequence, logits):
         asked, logits = sequence.asked, logits.clone()
-        for token, bias in asked.bias.items():
-            logits[token] += bias
+        if asked.bias:
+            logits[list(asked.bias)] += torch.tensor(list(asked.bias.values()))
         if sequence.out and (asked.presence_penalty or asked.frequency_penalty):
             tokens, times = torch.tensor(sequence.out).unique(return_counts=True)
             logits[tokens] -= asked.presence_penalty + asked.frequency_penalty * times
@@ -513,9 +527,8 @@ class Engine:
         """Report the prompt's tokens, by one pass without a cache -> whether no more was asked than one token."""
         entries, stream, prompt = [], self.tokenizer.stream(skip_special=False), sequence.prompt
         if sequence.top is not None:
-            logits = self.model(torch.tensor([prompt], device=self.device))[0][0]            # (T, V)
-            logp = logits.log_softmax(-1).cpu()
-            entries = [self.entry(sequence, token, stream.step(token), logp[i - 1] if i else None)
+            logits = self.model(torch.tensor([prompt], device=self.device))[0][0]            # (T, V), large
+            entries = [self.entry(sequence, token, stream.step(token), logits[i - 1].log_softmax(-1) if i else None)
                        for i, token in enumerate(prompt)]
         sequence.length, done = len(sequence.echo), not sequence.room
         self.events.append((sequence, sequence.echo, entries, "length" if done else None))
@@ -532,7 +545,7 @@ class Server:
     def __init__(self, cfg, model, tokenizer, loaded):
         self.cfg, self.tokenizer, self.created = cfg, tokenizer, int(time.time())
         path = loaded.path
-        self.name = cfg.name or (path.parent.name if path.name.startswith("step_") else path.stem)
+        self.name = cfg.name or (path.parent.name if path.name.startswith("step_") else path.name.removesuffix(".gguf"))
         self.template = chat.template_of(loaded.meta, tokenizer) if cfg.template == "auto" else cfg.template
         stop_ids = sample.stop_ids(loaded, tokenizer) | {chat.end_id(tokenizer, self.template)}
         self.engine = Engine(model, tokenizer, stop_ids, cfg.max_batch)
@@ -725,26 +738,27 @@ class Answer:
                        "object": self.part_kind if asked.stream else self.kind}
 
     async def __call__(self, scope, receive, send):
-        work = asyncio.create_task(self.stream(send) if self.asked.stream else self.whole(scope, receive, send))
+        work = asyncio.create_task(self.stream(send) if self.asked.stream else self.whole())
         gone = asyncio.create_task(disconnected(receive))
         try:
             await asyncio.wait((work, gone), timeout=self.server.cfg.request_seconds,
                                return_when=asyncio.FIRST_COMPLETED)
+            response = None
             if work.done():
-                work.result()
+                response = work.result()
             elif gone.done():
                 scope["gone"] = True
             else:
                 error = ApiError(408, f"no answer within {self.server.cfg.request_seconds:g} s", code="timeout")
                 work.cancel()
-                if not self.asked.stream:
-                    await error.response()(scope, receive, send)
+                if self.asked.stream:
+                    await send({"type": "http.response.body", "body": event(error.body)})
                 else:
-                    async with asyncio.timeout(1):         # a client that does not read is not waited for
-                        await send({"type": "http.response.body", "body": event(error.body)})
+                    response = error.response()
+            if response:
+                await response(scope, receive, send)
         finally:
-            for sequence in self.sequences:
-                sequence.cancelled = True
+            self.server.engine.cancel(self.sequences)
             for task in (work, gone):
                 task.cancel()
 
@@ -758,16 +772,15 @@ class Answer:
             left -= finish is not None
             yield index, text, entries, finish
 
-    async def whole(self, scope, receive, send):
+    async def whole(self):
         texts = [["", [], None] for _ in self.sequences]
         try:
             async for index, text, entries, finish in self.events():
                 texts[index] = [texts[index][0] + text, texts[index][1] + entries, finish]
-            response = reply(self.common | {"usage": self.usage(), "choices": [
-                self.choice(i, *text) for i, text in enumerate(texts)]})
         except ApiError as e:
-            response = e.response()
-        await response(scope, receive, send)
+            return e.response()
+        return reply(self.common | {"usage": self.usage(), "choices": [
+            self.choice(i, *text) for i, text in enumerate(texts)]})
 
     async def stream(self, send):
         await send({"type": "http.response.start", "status": 200, "headers": [
@@ -858,6 +871,9 @@ class Guard:
                 await error.response()(scope, receive, watch)
             else:
                 await self.app(scope, receive, watch)
+        except Exception:
+            status = 500                                   # what Starlette answers around this
+            raise
         finally:
             path = scope["path"] if scope["path"] in self.server.paths else "other"
             self.server.requests[path, status] += 1
@@ -884,7 +900,7 @@ class Guard:
 
 
 class Protocol(H11Protocol):
-    """uvicorn's, with the deadline that it lacks: a connection that brings no whole request headers is closed."""
+    """uvicorn's, with the deadlines that it lacks, for a client that brings no whole headers or does not read."""
 
     seconds = 10.0
 
@@ -903,7 +919,15 @@ class Protocol(H11Protocol):
 
     def too_late(self):
         if self.cycle is None or self.cycle.response_complete:
-            self.transport.close()
+            self.transport.abort()                         # close() would wait for what is not read yet
+
+    def pause_writing(self):
+        super().pause_writing()
+        self.stuck = self.loop.call_later(self.seconds, self.transport.abort)
+
+    def resume_writing(self):
+        super().resume_writing()
+        self.stuck.cancel()
 
     def send_400_response(self, msg):
         body = json.dumps(ApiError(400, msg).body).encode()
@@ -935,9 +959,8 @@ class Uvicorn(uvicorn.Server):
                   file=sys.stderr, flush=True)
 
     def handle_exit(self, sig, frame):
-        self.force_exit = self.should_exit                 # the second time at once
-        self.should_exit = True
-        self.ours.engine.stop_at = time.monotonic() + self.ours.cfg.drain_seconds
+        seconds = 0 if self.should_exit else self.ours.cfg.drain_seconds                     # the second time at once
+        self.should_exit, self.ours.engine.stop_at = True, time.monotonic() + seconds
 
 
 def listen(cfg):
