@@ -142,7 +142,7 @@ class Speaker:
                 decoder.select(torch.tensor(kept, device=device))
             logits = decoder(torch.tensor(new, device=device)[:, None])
         texts = [text + stream.flush() for text, stream in zip(texts, streams, strict=True)]
-        return [text[:min([len(text), *(text.find(s) for s in stops if s in text)])] for text in texts]
+        return [sample.StopTexts(stops)(text, last=True) for text in texts]
 
     @torch.no_grad()
     def nats(self, tokens, mask=None, row_length=0):
@@ -195,7 +195,7 @@ class Floor:
                 key = context[-2] << 8 | context[-1]
                 context.append(int(self.likeliest[key]) if self.seen[key] else 32)
             text = context[start:].decode("utf-8", "replace")
-        return text[:min([len(text), *(text.find(s) for s in stops if s in text)])]
+        return sample.StopTexts(stops)(text, last=True)
 
     def answer(self, question, max_new_tokens):
         return self.complete(question, max_new_tokens)

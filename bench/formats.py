@@ -7,7 +7,6 @@ max |dlogit| is against torch with the weights as stored, "cost" against the che
 far from those of a fresh model, so that logits spread by 1 and more, and greedy texts tell models apart.
 """
 import contextlib
-import dataclasses
 import importlib
 import io
 import sys
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import configurator
 import data
 import export
+import sample
 
 SHAPE = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 128}
 MODELS = {  # name: model file, its settings, tokenizer
@@ -65,11 +65,7 @@ def build(arch, settings, vocab_size):
     with torch.no_grad():
         for p in model.parameters():
             p += (0.2 if p.dim() < 2 else 0.1) * torch.randn_like(p)
-    if packed:
-        twin = module.Model(dataclasses.replace(model.config, packed=True))
-        twin.load_state_dict(model.deploy_state())
-        model = twin
-    return model.eval()
+    return (sample.deployed(model) if packed else model).eval()
 
 
 def main(cfg):

@@ -20,7 +20,7 @@ import data
 import export
 import foreign
 from configurator import UserError
-from sample import generate
+from sample import deployed, generate
 
 SHAPE = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 48}
 CASES = {
@@ -56,11 +56,7 @@ def built(case, packed=False):
     with torch.no_grad():
         for p in model.parameters():
             p += (0.2 if p.dim() < 2 else 0.15) * torch.randn_like(p)
-    if packed:
-        twin = module.Model(dataclasses.replace(model.config, packed=True))
-        twin.load_state_dict(model.deploy_state())
-        model = twin
-    return model.eval(), tokenizer(kind)
+    return (deployed(model) if packed else model).eval(), tokenizer(kind)
 
 
 def out(case, path, form, quant="", packed=False, **extra):

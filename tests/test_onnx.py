@@ -1,5 +1,4 @@
 """ONNX files, held against torch by onnxruntime, onnxruntime-genai and a browser."""
-import dataclasses
 import functools
 import http.server
 import importlib
@@ -21,7 +20,7 @@ import export
 import onnx_check
 import onnx_graph
 from configurator import UserError
-from sample import generate
+from sample import deployed, generate
 
 BASE = {"n_layer": 2, "n_head": 4, "n_embd": 64, "vocab_size": 60, "block_size": 48}
 CASES = {
@@ -50,11 +49,7 @@ def built(case, packed=False):
     with torch.no_grad():
         for p in model.parameters():
             p += 0.1 * torch.randn(p.shape, generator=generator)
-    if packed:
-        twin = module.Model(dataclasses.replace(model.config, packed=True))
-        twin.load_state_dict(model.deploy_state())
-        model = twin
-    return model.eval()
+    return (deployed(model) if packed else model).eval()
 
 
 @pytest.fixture
