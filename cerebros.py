@@ -258,7 +258,7 @@ class Model(nn.Module):
         return self.norm(z)                                # the last unit's, before its activation
 
     # copied from model.py
-    def _logits(self, x):
+    def unembed(self, x):
         return F.linear(x, self.embed.weight if self.head is None else self.head.weight).float()
 
     # copied from model.py
@@ -266,7 +266,7 @@ class Model(nn.Module):
         """idx, targets: (B, T) ids; target -1 counts for nothing -> (logits (B, T, V) float32, mean loss or None)."""
         if idx.size(1) > self.config.block_size:
             raise ValueError(f"{idx.size(1)} tokens do not fit block_size={self.config.block_size}")
-        logits = self._logits(self._hidden(idx))
+        logits = self.unembed(self._hidden(idx))
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
@@ -284,7 +284,7 @@ class Model(nn.Module):
         With T = 1, cache["pos"] may be (B,) instead of (): rows of different lengths, as a server has them.
         """
         x = self._hidden(idx, cache)
-        return self._logits(x[:, -1]), cache | {"pos": cache["pos"] + idx.size(1)}
+        return self.unembed(x[:, -1]), cache | {"pos": cache["pos"] + idx.size(1)}
 
     def param_groups(self):
         """{role: [parameters]}: optim.py knows what each role gets. A tied matrix is an embedding."""
@@ -340,13 +340,14 @@ def main(cfg):
     from dataclasses import asdict
     from pathlib import Path
 
-    import checkpoint
-    from configurator import UserError, from_flat
+    from thimble import load
+    from thimble.configurator import from_flat
+    from thimble.files import UserError
     if not cfg.draw:
         raise UserError("nothing to do: --draw draws the wiring; train with python train.py --arch=cerebros")
     config = cfg
     if cfg.checkpoint:
-        meta = checkpoint.load(cfg.checkpoint, which="best").meta
+        meta = load.read(cfg.checkpoint, which="best").meta
         if meta["arch"] != "cerebros":
             raise UserError(f"--checkpoint={cfg.checkpoint} is a {meta['arch']}, which has no wiring: name another")
         config = from_flat(Config, meta["model_config"])
@@ -363,7 +364,7 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    import configurator
+    from thimble import configurator
 
     @dataclass(frozen=True)
     class Drawing(Config):

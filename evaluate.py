@@ -19,7 +19,6 @@ import json
 import math
 import os
 import re
-import sys
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -29,17 +28,14 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-import chat
-import checkpoint
-import configurator
-import data
-import sample
-import sandbox
-import skills
-from configurator import UserError
-from prepare.text import NGrams
+from tasks import sandbox, skills
+from tasks.bpb import window_nats
+from thimble import chat, checkpoint, configurator, data, files
+from thimble.files import UserError
+from thimble.generate import StopTexts, write_texts
+from thimble.load import deployed, load
+from thimble.ngrams import NGrams
 
 SUITES = ("bpb", "code", "skills", "cloze", "gsm8k", "humaneval")
 
@@ -84,12 +80,12 @@ class Speaker:
     """A model. `complete` goes on with a text, `answer` answers a question; both give the new text alone."""
 
     def __init__(self, path, cfg):
-        self.model, self.tokenizer, self.loaded = sample.load(path, cfg.which, cfg.device)
+        self.loaded = load(path, cfg.which, cfg.device, cfg.template)
+        self.model, self.tokenizer = self.loaded.model, self.loaded.tokenizer
+        self.template, self.stop_ids = self.loaded.template, self.loaded.answer_ids
         self.path, self.cfg = self.loaded.path, cfg
         is_step = self.path.name.startswith("step_")
         self.name = f"{self.path.parent.name}/{self.path.name}" if is_step else self.path.name
-        self.template = chat.template_of(self.loaded.meta, self.tokenizer) if cfg.template == "auto" else cfg.template
-        self.stop_ids = sample.stop_ids(self.loaded, self.tokenizer) | {chat.end_id(self.tokenizer, self.template)}
 
     def untrained(self):
         """The same with the network as it was before its first step."""
@@ -97,7 +93,7 @@ class Speaker:
         if hasattr(config, "packed"):
             config = replace(config, packed=False)
         torch.manual_seed(self.cfg.seed)
-        other.name, other.model = "random", sample.deployed(type(self.model)(config)).to(self.cfg.device).eval()
+        other.name, other.model = "random", deployed(type(self.model)(config)).to(self.cfg.device).eval()
         return other
 
     def complete(self, prompt, max_new_tokens, stops=()):
@@ -112,51 +108,19 @@ class Speaker:
         ids, _ = chat.encode(self.tokenizer, messages, self.template, reply=True)
         return self._write(ids, max_new_tokens)[0]
 
-    @torch.no_grad()
     def _write(self, ids, max_new_tokens, stops=(), seeds=(None,)):
-        """A text for each seed, written side by side: greedy for None, else drawn at the temperature of humaneval.
-
-        Each ends before the first of the stop texts.
-        """
-        device, V = next(self.model.parameters()).device, self.tokenizer.vocab_size
-        generators = [seed if seed is None else torch.Generator().manual_seed(seed) for seed in seeds]
-        streams, texts, rows = [self.tokenizer.stream() for _ in seeds], [""] * len(seeds), list(range(len(seeds)))
-        decoder = sample.Decoder(self.model, torch.tensor([ids], device=device), max_new_tokens)
-        logits = decoder().expand(len(rows), -1)
-        decoder.select(torch.zeros(len(rows), dtype=torch.long, device=device))  # the prompt is read once for all
-        for _ in range(max_new_tokens):
-            new, kept = [], []
-            for row, i in enumerate(rows):
-                probs = sample.filter_logits(
-                    logits[row, :V], temperature=0.0 if generators[i] is None else self.cfg.temperature).softmax(-1)
-                token = torch.multinomial(probs.cpu(), 1, generator=generators[i]).item()
-                if token not in self.stop_ids:
-                    texts[i] += streams[i].step(token)
-                    if not any(stop in texts[i] for stop in stops):
-                        kept.append(row)
-                        new.append(token)
-            if not kept:
-                break
-            if len(kept) < len(rows):
-                rows = [rows[row] for row in kept]
-                decoder.select(torch.tensor(kept, device=device))
-            logits = decoder(torch.tensor(new, device=device)[:, None])
-        texts = [text + stream.flush() for text, stream in zip(texts, streams, strict=True)]
-        return [sample.StopTexts(stops)(text, last=True) for text in texts]
+        return write_texts(self.model, self.tokenizer, ids, max_new_tokens, self.stop_ids, stops, seeds,
+                           self.cfg.temperature)
 
     @torch.no_grad()
     def nats(self, tokens, mask=None, row_length=0):
         """-log p of every token but the first, each once -> (sums of windows, tokens in each), both float64."""
-        size, sums, counts = self.model.config.block_size, [], []
+        size = self.model.config.block_size
         if row_length > size:
             raise UserError(f"the dataset has rows of {row_length} tokens, {self.path} sees only {size}")
         size = row_length or min(size, 2048)               # long contexts cost memory and time, and little is won
-        for x, y in data.eval_windows(tokens, size, max(1, 2**24 // self.model.config.vocab_size // size), mask):
-            x, y = (torch.from_numpy(t).to(next(self.model.parameters()).device) for t in (x, y))
-            losses = F.cross_entropy(self.model(x)[0].flatten(0, 1), y.flatten(), ignore_index=-1, reduction="none")
-            sums.append(losses.view_as(y).double().sum(1).cpu())
-            counts.append((y >= 0).sum(1).double().cpu())
-        return torch.cat(sums).numpy(), torch.cat(counts).numpy()
+        sums, counts = window_nats(self.model, tokens, size, mask)
+        return sums.cpu().numpy(), counts.cpu().numpy()
 
     def text_nats(self, text):
         """The same for a whole text, its first token included."""
@@ -195,7 +159,7 @@ class Floor:
                 key = context[-2] << 8 | context[-1]
                 context.append(int(self.likeliest[key]) if self.seen[key] else 32)
             text = context[start:].decode("utf-8", "replace")
-        return sample.StopTexts(stops)(text, last=True)
+        return StopTexts(stops)(text, last=True)
 
     def answer(self, question, max_new_tokens):
         return self.complete(question, max_new_tokens)
@@ -243,7 +207,7 @@ def bpb(speaker, cfg):
     if overlap is not None:
         found["val 13-grams seen in train"] = (overlap, 0.0, int(n))
         if overlap > 0.01:
-            checkpoint.warn(f"{overlap:.0%} of the 13-grams of words in val are in train too: this loss is flattered")
+            files.warn(f"{overlap:.0%} of the 13-grams of words in val are in train too: this loss is flattered")
     return found
 
 
@@ -533,9 +497,8 @@ def draw(path, results):
     axes.set(yticks=range(len(shares)), yticklabels=[label for label, _ in shares], xlim=(0, 1), xlabel="share")
     axes.invert_yaxis()
     axes.legend(fontsize=8)
-    temporary = path.with_name(f".{path.name}.tmp.png")
-    figure.savefig(temporary, dpi=120)
-    os.replace(temporary, path)
+    with files.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
 
 
 def paths_of(cfg):
@@ -573,22 +536,20 @@ def measure(cfg):
     return results, folder, layers
 
 
-def main(cfg):
+def main(cfg, command):
     try:
         results, folder, layers = measure(cfg)
     except sandbox.SandboxError as e:
         raise UserError(f"{e} (--waive)") from None
     for suite, columns in results.items():
         print("\n" + "\n".join(table(suite, columns)))
-    report = {"command": " ".join(sys.argv), "sandbox": layers, "seed": cfg.seed,
+    report = {"command": command.line, "sandbox": layers, "seed": cfg.seed,
               "suites": {suite: {name: {metric: {"value": v, "error": e, "n": n} for metric, (v, e, n) in found.items()}
                                  for name, found in columns.items()} for suite, columns in results.items()}}
-    temporary = folder / ".evaluation.json.tmp"
-    temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    os.replace(temporary, folder / "evaluation.json")
+    files.write_atomic(folder / "evaluation.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
     draw(folder / "evaluation.png", results)
     print(f"\n{folder}/evaluation.json and evaluation.png: written")
 
 
 if __name__ == "__main__":
-    configurator.run(main, Config)
+    configurator.run(main, Config, with_command=True)

@@ -27,11 +27,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-import checkpoint
-import configurator
-import data
-from configurator import UserError
-from foreign import PRE, gguf_parts, need, permute, rename
+from formats.foreign import PRE, gguf_parts, need, permute, rename
+from thimble import checkpoint, configurator, files
+from thimble.files import UserError
+from thimble.load import load
+from thimble.tokenizer import AWKWARD, PRETOKENIZERS, byte_alphabet, load_tokenizer, pre_tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -128,14 +128,14 @@ def architecture(model):
 def weights(model):
     """{name: tensor}, with the embedding of a ternary model as it ships: rounded to float16."""
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    if hasattr(model, "_embedding"):
-        tensors["embed.weight"] = model._embedding().detach().float()
+    if hasattr(model, "embedding"):
+        tensors["embed.weight"] = model.embedding().detach().float()
     return tensors
 
 
 def ternary_parts(model):
     """{name of a matrix: (t of -1, 0, 1; its scale, ())} of a ternary model without groups, packed or not."""
-    from onnx_graph import ternary_weight
+    from formats.onnx import ternary_weight
     parts = {}
     for name, module in model.named_modules():
         if hasattr(module, "group_size"):
@@ -214,7 +214,7 @@ def write_hf(folder, model, tokenizer, quant, meta):
         (folder / f"{code}.py").write_text(WRAPPER.format(arch=arch), encoding="utf-8")
         shutil.copyfile(inspect.getsourcefile(type(model)), folder / f"{arch}.py")
     tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    (folder / "model.safetensors").write_bytes(checkpoint._pack(tensors))
+    (folder / "model.safetensors").write_bytes(checkpoint.pack_tensors(tensors))
     write_json(folder / "config.json", about)
     side_files(folder, model, tokenizer, meta)
     return twin, tensors
@@ -299,7 +299,7 @@ def write_gguf(path, model, tokenizer, quant, meta):
     if quant.startswith("tq") and not parts:
         raise UserError(f"--quant={quant} holds -1, 0, 1 and a scale for each matrix: use --quant=q8_0 or q4_0 here")
     if getattr(config, "act", "silu") != "silu":
-        checkpoint.warn(f"llama.cpp knows no act={config.act} in BitNet and WILL COMPUTE SILU: this file gives WRONG "
+        files.warn(f"llama.cpp knows no act={config.act} in BitNet and WILL COMPUTE SILU: this file gives WRONG "
                         "TEXT there, so its check fails (--check=false writes it). Use --format=hf, or train with "
                         "--act=silu")
     if stock == "jamba" and config.expand != 2:
@@ -355,7 +355,7 @@ def gguf_tokens(gguf, writer, tokenizer, vocab_size, meta):
     A character of several bytes is one token made by merging its bytes; what lies between needs no token of its own.
     """
     hf = json.loads(tokenizer.to_json())
-    alphabet, merges = data.byte_alphabet(), []
+    alphabet, merges = byte_alphabet(), []
     tokens, types = [f"[PAD{i}]" for i in range(vocab_size)], [gguf.TokenType.UNUSED] * vocab_size
     for token, i in hf["model"]["vocab"].items():
         if tokenizer.kind == "char":
@@ -388,10 +388,10 @@ def gguf_pre(tokenizer, hf):
         return "gpt-2"
     if hf["model"]["type"] == "BPE" and not hf["normalizer"] and not hf["model"].get("byte_fallback"):
         for name, preset in PRE.items():
-            if same_split(hf["pre_tokenizer"], json.loads(data._pre_tokenizer(preset).__getstate__())):
+            if same_split(hf["pre_tokenizer"], json.loads(pre_tokenizer_of(preset).__getstate__())):
                 return name
     raise UserError(f"{tokenizer.name}: llama.cpp has no name for how this tokenizer splits text into words: use "
-                    f"--format=hf, or train with a tokenizer made with --pretokenizer={'|'.join(data.PRETOKENIZERS)}")
+                    f"--format=hf, or train with a tokenizer made with --pretokenizer={'|'.join(PRETOKENIZERS)}")
 
 
 def same_split(one, other):
@@ -421,7 +421,7 @@ def write_onnx(folder, model, tokenizer, quant, meta):
     config.json names an architecture that transformers.js knows and that has the same cache; the graph is what
     computes. onnxruntime-genai knows no such cache as a hybrid's.
     """
-    import onnx_graph
+    from formats import onnx as onnx_graph
     config, file = model.config, f"onnx/model{SUFFIX[quant]}.onnx"
     onnx_graph.export(model, folder / file, quant)
     bos, stop = ends(tokenizer, meta)
@@ -590,14 +590,14 @@ def check(path, form, quant, model, twin, stored, tokenizer, meta, n_prompts=50,
     try:
         consumer = (Transformers if form == "hf" else LlamaCpp)(path, model)
     except UserError as error:
-        checkpoint.warn(f"not checked: {error}")
+        files.warn(f"not checked: {error}")
         return {}
     except Exception as error:  # whatever a foreign loader raises
-        raise UserError(f"check failed: it does not load ({checkpoint._short(error)[:300]})") from None
+        raise UserError(f"check failed: it does not load ({files.short(error)[:300]})") from None
     try:
         size, stop = model.config.block_size, ends(tokenizer, meta)[1]
         length = max(1, min(8, size // 4))
-        known = sorted(set(range(tokenizer.vocab_size)) - set(tokenizer._specials.values()))
+        known = sorted(set(range(tokenizer.vocab_size)) - set(tokenizer.specials.values()))
         random = torch.Generator().manual_seed(0)
         prompts = torch.tensor(known)[torch.randint(len(known), (n_prompts, length), generator=random)]
         few = prompts[:8]
@@ -633,15 +633,15 @@ def check_onnx(path, model, tokenizer, n_prompts, n_tokens):
     try:
         need("onnxruntime", "the check")
     except UserError as error:
-        checkpoint.warn(f"not checked: {error}")
+        files.warn(f"not checked: {error}")
         return {}
-    import onnx_check
+    from formats import onnx_check
     random, size = torch.Generator().manual_seed(0), model.config.block_size
     lengths = [max(1, min(1 + i * 8 // n_prompts * 4, size // 2)) for i in range(n_prompts)]
     prompts = [torch.randint(model.config.vocab_size, (length,), generator=random).tolist() for length in lengths]
     if path.is_dir():
         settings = path / "tokenizer.json"
-        if not settings.is_file() or data.load_tokenizer(settings).to_json() != tokenizer.to_json():
+        if not settings.is_file() or load_tokenizer(settings).to_json() != tokenizer.to_json():
             raise UserError("check failed: tokenizer.json is missing or another")
         path = next(path.glob("onnx/*.onnx"))
     found = onnx_check.check(model, path, prompts, n_tokens)
@@ -650,10 +650,10 @@ def check_onnx(path, model, tokenizer, n_prompts, n_tokens):
 
 def check_tokenizer(consumer, tokenizer, texts):
     known = set("".join(texts)) if tokenizer.kind == "char" else None
-    for text in [*data.AWKWARD, *texts]:
+    for text in [*AWKWARD, *texts]:
         if known is not None:
             text = "".join(char for char in text if char in known)
-        if not text or any(token in text for token in tokenizer._specials):
+        if not text or any(token in text for token in tokenizer.specials):
             continue
         ours, theirs = tokenizer.encode(text), consumer.encode(text)
         if ours != theirs:
@@ -666,7 +666,7 @@ def read_back(path, form, stored):
     """UserError unless the file holds exactly the tensors that were meant to be in it."""
     try:
         if form == "hf":
-            found = checkpoint._unpack(path / "model.safetensors", (path / "model.safetensors").read_bytes())
+            found = checkpoint.unpack_tensors(path / "model.safetensors", (path / "model.safetensors").read_bytes())
             same = {name: name in found and found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
                     for name, tensor in stored.items()}
         else:
@@ -705,7 +705,7 @@ def export(model, tokenizer, out, form, quant="", meta=None, window=False, check
         if form == "gguf":
             twin, stored = write_gguf(temp, model, tokenizer, quant, meta)
         elif form == "onnx" and (window or out.suffix == ".onnx"):
-            import onnx_graph
+            from formats import onnx as onnx_graph
             onnx_graph.export(model, temp, quant, window)
         else:
             temp.mkdir()
@@ -723,34 +723,30 @@ def export(model, tokenizer, out, form, quant="", meta=None, window=False, check
         elif checked:
             found |= check(temp, form, quant, model, twin, stored, tokenizer, meta, prompts, prompt_tokens)
         os.rename(temp, out)
-        checkpoint._sync_folder(out.parent)
+        files.sync_folder(out.parent)
     finally:
-        checkpoint._remove(temp)
+        files.remove(temp)
     if "delta" in found:
         print(f"checked in {found['runtime']}: max |dlogit| {found['delta']:.2g}, {found['loss']:.2g} off the "
               f"checkpoint's, {found['kept']:.1%} of the likeliest tokens kept; greedy texts of {found['tokens']} "
               f"tokens: {found['same']}/{prompts} identical"
               + (f", {found['tied']} part at a near tie" if found.get("tied") else ""))
         if found["kept"] < 0.75:
-            checkpoint.warn(f"the file is sound, but --quant={quant} is too coarse for this model: it would say other "
+            files.warn(f"the file is sound, but --quant={quant} is too coarse for this model: it would say other "
                             f"things; --quant={allowed[0]} loses nothing")
     print(f"{out}: {found['bytes']:,} bytes, {quant}, {time.perf_counter() - begun:.0f} s")
     return found
 
 
 def main(cfg):
-    loaded = checkpoint.load(cfg.checkpoint or None, which=cfg.which)
-    model, tokenizer = checkpoint.load_model(loaded).eval(), data.load_tokenizer(loaded.path)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(f"{loaded.path}: the tokenizer has {tokenizer.vocab_size} ids, the model "
-                        f"{model.config.vocab_size}: they do not belong together")
-    run = loaded.path.parent.name if checkpoint.STEP.fullmatch(loaded.path.name) else loaded.path.stem
+    loaded = load(cfg.checkpoint, cfg.which, deploy=False)
     ending = ".gguf" if cfg.format == "gguf" else ".onnx" if cfg.window else ""
-    name = "-".join(filter(None, [run, "window" if cfg.window else cfg.format * (not ending), cfg.quant]))
-    export(model, tokenizer, cfg.out or f"exports/{name}{ending}", cfg.format, cfg.quant, loaded.meta, cfg.window,
-           cfg.check, cfg.prompts, cfg.prompt_tokens)
+    name = "-".join(filter(None, [loaded.name, "window" if cfg.window else cfg.format * (not ending), cfg.quant]))
+    out = cfg.out or f"exports/{name}{ending}"
+    export(loaded.model, loaded.tokenizer, out, cfg.format, cfg.quant, loaded.meta, cfg.window, cfg.check, cfg.prompts,
+           cfg.prompt_tokens)
     if cfg.format == "web":
-        print(f"python -m http.server --directory {cfg.out or f'exports/{name}'}   # then open http://localhost:8000")
+        print(f"python -m http.server --directory {out}   # then open http://localhost:8000")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-import configurator
 import evaluate
-from configurator import UserError
+from thimble import configurator
+from thimble.files import UserError
 
 try:
     from lm_eval import simple_evaluate

@@ -224,14 +224,14 @@ class Model(nn.Module):
             x = block(x, rope, None if cache is None else cache["layers"][i], start)
         return self.norm(x)
 
-    def _logits(self, x):
+    def unembed(self, x):
         return F.linear(x, self.embed.weight if self.head is None else self.head.weight).float()
 
     def forward(self, idx, targets=None):
         """idx, targets: (B, T) ids; target -1 counts for nothing -> (logits (B, T, V) float32, mean loss or None)."""
         if idx.size(1) > self.config.block_size:
             raise ValueError(f"{idx.size(1)} tokens do not fit block_size={self.config.block_size}")
-        logits = self._logits(self._hidden(idx))
+        logits = self.unembed(self._hidden(idx))
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
@@ -248,7 +248,7 @@ class Model(nn.Module):
         With T = 1, cache["pos"] may be (B,) instead of (): rows of different lengths, as a server has them.
         """
         x = self._hidden(idx, cache)
-        return self._logits(x[:, -1]), cache | {"pos": cache["pos"] + idx.size(1)}
+        return self.unembed(x[:, -1]), cache | {"pos": cache["pos"] + idx.size(1)}
 
     def param_groups(self):
         """{role: [parameters]}: optim.py knows what each role gets. A tied matrix is an embedding."""

@@ -13,12 +13,11 @@ from typing import Literal
 
 import torch
 
-import chat
-import checkpoint
-import configurator
-import data
-from chat import TEMPLATES
-from configurator import UserError
+from thimble import chat, checkpoint, configurator
+from thimble.chat import TEMPLATES
+from thimble.files import UserError
+from thimble.generate import StopTexts, beam_search, generate
+from thimble.load import load
 
 
 @dataclass(frozen=True)
@@ -64,138 +63,6 @@ class Config:
             raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0")
 
 
-def filter_logits(logits, seen=(), temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
-    """logits: (V,) -> (V,) whose softmax is the distribution to draw from; -inf for tokens that are out.
-
-    In this order: repetition penalty (once per distinct token of `seen`; Keskar et al. 2019, CTRL, sec. 4.1, with
-    negative logits multiplied), temperature, top-k, top-p (the token that crosses p stays; Holtzman et al. 2020),
-    min-p (Nguyen et al. 2024). temperature 0 leaves the likeliest token alone.
-    """
-    logits = logits.clone()
-    if repetition_penalty != 1 and len(seen):
-        ids = torch.as_tensor(seen, device=logits.device).unique()
-        penalised = logits[ids]
-        logits[ids] = torch.where(penalised > 0, penalised / repetition_penalty, penalised * repetition_penalty)
-    if temperature == 0:
-        return torch.full_like(logits, -torch.inf).index_fill_(0, logits.argmax(), 0.0)
-    logits = (logits - logits.max()) / max(temperature, 1e-30)  # the largest is 0, and so never infinite
-    if 0 < top_k < len(logits):
-        keep = logits.topk(top_k).indices                  # exactly k, also where logits are equal
-        logits = torch.full_like(logits, -torch.inf).index_copy_(0, keep, logits[keep])
-    if top_p < 1:
-        probs, order = logits.softmax(-1).sort(descending=True, stable=True)
-        logits[order[probs.cumsum(-1) - probs >= top_p]] = -torch.inf
-    if min_p > 0:
-        probs = logits.softmax(-1)
-        logits[probs < min_p * probs.max()] = -torch.inf
-    return logits
-
-
-class Decoder:
-    """Rows of ids and the model's cache, a window that slides: when the context is full, its later half starts anew."""
-
-    def __init__(self, model, idx, max_new_tokens):
-        self.model, self.idx = model, idx                                                    # idx: (B, T)
-        self.size = min(model.config.block_size, idx.size(1) + max_new_tokens)
-        self.cache, self.filled = None, 0
-
-    def __call__(self, new=None):
-        """Take more ids, (B, T) -> logits (B, V) of the next token. The first call takes none."""
-        if new is not None:
-            self.idx = torch.cat((self.idx, new), 1)
-        if self.cache is None or self.filled + new.size(1) > self.size:
-            new = self.idx[:, -(self.size if self.cache is None else max(1, self.size // 2)):]
-            self.cache, self.filled = self.model.init_cache(len(new), self.size), 0
-        logits, self.cache = self.model.step(new, self.cache)
-        self.filled += new.size(1)
-        return logits
-
-    def select(self, rows):
-        """Go on with these rows, in this order; a row may be taken more than once."""
-        def pick(part):
-            if isinstance(part, torch.Tensor):
-                return part.index_select(0, rows) if part.dim() else part
-            return {k: pick(v) for k, v in part.items()} if isinstance(part, dict) else [pick(v) for v in part]
-        self.idx, self.cache = self.idx[rows], pick(self.cache)
-
-
-@torch.no_grad()
-def generate(model, ids, max_new_tokens, generator=None, stop_ids=(), vocab_size=None, **sampling):
-    """Yield up to max_new_tokens ids after `ids` (at least one; only the last block_size of them are seen).
-
-    `sampling` goes to `filter_logits`; a CPU `generator` makes the draws repeatable. Ends before an id of stop_ids.
-    vocab_size is the tokenizer's, where the model has more rows than that.
-    """
-    device, new = next(model.parameters()).device, None
-    decoder = Decoder(model, torch.tensor([ids], device=device), max_new_tokens)
-    for _ in range(max_new_tokens):
-        logits = filter_logits(decoder(new)[0, :vocab_size], decoder.idx[0], **sampling)
-        token = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).item()
-        if token in stop_ids:
-            return
-        yield token
-        new = torch.tensor([[token]], device=device)
-
-
-@torch.no_grad()
-def beam_search(model, ids, max_new_tokens, beam, length_penalty=1.0, stop_ids=(), vocab_size=None):
-    """The best of `beam` hypotheses by sum log p / length ** length_penalty -> (list of ids, that score).
-
-    A hypothesis is finished by an id of stop_ids, which counts in its score and is not returned. The search ends when
-    no open hypothesis can still win, or at max_new_tokens. beam=1 is greedy decoding.
-    """
-    device = next(model.parameters()).device
-    decoder, new = Decoder(model, torch.tensor([ids], device=device), max_new_tokens), None
-    scores, open_, finished = torch.zeros(1, 1, dtype=torch.double), [[]], []
-    for length in range(1, max_new_tokens + 1):
-        logp = decoder(new)[:, :vocab_size].log_softmax(-1).double().cpu() + scores        # (beams, V), summed
-        best = logp.flatten().topk(min(2 * beam, logp.numel()))
-        rows, tokens = best.indices // logp.size(1), best.indices % logp.size(1)
-        kept = []
-        for rank, (score, row, token) in enumerate(zip(best.values.tolist(), rows.tolist(), tokens.tolist(),
-                                                       strict=True)):
-            if token in stop_ids:
-                if rank < beam:
-                    finished.append((score / length ** length_penalty, open_[row]))
-            elif len(kept) < beam:
-                kept.append((score, row, token))
-        if not kept:
-            break
-        open_ = [open_[row] + [token] for _, row, token in kept]
-        scores = torch.tensor([[score] for score, _, _ in kept], dtype=torch.double)
-        # log p only falls, so this is the most that an open hypothesis can still reach
-        reach = max(scores.max().item() / n ** length_penalty for n in (length, max_new_tokens))
-        if length == max_new_tokens:
-            finished += [(score / length ** length_penalty, text)
-                         for (score, _, _), text in zip(kept, open_, strict=True)]
-        elif finished and max(score for score, _ in finished) >= reach:
-            break
-        decoder.select(torch.tensor([row for _, row, _ in kept], device=device))
-        new = torch.tensor([[token] for _, _, token in kept], device=device)
-    score, text = max(finished, key=lambda hypothesis: hypothesis[0])
-    return text, score
-
-
-class StopTexts:
-    """Holds back what may be the beginning of a stop text, and ends before one."""
-
-    def __init__(self, stops):
-        self.stops, self.held, self.done = [s for s in stops if s], "", False
-
-    def __call__(self, text, last=False):
-        """More text -> as much as may be shown."""
-        self.held += text
-        found = [i for i in map(self.held.find, self.stops) if i >= 0]
-        if found:
-            self.held, self.done = self.held[:min(found)], True
-        keep = 0
-        if not (self.done or last):                        # the longest end that could still become a stop text
-            keep = max((n for s in self.stops for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
-        cut = len(self.held) - keep
-        shown, self.held = self.held[:cut], self.held[cut:]
-        return shown
-
-
 def read_prompt(prompt):
     if not prompt.startswith("FILE:"):
         return prompt
@@ -206,17 +73,9 @@ def read_prompt(prompt):
         raise UserError(f"--prompt={prompt}: {path} is not UTF-8 text") from None
 
 
-def deployed(model):
-    """The model in the form in which it ships and runs fastest, for model files that know one; any other as it is."""
-    if not hasattr(model, "deploy_state") or model.config.packed:
-        return model
-    twin = type(model)(replace(model.config, packed=True))
-    twin.load_state_dict(model.deploy_state())
-    return twin.eval()
-
-
-def save_packed(folder, model, loaded):
+def save_packed(folder, loaded):
     """A run folder with this one checkpoint: for sample.py and export.py, nothing to resume."""
+    model = loaded.model
     if not hasattr(model, "deploy_state"):
         raise UserError(f"--packed: {loaded.path} is a {loaded.meta['arch']}, only ternary models pack")
     if (Path(folder) / "latest").exists():
@@ -225,28 +84,6 @@ def save_packed(folder, model, loaded):
     path = checkpoint.save(folder, loaded.meta["step"], model.deploy_state(), None, meta,
                            loaded.path / "tokenizer.json", best=True)
     print(f"packed: {path}/model.safetensors, {(path / 'model.safetensors').stat().st_size:,} bytes", file=sys.stderr)
-
-
-def load(path, which="best", device="cpu", packed=False):
-    """(model ready to generate, tokenizer, the Checkpoint they are from); UserError if they do not fit together."""
-    loaded = checkpoint.load(path or None, which=which)
-    model = checkpoint.load_model(loaded)
-    if packed or device == "cpu":
-        model = deployed(model)
-    try:
-        model = model.to(device).eval()
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device={device} does not work here: {str(e).splitlines()[0]}; try cpu") from None
-    tokenizer = data.load_tokenizer(loaded.path)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(f"{loaded.path}: the tokenizer has {tokenizer.vocab_size} ids, the model "
-                        f"{model.config.vocab_size}: they do not belong together")
-    return model, tokenizer, loaded
-
-
-def stop_ids(loaded, tokenizer):
-    """Ids that end a text: the tokenizer's end-of-text token, and what an imported model brings along."""
-    return {tokenizer.eot, *loaded.meta.get("stop_ids", ())}
 
 
 def write(model, tokenizer, ids, cfg, generator, ends):
@@ -269,9 +106,9 @@ def write(model, tokenizer, ids, cfg, generator, ends):
     return written, score
 
 
-def converse(model, tokenizer, loaded, template, cfg, generator):
+def converse(loaded, cfg, generator):
     """Answer --prompt, or what is typed line by line until /quit or the end of the input."""
-    stops = stop_ids(loaded, tokenizer) | {chat.end_id(tokenizer, template)}
+    model, tokenizer = loaded.model, loaded.tokenizer
     begin = [{"role": "system", "content": cfg.system}] if cfg.system else []
     messages, typed = list(begin), read_prompt(cfg.prompt).strip()
     while True:
@@ -295,8 +132,8 @@ def converse(model, tokenizer, loaded, template, cfg, generator):
         elif line:
             messages.append({"role": "user", "content": line})
             room = max(model.config.block_size - cfg.max_new_tokens, model.config.block_size // 2)
-            ids = chat.fit(tokenizer, messages, template, room)
-            written, _ = write(model, tokenizer, ids, cfg, generator, stops)
+            ids = chat.fit(tokenizer, messages, loaded.template, room)
+            written, _ = write(model, tokenizer, ids, cfg, generator, loaded.answer_ids)
             messages.append({"role": "assistant", "content": tokenizer.decode(written)})
             print()
         if typed:
@@ -304,16 +141,16 @@ def converse(model, tokenizer, loaded, template, cfg, generator):
 
 
 def main(cfg):
-    model, tokenizer, loaded = load(cfg.checkpoint, cfg.which, cfg.device, bool(cfg.packed))
+    loaded = load(cfg.checkpoint, cfg.which, cfg.device, cfg.template, deploy=True if cfg.packed else None)
+    model, tokenizer = loaded.model, loaded.tokenizer
     if cfg.packed:
-        save_packed(cfg.packed, model, loaded)
+        save_packed(cfg.packed, loaded)
     torch.manual_seed(cfg.seed)
     generator = torch.Generator().manual_seed(cfg.seed)
     note = f"{loaded.path}, step {loaded.meta['step']}"
     if cfg.chat:
         print(note, file=sys.stderr)
-        template = chat.template_of(loaded.meta, tokenizer) if cfg.template == "auto" else cfg.template
-        return converse(model, tokenizer, loaded, template, cfg, generator)
+        return converse(loaded, cfg, generator)
     prompt = read_prompt(cfg.prompt)
     ids = tokenizer.encode(prompt) or [tokenizer.eot]
     if len(ids) > model.config.block_size:
@@ -325,7 +162,7 @@ def main(cfg):
         if i:
             print("\n" + "-" * 40)
         print(prompt, end="", flush=True)
-        written, score = write(model, tokenizer, ids, cfg, generator, stop_ids(loaded, tokenizer))
+        written, score = write(model, tokenizer, ids, cfg, generator, loaded.stop_ids)
         n += len(written)
     print()
     seconds = time.perf_counter() - begun

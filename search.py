@@ -21,7 +21,6 @@ import re
 import shutil
 import socket
 import statistics
-import sys
 import time
 import uuid
 from dataclasses import dataclass, fields, replace
@@ -31,12 +30,10 @@ from typing import Literal
 
 import torch
 
-import checkpoint
-import configurator
-import data
 import optim
 import train
-from configurator import UserError
+from thimble import checkpoint, configurator, data, files, load, machine, runlog
+from thimble.files import UserError
 
 OBJECTIVES = ("val_bpb", "parameters", "ms_per_token")
 
@@ -122,10 +119,11 @@ def dimension(cfg, text):
     return key, lambda trial: getattr(trial, kind)(key, low, high, **more)
 
 
-def trial_config(cfg, params, out_dir):
-    """The train.Config of one trial."""
+def trial_config(cfg, given, params, out_dir):
+    """The train.Config of one trial. given: the keys that were asked for."""
     base = {f.name: getattr(cfg, f.name) for f in fields(train.Config) if f.name != "model"}
-    return configurator.load(train.Config, **base | configurator.given(cfg.model) | params | {"out_dir": str(out_dir)})
+    shape = {k: v for k, v in configurator.flat(cfg.model).items() if k in given}
+    return configurator.load(train.Config, **base | shape | params | {"out_dir": str(out_dir)})
 
 
 # ---- the study
@@ -267,7 +265,7 @@ def fit_steps(cfg, dataset, seconds):
     """How many optimizer steps of `cfg` take `seconds` here, by a few of them."""
     vocab_size = cfg.model.vocab_size or dataset.vocab_size
     model = import_module(cfg.arch).Model(replace(cfg.model, vocab_size=vocab_size))
-    device = train.pick_device(cfg.device)
+    device = machine.pick_device(cfg.device)
     model.to(device).train()
     optimizer = optim.Optimizer(model, cfg.optimizer, cfg.lr, cfg.rest_optimizer, cfg.rest_lr, cfg.weight_decay,
                                 cfg.betas, cfg.momentum)
@@ -303,7 +301,7 @@ def ms_per_token(model, n=32):
     return statistics.median(times)
 
 
-def run_trial(study, trial, space, dataset):
+def run_trial(study, trial, space, dataset, command):
     """Train one; the numbers become attributes of the trial."""
     cfg, folder = study.cfg, study.folder / f"trial_{trial.number:04d}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -322,12 +320,12 @@ def run_trial(study, trial, space, dataset):
 
     with open(folder / "log.txt", "w") as log, contextlib.redirect_stdout(log):
         params = {key: suggest(trial) for key, suggest in space.items()}
-        one = trial_config(cfg, params, folder)
+        one = trial_config(cfg, command.given, params, folder)
         if cfg.seconds:
             steps = fit_steps(one, dataset, cfg.seconds)
             one = replace(one, max_steps=steps, eval_every=max(1, -(-steps // cfg.n_evals)),
                           warmup_steps=min(one.warmup_steps, steps // 4))
-        train.train(one, report)
+        train.train(one, report, command._replace(given=command.given | params))
     saved = checkpoint.load_run(folder, which="best")
     model = checkpoint.load_model(saved)
     record, latest = saved.meta["state"]["record"], checkpoint.load_run(folder).meta["state"]
@@ -357,7 +355,7 @@ def write_reports(study, space):
         writer.writerow([t.number, state, *(t.user_attrs.get(k, "") for k in COLUMNS),
                          *(t.params.get(k, "") for k in space),
                          *(t.user_attrs.get(k, "") for k in ("again", "error", "worker", "wiring"))])
-    train.write_atomic(folder / "trials.csv", table.getvalue())
+    files.write_atomic(folder / "trials.csv", table.getvalue())
     done = [t for t in trials if t.state == study.State.COMPLETE]
     if not done:
         return None
@@ -430,10 +428,10 @@ def row(study, trial):
         return f"{t.number:>5}  failed: {t.user_attrs['error']}   {said}"
     a, state = t.user_attrs, {"COMPLETE": "", "PRUNED": "stopped early"}.get(t.state.name, t.state.name.lower())
     return (f"{t.number:>5}  {a['val_bpb']:9.4f}  {a['parameters']:>12,}  {a['ms_per_token']:8.2f}  {a['steps']:>6,}  "
-            f"{train.clock(a['seconds']):>6}  {state:<13}  {said}")
+            f"{runlog.clock(a['seconds']):>6}  {state:<13}  {said}")
 
 
-def search(cfg, folder):
+def search(cfg, folder, command):
     """Run trials until the study has n_trials -> the best trial so far, or None."""
     space = parse_space(cfg)
     if cfg.dtype == "auto":                                # all trials alike, whatever a noisy moment measures
@@ -441,7 +439,7 @@ def search(cfg, folder):
     optuna_module()
     dataset = train.open_dataset(cfg)
     if cfg.init_from:                                      # a wrong name must not use up the trials
-        checkpoint.load(cfg.init_from, which="best")
+        load.read(cfg.init_from, "best")
     study = Study(cfg, folder)
     print(f"{folder}: {' '.join(cfg.space)}\n{'trial':>5}  {'bits/byte':>9}  {'parameters':>12}  {'ms/token':>8}  "
           f"{'steps':>6}  {'time':>6}", flush=True)
@@ -452,7 +450,7 @@ def search(cfg, folder):
             if not (trial := study.claim()):
                 return best
             try:
-                run_trial(study, trial, space, dataset)
+                run_trial(study, trial, space, dataset, command)
             except BaseException as e:
                 # its own fault: a shape that cannot be, a loss that is not finite, memory
                 if isinstance(e, (ValueError, RuntimeError)) and not isinstance(e.__cause__, OSError):
@@ -471,11 +469,10 @@ def search(cfg, folder):
         study.close()
 
 
-def main(cfg):
-    sys.argv = [hidden(arg) for arg in sys.argv]           # every run writes it down
-    files, _ = configurator.split(Config, sys.argv[1:])
-    folder = Path(cfg.out_dir or Path("runs") / (Path(files[-1]).stem if files else "search"))
-    best = search(cfg, folder)
+def main(cfg, command):
+    recipes = command.files
+    folder = Path(cfg.out_dir or Path("runs") / (Path(recipes[-1]).stem if recipes else "search"))
+    best = search(cfg, folder, command._replace(line=hidden(command.line)))  # every run writes it down
     if best is None:
         raise UserError(f"no trial of {folder} has ended well: see {folder}/trials.csv")
     here = (folder / "best").exists()
@@ -486,4 +483,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    configurator.run(main, Config)
+    configurator.run(main, Config, with_command=True)

@@ -34,11 +34,11 @@ from typing import Annotated, Literal
 
 import torch
 
-import chat
-import configurator
-import data
-import sample
-from configurator import UserError
+from thimble import chat, configurator
+from thimble.files import UserError
+from thimble.generate import StopTexts, filter_logits
+from thimble.load import load
+from thimble.tokenizer import ByteStream
 
 try:
     import h11
@@ -280,7 +280,7 @@ class Sequence:
     def __init__(self, asked, prompt, echo, room, top, seed, stream, queue, index):
         self.asked, self.prompt, self.echo, self.room, self.top = asked, prompt, echo, room, top
         self.stream, self.queue, self.index = stream, queue, index
-        self.held = sample.StopTexts([asked.stop] if isinstance(asked.stop, str) else asked.stop)
+        self.held = StopTexts([asked.stop] if isinstance(asked.stop, str) else asked.stop)
         self.generator = torch.Generator().manual_seed(seed)
         self.out, self.length, self.cancelled, self.born = [], 0, False, time.monotonic()
 
@@ -491,7 +491,7 @@ class Engine:
         if sequence.out and (asked.presence_penalty or asked.frequency_penalty):
             tokens, times = torch.tensor(sequence.out).unique(return_counts=True)
             logits[tokens] -= asked.presence_penalty + asked.frequency_penalty * times
-        logits = sample.filter_logits(logits, sequence.prompt + sequence.out, **asked.sampling)
+        logits = filter_logits(logits, sequence.prompt + sequence.out, **asked.sampling)
         return torch.multinomial(logits.softmax(-1), 1, generator=sequence.generator).item()
 
     def take(self, sequence, token, logp):
@@ -542,15 +542,13 @@ class Engine:
 # ---- the network's side
 
 class Server:
-    def __init__(self, cfg, model, tokenizer, loaded):
-        self.cfg, self.tokenizer, self.created = cfg, tokenizer, int(time.time())
-        path = loaded.path
-        self.name = cfg.name or (path.parent.name if path.name.startswith("step_") else path.name.removesuffix(".gguf"))
-        self.template = chat.template_of(loaded.meta, tokenizer) if cfg.template == "auto" else cfg.template
-        stop_ids = sample.stop_ids(loaded, tokenizer) | {chat.end_id(tokenizer, self.template)}
-        self.engine = Engine(model, tokenizer, stop_ids, cfg.max_batch)
+    def __init__(self, cfg, loaded):
+        self.cfg, self.tokenizer, self.created = cfg, loaded.tokenizer, int(time.time())
+        tokenizer = loaded.tokenizer
+        self.name, self.template = cfg.name or loaded.name, loaded.template
+        self.engine = Engine(loaded.model, tokenizer, loaded.answer_ids, cfg.max_batch)
         self.key = (cfg.api_key or os.environ.get("THIMBLE_API_KEY", "")).encode()
-        self.by_bytes = isinstance(tokenizer.stream(), data.ByteStream)
+        self.by_bytes = isinstance(tokenizer.stream(), ByteStream)
         self.requests = collections.Counter()
         self.page, self.policy = read_page()
         self.local = is_loopback(cfg.host.strip("[]"))
@@ -974,8 +972,8 @@ def listen(cfg):
 
 
 def main(cfg):
-    model, tokenizer, loaded = sample.load(cfg.checkpoint, cfg.which, cfg.device)
-    Uvicorn(cfg, Server(cfg, model, tokenizer, loaded)).run([listen(cfg)])
+    loaded = load(cfg.checkpoint, cfg.which, cfg.device, cfg.template)
+    Uvicorn(cfg, Server(cfg, loaded)).run([listen(cfg)])
 
 
 if __name__ == "__main__":

@@ -365,7 +365,7 @@ class Model(nn.Module):
         start = 0
         if cache is not None:                              # or (B, 1), a position of its own for each row
             start = cache["pos"][:, None] if cache["pos"].dim() else int(cache["pos"])
-        x = F.embedding(idx, self._embedding())                                              # (B, T, C)
+        x = F.embedding(idx, self.embedding())                                              # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # the residual stream too: half the memory traffic
         if self.config.n_streams > 1:
@@ -378,20 +378,20 @@ class Model(nn.Module):
         x = self.norm(x)
         return x if self.config.n_streams == 1 else x.sum(-2)                                # (B, T, C)
 
-    def _embedding(self):
+    def embedding(self):
         """(V, C), rounded to float16 as it ships; the gradient goes to the float32 weights unchanged."""
         w = self.embed.weight
         return w + (w.half().to(w.dtype) - w).detach()
 
-    def _logits(self, x):
-        return F.linear(x, self._embedding()).float()
+    def unembed(self, x):
+        return F.linear(x, self.embedding()).float()
 
     # copied from model.py
     def forward(self, idx, targets=None):
         """idx, targets: (B, T) ids; target -1 counts for nothing -> (logits (B, T, V) float32, mean loss or None)."""
         if idx.size(1) > self.config.block_size:
             raise ValueError(f"{idx.size(1)} tokens do not fit block_size={self.config.block_size}")
-        logits = self._logits(self._hidden(idx))
+        logits = self.unembed(self._hidden(idx))
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
@@ -413,7 +413,7 @@ class Model(nn.Module):
         if compiled := self._compiled():
             return compiled(idx, cache), cache | {"pos": cache["pos"] + idx.size(1)}
         x = self._hidden(idx, cache)
-        return self._logits(x[:, -1]), cache | {"pos": cache["pos"] + idx.size(1)}
+        return self.unembed(x[:, -1]), cache | {"pos": cache["pos"] + idx.size(1)}
 
     def _compiled(self):
         """What does a whole step of the packed model; None where no kernel fits this machine and these dtypes."""

@@ -5,18 +5,13 @@
     python train.py config/shakespeare_char.py --arch=mine      # your own copy of model.py
     python train.py --resume                                    # go on with the newest run, bit for bit
 """
-import contextlib
-import ctypes
 import json
 import math
-import os
 import random
-import re
 import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
@@ -25,15 +20,15 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-import checkpoint
-import configurator
-import data
 import optim
-from configurator import UserError
-from lora import Lora
-from sample import generate
+from tasks import bpb
+from thimble import checkpoint, configurator, data, files, load
+from thimble.files import UserError
+from thimble.generate import generate
+from thimble.lora import Lora
+from thimble.machine import catch_signals, compiled, keep_freed_memory, matmul_rate, pick_device
+from thimble.runlog import Log, describe, finite, git_commit, newest
 
 HERE = Path(__file__).resolve().parent
 
@@ -132,77 +127,32 @@ def open_dataset(cfg):
     return data.load(path)
 
 
-def pick_device(name):
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise UserError(f"--device={name} does not work here: {str(e).splitlines()[0]}; try --device=cpu") from None
-    return torch.device(name)
-
-
-def keep_freed_memory():
-    """Tell glibc's malloc to keep what is freed for the next step.
-
-    It returns large blocks to the system, which has to zero every page of them again: a quarter of a training step
-    with a vocabulary of 4096 (docs/log.md). Elsewhere than with glibc this does nothing.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)                                     # M_MMAP_MAX: no blocks of their own for large arrays
-        mallopt(-1, -1)                                    # M_TRIM_THRESHOLD: never shrink the heap
-
-
-def matmul_rate(device, dtype):
-    """FLOP/s of a large square matmul, the best of three: what this machine can do, and the 100 % of our MFU."""
-    n = 4096 if device.type == "cuda" else 1024
-    a = torch.ones(n, n, device=device, dtype=dtype)
-    best = math.inf
-    for _ in range(4):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()                               # .item() waits for a GPU
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
-
-
-@torch.no_grad()
-def evaluate(model, dataset, device, autocast):
+def evaluate(model, dataset, autocast):
     """The whole validation split, each token once -> loss in nats per token, its standard error, bits per byte, ..."""
-    block_size, nats, counts = model.config.block_size, [], []
-    batch_size = max(1, min(8192, 2**24 // dataset.vocab_size) // block_size)  # keeps the logits below 64 MB
     model.eval()
-    for x, y in data.eval_windows(dataset.val, block_size, batch_size, dataset.val_mask):
-        x, y = torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
-        with autocast:
-            logits, _ = model(x)
-        losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-1, reduction="none")
-        nats.append(losses.view_as(y).double().sum(1))     # (B,), one sum a window
-        counts.append((y >= 0).sum(1))
+    nats, counts = bpb.window_nats(model, dataset.val, model.config.block_size, dataset.val_mask, autocast)
     model.train()
-    nats, counts = torch.cat(nats), torch.cat(counts)
-    n, loss = int(counts.sum()), float(nats.sum() / counts.sum())
-    error = float((nats - loss * counts).square().sum().sqrt()) / n  # windows vary independently, tokens do not
+    loss, error = bpb.mean_loss(nats, counts)
     return {"val_loss": loss, "val_error": error, "val_bpb": loss / math.log(2) / dataset.bytes_per_token("val"),
-            "val_ppl": math.exp(min(loss, 700)), "val_tokens": n}
+            "val_ppl": math.exp(min(loss, 700)), "val_tokens": int(counts.sum())}
 
 
-def starting_weights(cfg, dataset):
+def starting_weights(cfg, dataset, given):
     """The model of --init_from: its architecture and weights, once its tokenizer proves to be the dataset's.
 
-    Of the model's keys, those that no weight depends on may be set anew.
+    given: the keys that were asked for. Of the model's, those that no weight depends on may be set anew.
     """
-    start = checkpoint.load(cfg.init_from, which="best")
+    start = load.read(cfg.init_from, "best")
     if start.meta.get("arch") != cfg.arch:
         raise UserError(f"--init_from={cfg.init_from} was trained with --arch={start.meta.get('arch')}, this run has "
                         f"--arch={cfg.arch}: use the same")
     theirs = start.path / "tokenizer.json" if start.path.is_dir() else start.path
-    if dataset.tokenizer().to_json() != data.load_tokenizer(theirs).to_json():
+    if dataset.tokenizer().to_json() != load.read_tokenizer(theirs).to_json():
         raise UserError(f"--init_from={cfg.init_from} was trained with another tokenizer than {dataset.path}: "
                         f"prepare the text with --tokenizer={theirs}")
     model = checkpoint.load_model(start)
     was = configurator.flat(model.config)
-    new = {k: v for k, v in configurator.given(cfg.model).items() if v != was[k]}
+    new = {k: v for k, v in configurator.flat(cfg.model).items() if k in given and v != was[k]}
     if other := [f"{k}={v} (it has {was[k]})" for k, v in new.items() if k not in ("dropout", "block_size")]:
         raise UserError(f"--init_from={cfg.init_from} cannot change to {', '.join(other)}: leave that out")
     if new:
@@ -230,7 +180,7 @@ def check_resume(cfg, resumed, dataset, environment):
                    "compile": old["compile"] if cfg.compile in ("auto", was["compile"]) else cfg.compile}
     changed += [f"{k} {environment[k]} (was {old[k]})" for k in environment if environment[k] != old[k]]
     if changed:
-        checkpoint.warn(f"resuming with {', '.join(changed)}: not bit for bit what an unbroken run would give")
+        files.warn(f"resuming with {', '.join(changed)}: not bit for bit what an unbroken run would give")
     return environment
 
 
@@ -258,79 +208,6 @@ def roll_back(run_dir, model, lora, optimizer, state):
     state |= {"lr_factor": lr_factor, "rollbacks": rollbacks, "bad_steps": 0}
 
 
-def compiled(model, dataset, cfg, device, autocast):
-    """torch.compile, tried out on one batch; where it fails, one line and the plain model."""
-    print("compiling the model", flush=True)
-    random_state = checkpoint.random_state()
-    try:
-        fast = torch.compile(model)
-        micro = cfg.micro_batch_size or cfg.batch_size
-        x, y = data.batch(dataset.train, 0, micro, cfg.model.block_size, cfg.seed)
-        with autocast:
-            loss = fast(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device))[1]
-        loss.backward()
-    except Exception as e:                                 # whatever the compiler trips over, training must go on
-        print(f"torch.compile does not work here ({str(e).strip().splitlines()[0]}): going on without", flush=True)
-        fast = model
-    for p in model.parameters():
-        p.grad = None
-    checkpoint.set_random_state(random_state)
-    return fast
-
-
-@contextlib.contextmanager
-def catch_signals():
-    """A list that gets the number of a SIGINT or SIGTERM, so that the step and any save in progress end first."""
-    caught = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-
-    def handler(number, _):
-        caught.append(number)
-        os.write(2, b"\nstopping after this step: saving, please wait\n")
-
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
-def write_atomic(path, text):
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def finite(record):
-    """JSON knows no NaN and no infinity: null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-
-
-def git_commit():
-    try:
-        out = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
-        return out.stdout.strip()
-    except OSError:
-        return ""
-
-
-def describe(cfg, model, dataset, environment, run_dir):
-    parts = {role: sum(p.numel() for p in params) for role, params in model.param_groups().items()}
-    n_bytes = dataset.meta["bytes"]["train"]
-    print(f"{cfg.dataset}: {len(dataset.train):,} tokens ({n_bytes:,} bytes) to train on, {len(dataset.val):,} to "
-          f"validate, vocabulary {dataset.vocab_size:,}")
-    print(f"{cfg.arch}.py: {sum(parts.values()):,} parameters ("
-          + ", ".join(f"{role} {n:,}" for role, n in parts.items()) + ")")
-    tokens = cfg.batch_size * cfg.model.block_size
-    print(f"{cfg.max_steps:,} steps of {cfg.batch_size} x {cfg.model.block_size} = {tokens:,} tokens, "
-          f"{cfg.max_steps * tokens / len(dataset.train):.1f} times through the text; {environment['device']}, "
-          f"{environment['dtype']}, {environment['threads']} threads{', compiled' * environment['compile']}")
-    print(f"writing to {run_dir}", flush=True)
-
-
 def show_samples(model, prompts, tokenizer, cfg):
     model.eval()
     for prompt, ids in prompts.items():
@@ -341,141 +218,42 @@ def show_samples(model, prompts, tokenizer, cfg):
     model.train()
 
 
-class Log:
-    """metrics.jsonl, the live line in the terminal, loss.png, and a tracker if asked for."""
+def training_step(forward, learner, optimizer, x, y, micro_batch_size, autocast, grad_clip, scale):
+    """One optimizer step on x, y (B, T) -> (mean loss over the targets, gradient norm before clipping).
 
-    def __init__(self, run_dir, cfg, state):
-        self.path, self.max_steps = run_dir / "metrics.jsonl", cfg.max_steps
-        if not cfg.resume:
-            write_atomic(self.path, "")
-        self.go_back(state)
-        self.live = sys.stdout.isatty()
-        self.width = 0                                     # of the live line
-        self.said = self.begun = time.perf_counter()
-        self.first_step = state["step"]
-        self.plotted = -math.inf
-        self.track, self.finish = tracker(cfg, run_dir, state["step"])
-
-    def go_back(self, state):
-        """Drop the records beyond `state`, which are about to come again; an event has happened and stays."""
-        kept = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
-            with contextlib.suppress(ValueError):          # a last line that was cut off
-                record = json.loads(line)
-                known = state["record"].get("step", 0) if "val_loss" in record else state["step"]
-                if "event" in record or record.get("step", 0) <= known:
-                    kept.append(line + "\n")
-        write_atomic(self.path, "".join(kept))
-
-    def record(self, record):
-        with open(self.path, "a") as f:                    # closed, and so flushed, line by line
-            f.write(json.dumps(record, allow_nan=False) + "\n")
-        if "event" not in record:
-            self.track(record)
-
-    def say(self, text):
-        print("\r" + " " * self.width + "\r" + text if self.width else text, flush=True)
-        self.width = 0
-
-    def progress(self, step, loss, speed, mfu):
-        now = time.perf_counter()
-        if now - self.said < (0.2 if self.live else 10):
-            return
-        self.said = now
-        left = (now - self.begun) / (step - self.first_step) * (self.max_steps - step) if step > self.first_step else 0
-        text = (f"step {step:,}/{self.max_steps:,}  loss {loss:.4f}  {speed:,.0f} tokens/s  MFU {mfu:.0%}  "
-                f"{clock(left)} left")
-        if self.live:
-            print("\r" + text.ljust(self.width), end="", flush=True)
-            self.width = len(text)
-        else:
-            print(text, flush=True)
-
-    def evaluated(self, record, dataset, better):
-        base = dataset.meta["baselines"]
-        self.say(f"step {record['step']:,}: val loss {record['val_loss'] or math.nan:.4f} "
-                 f"(+- {record['val_error'] or math.nan:.4f}), "
-                 f"{record['val_bpb'] or math.nan:.3f} bits per byte, perplexity {record['val_ppl'] or math.nan:.2f}"
-                 f"{' - best so far' if better else ''}   "
-                 f"[trigrams {base['trigram']:.3f}, bigrams {base['bigram']:.3f}, {clock(record['seconds'])}]")
-        now = time.perf_counter()
-        if now - self.plotted > 60 and record["step"] < self.max_steps:
-            self.plotted = now
-            plot(self.path.parent, dataset)
-
-    def close(self, dataset):
-        self.say("") if self.width else None
-        self.finish()
-        plot(self.path.parent, dataset)
-
-
-def tracker(cfg, run_dir, step):
-    """Two functions for the tracker that the user named: one takes a record beyond `step`, one ends it all."""
-    if cfg.tracker == "none":
-        return lambda record: None, lambda: None
-    try:
-        if cfg.tracker == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(run_dir, purge_step=step + 1)  # hides what came from there on
-
-            def track(record):
-                for key, value in record.items():
-                    if key != "step" and value is not None:
-                        writer.add_scalar(key, value, record["step"])
-                writer.flush()
-            return track, writer.close
-        module = import_module(cfg.tracker)                # trackio has the interface of wandb
-    except ImportError:
-        raise UserError(f"--tracker={cfg.tracker} needs a package: pip install {cfg.tracker}") from None
-    name = {"name": run_dir.name} | ({"id": run_dir.name} if cfg.tracker == "wandb" else {})  # trackio goes by name
-    run = module.init(project="thimble", **name, resume="allow", config=configurator.flat(cfg))
-    return lambda record: run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"]), run.finish
-
-
-def clock(seconds):
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes}:{seconds:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-
-
-def plot(run_dir, dataset):
-    """loss.png from metrics.jsonl: train, validation and the n-gram baselines, all in bits per byte."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no loss.png: pip install matplotlib", flush=True)
-        return
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    per_nat = 1 / dataset.bytes_per_token("train") / math.log(2)  # bits per byte of one nat per token
-    train = [(r["step"], r["loss"] * per_nat) for r in records if "event" not in r and r.get("loss") is not None]
-    val = [(r["step"], r["val_bpb"]) for r in records if r.get("val_bpb") is not None]
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    if train:
-        axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.5, linewidth=1, label="train")
-    if val:
-        axes.plot(*zip(*val, strict=True), "o-", color="tab:red", markersize=4, label="validation")
-        axes.annotate(f"{val[-1][1]:.3f}", val[-1], textcoords="offset points", xytext=(0, 6), ha="right")
-    top = 1.1 * max([dataset.meta["baselines"]["bigram"], *(y for _, y in train + val)])
-    axes.set_ylim(0, top)
-    for name, value in dataset.meta["baselines"].items():
-        if value >= top:
+    Where one of the two is not finite the weights stay as they were. `scale` is the factor on the peak rates.
+    """
+    loss = 0.0
+    n_targets = (y >= 0).sum()
+    for part, targets in zip(x.split(micro_batch_size), y.split(micro_batch_size), strict=True):
+        share = (targets >= 0).sum() / n_targets           # masked micro-batches differ in size
+        if not share:
             continue
-        axes.axhline(value, color="gray", linestyle="--", linewidth=0.8)
-        axes.text(1, value, f"{name} {value:.2f}", transform=axes.get_yaxis_transform(), ha="right", va="bottom",
-                  fontsize=8, color="gray")
-    axes.set(xlabel="step", ylabel="bits per byte", title=run_dir.name)
-    if train or val:
-        axes.legend(loc="lower left")
-    temporary = run_dir / ".loss.tmp.png"
-    figure.savefig(temporary, dpi=120)
-    os.replace(temporary, run_dir / "loss.png")
+        with autocast:
+            part_loss = forward(part, targets)[1] * share
+        part_loss.backward()
+        loss += part_loss.detach()
+    idle = [name for name, p in learner.named_parameters() if p.grad is None]
+    if idle:
+        raise UserError(f"no gradient reaches {', '.join(idle[:3])}: use it in the model file or remove it")
+    norm = torch.nn.utils.get_total_norm([p.grad for p in learner.parameters()])
+    loss, grad_norm = loss.item(), norm.item()
+    if math.isfinite(loss) and math.isfinite(grad_norm):   # else never let it reach the weights
+        if grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(learner.parameters(), grad_clip, norm)
+        optimizer.step(scale)
+    for p in learner.parameters():
+        p.grad = None
+    return loss, grad_norm
 
 
-def train(cfg, report=None):
+def train(cfg, report=None, command=None):
     """Train as `cfg` says -> the record of the last evaluation (step, val_loss, val_bpb, best_loss, ...).
 
-    report gets the record of every evaluation; what it returns, if anything, is the reason to stop there.
+    report gets the record of every evaluation; what it returns, if anything, is the reason to stop there. command is
+    the configurator.Command that cfg came with, if it came with one.
     """
+    command = command or configurator.Command("", [], {}, configurator.changed(cfg))
     run_dir = Path(cfg.out_dir or f"runs/{cfg.arch}")
     dataset = open_dataset(cfg)
     device = pick_device(cfg.device)
@@ -497,7 +275,7 @@ def train(cfg, report=None):
     try:
         fresh = resumed or not cfg.init_from
         model = (import_module(cfg.arch).Model(replace(cfg.model, vocab_size=vocab_size)) if fresh
-                 else starting_weights(cfg, dataset))
+                 else starting_weights(cfg, dataset, command.given))
         model.to(device).train()
         lora = Lora(model, cfg.lora_rank) if cfg.lora_rank else None
         learner = lora or model                            # whose parameters learn
@@ -536,9 +314,9 @@ def train(cfg, report=None):
     if "template" in dataset.meta:                         # a model that was taught to answer
         meta["template"] = dataset.meta["template"]
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomic(run_dir / "config.json", json.dumps(configurator.flat(cfg), indent=1) + "\n")
+    files.write_atomic(run_dir / "config.json", json.dumps(configurator.flat(cfg), indent=1) + "\n")
     log = Log(run_dir, cfg, state)
-    log.record({"event": "resume" if resumed else "start", "step": state["step"], "command": shlex.join(sys.argv),
+    log.record({"event": "resume" if resumed else "start", "step": state["step"], "command": command.line,
                 "commit": git_commit(), **environment})
     describe(cfg, model, dataset, environment, run_dir)
     if lora:
@@ -566,7 +344,7 @@ def train(cfg, report=None):
             # 1. evaluate, and save what was evaluated
             if due and step != state["record"].get("step"):
                 state["seconds"] += time.perf_counter() - since
-                result = evaluate(model, dataset, device, autocast)
+                result = evaluate(model, dataset, autocast)
                 healthy = math.isfinite(result["val_loss"]) and not state["bad_steps"]  # else nothing to go back to
                 better = healthy and (state["best_loss"] is None or result["val_loss"] < state["best_loss"])
                 if better:
@@ -605,27 +383,12 @@ def train(cfg, report=None):
             x, y = data.batch(dataset.train, step, cfg.batch_size, cfg.model.block_size, cfg.seed, train_mask,
                               dataset.row_length)
             x, y = torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)        # (batch_size, block_size)
-            loss, n_targets = 0.0, (y >= 0).sum()
-            if not n_targets:                              # every token is masked: nothing to learn here
+            if not (y >= 0).any():                         # every token is masked: nothing to learn here
                 state["step"] += 1
                 continue
-            for part, targets in zip(x.split(micro), y.split(micro), strict=True):
-                share = (targets >= 0).sum() / n_targets   # masked micro-batches differ in size
-                if not share:
-                    continue
-                with autocast:
-                    part_loss = forward(part, targets)[1] * share
-                part_loss.backward()
-                loss += part_loss.detach()
-            if idle := [name for name, p in learner.named_parameters() if p.grad is None]:
-                raise UserError(f"{cfg.arch}.py: no gradient reaches {', '.join(idle[:3])}: use it or remove it")
-            norm = torch.nn.utils.get_total_norm([p.grad for p in learner.parameters()])
-            loss, grad_norm = loss.item(), norm.item()
+            loss, grad_norm = training_step(forward, learner, optimizer, x, y, micro, autocast, cfg.grad_clip, scale)
             state |= {"step": step + 1, "tokens": state["tokens"] + tokens_per_step}
             if math.isfinite(loss) and math.isfinite(grad_norm):
-                if cfg.grad_clip:
-                    torch.nn.utils.clip_grads_with_norm_(learner.parameters(), cfg.grad_clip, norm)
-                optimizer.step(scale)
                 if lora:
                     lora.merge()
                 state["bad_steps"] = 0
@@ -639,8 +402,6 @@ def train(cfg, report=None):
                     log.say(f"three in a row: back to step {state['step']} with half the rate")
                     log.record({"step": state["step"], "event": "rolled back", "lr_factor": state["lr_factor"]})
                     since, since_step = time.perf_counter(), state["step"]
-            for p in learner.parameters():
-                p.grad = None
 
             # 3. say how it goes
             if state["step"] > since_step:
@@ -662,16 +423,8 @@ def train(cfg, report=None):
     return state["record"]
 
 
-def newest(out_dir):
-    """runs/NAME, runs/NAME-2, runs/NAME-3, ...: the newest of them that holds a run, or None."""
-    found = [p for p in Path(out_dir).parent.glob(Path(out_dir).name + "*")
-             if (p / "latest").exists() and re.fullmatch(r"(-\d+)?", p.name[len(Path(out_dir).name):])]
-    return max(found, key=lambda p: int("0" + p.name[len(Path(out_dir).name):].lstrip("-")), default=None)
-
-
-def main(cfg):
-    files, flags = configurator.split(Config, sys.argv[1:])
-    recipes, typed = [Path(file).stem for file in files], {flag[2:].partition("=")[0] for flag in flags}
+def main(cfg, command):
+    recipes, typed = [Path(file).stem for file in command.files], command.typed
     if not cfg.out_dir and not (cfg.resume and not recipes):
         name = Path("runs") / (recipes[-1] if recipes else cfg.arch)
         taken = newest(name)
@@ -682,16 +435,14 @@ def main(cfg):
     if cfg.resume:                                         # the run's own config, and the flags of this command
         run_dir = cfg.out_dir or str(checkpoint.newest_run())
         stored = checkpoint.load_run(run_dir).meta["config"]
-        asked = configurator.flat(configurator.from_argv(Config, [f"--arch={stored['arch']}", *flags]))
-        given = {key: value for key, value in asked.items() if key in typed}
-        cfg = configurator.load(Config, **(stored | given | {"out_dir": run_dir, "resume": True}))
+        cfg = configurator.load(Config, **(stored | typed | {"out_dir": run_dir, "resume": True}))
     if "dataset" in typed and "prepare" not in typed:      # what the recipe prepares is another dataset
         cfg = replace(cfg, prepare="")
-    record = train(cfg)
+    record = train(cfg, command=command)
     print(f"best: {record['best_loss'] or math.nan:.4f} nats per token at step {record['best_step']:,}. The curve: "
           f"{cfg.out_dir}/loss.png. Now try:\n"
           f"python sample.py --checkpoint={shlex.quote(cfg.out_dir)} --prompt \"To be\"")
 
 
 if __name__ == "__main__":
-    configurator.run(main, Config)
+    configurator.run(main, Config, with_command=True)

@@ -19,12 +19,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import cerebros  # noqa: E402
-import checkpoint  # noqa: E402
-import configurator  # noqa: E402
-import search  # noqa: E402
-import train  # noqa: E402
-from configurator import UserError  # noqa: E402
+import cerebros
+import search
+import train
+from thimble import checkpoint, configurator, load
+from thimble.files import UserError
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def score(cfg, config, out_dir):
 
 
 def main(cfg):
-    saved = checkpoint.load(cfg.found, which="best")
+    saved = load.read(cfg.found, which="best")
     if saved.meta["arch"] != "cerebros":
         raise UserError(f"--found={cfg.found} is a {saved.meta['arch']}, not a cerebros: name a run of one")
     found = configurator.from_flat(cerebros.Config, saved.meta["model_config"])

@@ -13,10 +13,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import checkpoint
-import configurator
-import data
 import export
+from thimble import checkpoint, configurator, files, load
 
 PROMPTS = ("The capital of France is", "Once upon a time", "Water boils at", "def fibonacci(n):",
            "The largest planet is", "In 1969, humans", "My favourite food is", "To be, or not to be,",
@@ -33,13 +31,13 @@ class Config:
 
 @torch.no_grad()
 def main(cfg):
-    loaded = checkpoint.load(cfg.file)
-    model, tokenizer = checkpoint.load_model(loaded).eval(), data.load_tokenizer(cfg.file)
+    loaded = load.read(cfg.file)
+    model, tokenizer = checkpoint.load_model(loaded).eval(), load.read_tokenizer(cfg.file)
     there, same = export.LlamaCpp(cfg.file, model), 0
     for prompt in PROMPTS:
         ids = tokenizer.encode(prompt)
         if there.encode(prompt) != ids:
-            raise configurator.UserError(f"{prompt!r} is {ids} to us, {there.encode(prompt)} to llama.cpp")
+            raise files.UserError(f"{prompt!r} is {ids} to us, {there.encode(prompt)} to llama.cpp")
         ours = export.greedy(model, torch.tensor([ids]), cfg.tokens)[0].tolist()
         theirs = there.greedy(torch.tensor([ids]), cfg.tokens)[0]
         n = min(len(theirs), cfg.tokens)                   # llama.cpp stops at the end of text

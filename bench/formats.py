@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import configurator
-import data
 import export
-import sample
+from prepare.make_tokenizer import train_bpe
+from thimble import configurator, files, load
+from thimble.tokenizer import byte_tokenizer, char_tokenizer
 
 SHAPE = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 128}
 MODELS = {  # name: model file, its settings, tokenizer
@@ -52,8 +52,8 @@ def tokenizers():
     """{kind: tokenizer} made of this repository's own text."""
     text = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(export.__file__).parent.glob("*.py")))
     text += "héllo — ¿ 🎉 日本語 naïve 1234567"
-    return {"bpe": data.train_bpe([text], 600, "gpt2"), "byte": data.byte_tokenizer(),
-            "char": data.char_tokenizer(text)}
+    return {"bpe": train_bpe([text], 600, "gpt2"), "byte": byte_tokenizer(),
+            "char": char_tokenizer(text)}
 
 
 def build(arch, settings, vocab_size):
@@ -65,7 +65,7 @@ def build(arch, settings, vocab_size):
     with torch.no_grad():
         for p in model.parameters():
             p += (0.2 if p.dim() < 2 else 0.1) * torch.randn_like(p)
-    return (sample.deployed(model) if packed else model).eval()
+    return (load.deployed(model) if packed else model).eval()
 
 
 def main(cfg):
@@ -96,7 +96,7 @@ def main(cfg):
                     if found.get("tied"):
                         texts += f", {found['tied']} part at a near tie"
                     row = [f"{found['delta']:.1e}", f"{found['loss']:.1e}", texts, f"{found['bytes']:,}"]
-                except configurator.UserError as error:
+                except files.UserError as error:
                     row = [str(error), "", "", ""]
             print("|", " | ".join([name, f"{form} {quant}", *row]), "|", flush=True)
 

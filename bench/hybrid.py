@@ -21,12 +21,12 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import configurator  # noqa: E402
-import hybrid_ssm as hybrid  # noqa: E402
-import model as dense  # noqa: E402
-import optim  # noqa: E402
-import train  # noqa: E402
-from bench.speed import stepper, turn  # noqa: E402
+import hybrid_ssm as hybrid
+import model as dense
+import optim
+import train
+from bench.speed import stepper, turn
+from thimble import configurator, files, machine
 
 CPU = torch.device("cpu")
 MODELS = ("mamba2", "mamba1", "dense")
@@ -60,7 +60,7 @@ def build(cfg, name, block_size):
     """A model of the recipe's shape. The dense one gets the MLP with which it comes closest to mamba2's size."""
     recipe = configurator.load(train.Config, cfg.recipe)
     if recipe.arch != "hybrid_ssm":
-        raise configurator.UserError(f"--recipe={cfg.recipe} is of a {recipe.arch}: give one of hybrid_ssm")
+        raise files.UserError(f"--recipe={cfg.recipe} is of a {recipe.arch}: give one of hybrid_ssm")
     c = replace(recipe.model, block_size=block_size, vocab_size=recipe.model.vocab_size or 257)
     if name != "dense":
         return hybrid.Model(replace(c, ssm=name))
@@ -154,7 +154,7 @@ def by_length(cfg):
                            f"--recipe={cfg.recipe}", f"--seconds={cfg.seconds}"]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
-                    raise configurator.UserError(f"{name} at context {length} failed: "
+                    raise files.UserError(f"{name} at context {length} failed: "
                                                  f"{(done.stderr.strip().splitlines() or ['?'])[-1]}")
                 results[name].append(json.loads(done.stdout))
         line = f"  {length:>8,}"
@@ -189,10 +189,10 @@ PARTS = {"length": by_length, "jamba": beside_jamba, "decode": decoding}
 
 def main(cfg):
     if unknown := set(cfg.parts) - set(PARTS):
-        raise configurator.UserError(f"--parts={','.join(sorted(unknown))}: there are {', '.join(PARTS)}")
+        raise files.UserError(f"--parts={','.join(sorted(unknown))}: there are {', '.join(PARTS)}")
     if wrong := [n for n in cfg.lengths if cfg.tokens % n]:
-        raise configurator.UserError(f"--lengths={wrong[0]}: must divide --tokens={cfg.tokens}")
-    train.keep_freed_memory()
+        raise files.UserError(f"--lengths={wrong[0]}: must divide --tokens={cfg.tokens}")
+    machine.keep_freed_memory()
     torch.manual_seed(0)
     if cfg.case:
         return one_case(cfg)

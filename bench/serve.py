@@ -23,10 +23,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import checkpoint  # noqa: E402
-import configurator  # noqa: E402
-import data  # noqa: E402
-import model  # noqa: E402
+import model
+from thimble import checkpoint, configurator, files
+from thimble.tokenizer import byte_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Config:
 
 def random_model(folder):
     torch.manual_seed(0)
-    tokenizer = data.byte_tokenizer()
+    tokenizer = byte_tokenizer()
     config = model.Config(n_layer=8, n_head=7, n_embd=448, vocab_size=tokenizer.vocab_size, block_size=512)
     m = model.Model(config)
     with torch.no_grad():
@@ -231,7 +230,7 @@ async def slow(port, cfg):
 def main(cfg):
     known = Config().what
     if bad := set(cfg.what) - set(known):
-        raise configurator.UserError(f"--what={','.join(sorted(bad))} is none of {', '.join(known)}")
+        raise files.UserError(f"--what={','.join(sorted(bad))} is none of {', '.join(known)}")
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),) * 2)
     with tempfile.TemporaryDirectory() as folder:
         process, port = start(cfg.checkpoint or random_model(Path(folder)))

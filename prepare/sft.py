@@ -20,11 +20,10 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import chat  # noqa: E402
-import configurator  # noqa: E402
-import data  # noqa: E402
-from configurator import UserError  # noqa: E402
-from prepare.text import Counter, baselines, read_jsonl, warn  # noqa: E402
+from prepare.text import Counter, baselines, read_jsonl, warn
+from thimble import chat, configurator, data, load
+from thimble.files import UserError
+from thimble.tokenizer import byte_tokenizer
 
 SHAREGPT = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
@@ -100,13 +99,13 @@ def held_out(messages, fraction, seed):
 
 def load_tokenizer(name):
     if name == "byte":
-        return data.byte_tokenizer()
+        return byte_tokenizer()
     folder = Path(name).expanduser()
     if (folder / "latest").exists():                       # a run: its checkpoints hold the tokenizer
-        import checkpoint
+        from thimble import checkpoint
 
         folder = checkpoint.find(folder, "best")
-    return data.load_tokenizer(folder)
+    return load.read_tokenizer(folder)
 
 
 def show(tokenizer, ids, counts):

@@ -22,10 +22,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import configurator  # noqa: E402
-from configurator import UserError  # noqa: E402
-from data import EOT  # noqa: E402
-from prepare.text import prepare, read_documents  # noqa: E402
+from prepare.text import prepare, read_documents
+from thimble import configurator
+from thimble.files import UserError
+from thimble.tokenizer import EOT
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"

@@ -22,9 +22,9 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import configurator  # noqa: E402
-import data  # noqa: E402
-from prepare import text  # noqa: E402
+from prepare import text
+from thimble import configurator, data
+from thimble.tokenizer import char_tokenizer
 
 CHARS = [chr(0x4E00 + i) for i in range(4095)]  # with <|endoftext|> 4096 ids
 ROW = 257  # ids, of which all but the first count
@@ -60,7 +60,7 @@ def rows(n, seed):
 
 
 def write_mix(cfg, folder):
-    tok = data.char_tokenizer(CHARS)
+    tok = char_tokenizer(CHARS)
     counts = {}
     with data.Writer(folder, tok, f"prepare/synthetic_code.py, seed {cfg.seed}", {"samples": cfg.samples}) as out:
         for part, (split, n) in enumerate({"train": cfg.samples, "val": max(12, cfg.samples // 40)}.items()):

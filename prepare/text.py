@@ -27,9 +27,11 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import configurator  # noqa: E402
-import data  # noqa: E402
-from configurator import UserError  # noqa: E402
+from prepare.make_tokenizer import check_bpe, tiktoken_tokenizer, train_bpe
+from thimble import configurator, data, load
+from thimble.files import UserError
+from thimble.ngrams import NGrams, baselines
+from thimble.tokenizer import EOT, byte_tokenizer, char_tokenizer
 
 MB = 1 << 20
 SAMPLE_BYTES = 32 * MB  # the BPE trainer sees at most so much, spread over the train split: its memory grows with words
@@ -142,11 +144,11 @@ def numbered(blocks):
     """(number of the document, piece of it) for text in which documents are divided by <|endoftext|>."""
     number, held = 0, ""
     for block in blocks:
-        *ended, held = (held + block).split(data.EOT)
+        *ended, held = (held + block).split(EOT)
         for text in ended:
             yield number, text
             number += 1
-        n = max(0, len(held) - len(data.EOT) + 1)  # the rest may be the first part of a divider
+        n = max(0, len(held) - len(EOT) + 1)  # the rest may be the first part of a divider
         yield number, held[:n]
         held = held[n:]
     yield number, held
@@ -177,49 +179,6 @@ def warn(message):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # counting
-
-
-class NGrams:
-    """Counts of byte trigrams in fixed memory; bigrams and unigrams are their sums."""
-
-    def __init__(self):
-        self.counts = np.zeros(1 << 24, np.uint32)
-        self.last = np.zeros(0, np.uint8)
-
-    def add(self, block):
-        block = np.concatenate([self.last, block])
-        self.last = block[-2:]
-        if len(block) > 2:
-            wide = block.astype(np.uint32)
-            keys, n = np.unique(wide[:-2] << 16 | wide[1:-1] << 8 | wide[2:], return_counts=True)
-            self.counts[keys] += n.astype(np.uint32)
-
-
-def baselines(train, val):
-    """Bits per byte of n-gram models counted on `train` and scored on `val` (two NGrams), whole split, no tuning.
-
-    Interpolated Witten-Bell (Chen and Goodman 1998): p(c|h) = (n(hc) + t(h) p(c|h')) / (n(h) + t(h)), where h' is h
-    without its first byte, n counts and t(h) is how many different bytes follow h; below the unigrams lies 1/256.
-    """
-
-    def sums(keys, weights, size):
-        return np.bincount(keys, weights, minlength=size)
-
-    k3 = np.flatnonzero(train.counts)
-    n3 = train.counts[k3].astype(float)
-    n2, n1 = sums(k3 & 0xFFFF, n3, 65536), sums(k3 & 0xFF, n3, 256)
-    k2, k1 = np.flatnonzero(n2), np.flatnonzero(n1)
-
-    v3 = np.flatnonzero(val.counts)
-    weight = val.counts[v3] / max(1, val.counts[v3].sum())
-    v2, v1 = v3 & 0xFFFF, v3 & 0xFF
-    p1 = (n1[v1] + len(k1) / 256) / (n1.sum() + len(k1))
-    context, kinds = sums(k2 >> 8, n2[k2], 256)[v2 >> 8], sums(k2 >> 8, None, 256)[v2 >> 8]
-    p2 = np.where(kinds, (n2[v2] + kinds * p1) / np.maximum(context + kinds, 1), p1)
-    context, kinds = sums(k3 >> 8, n3, 65536)[v3 >> 8], sums(k3 >> 8, None, 65536)[v3 >> 8]
-    p3 = np.where(kinds, (train.counts[v3] + kinds * p2) / np.maximum(context + kinds, 1), p2)
-    bits = [float(-(weight * np.log2(p)).sum()) for p in (p1, p2, p3)]
-    return {"uniform": 8.0} | dict(zip(("unigram", "bigram", "trigram"), bits, strict=True))
 
 
 def powers(base, n):
@@ -434,15 +393,15 @@ def prepare(
     folder = Path(data_dir).expanduser() / name
     tok = None
     if tokenizer == "byte":  # what needs no text is made first, so that a mistake shows at once
-        tok = data.byte_tokenizer()
+        tok = byte_tokenizer()
     elif tokenizer == "bpe":
-        data.check_bpe(vocab_size, pretokenizer)
+        check_bpe(vocab_size, pretokenizer)
     elif tokenizer.startswith("tiktoken:"):
-        tok = data.tiktoken_tokenizer(tokenizer.removeprefix("tiktoken:"))
+        tok = tiktoken_tokenizer(tokenizer.removeprefix("tiktoken:"))
     elif tokenizer != "char":
         if not Path(tokenizer).expanduser().exists():
             raise UserError(f"--tokenizer={tokenizer} is none of bpe, byte, char, tiktoken:NAME nor a tokenizer.json")
-        tok = data.load_tokenizer(Path(tokenizer).expanduser())
+        tok = load.read_tokenizer(Path(tokenizer).expanduser())
 
     plan = Plan(progress(documents, "reading"), val_fraction, seed, tokenizer == "char")
     if plan.n_duplicates:
@@ -471,9 +430,9 @@ def prepare(
     del counters
 
     if tokenizer == "char":
-        tok = data.char_tokenizer(plan.chars)
+        tok = char_tokenizer(plan.chars)
     elif tokenizer == "bpe":
-        tok = data.train_bpe(sample, vocab_size, pretokenizer)
+        tok = train_bpe(sample, vocab_size, pretokenizer)
         if tok.vocab_size < vocab_size:
             warn(f"the text yields only {tok.vocab_size:,} of the {vocab_size:,} ids asked for")
     del sample

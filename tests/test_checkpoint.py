@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-from configurator import UserError
+from thimble import checkpoint
+from thimble.files import UserError
 
 
 def state(step):

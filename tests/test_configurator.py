@@ -9,10 +9,10 @@ from typing import Literal
 
 import pytest
 
-import configurator
-from configurator import UserError
+from thimble import configurator
+from thimble.files import UserError
 
-ROOT = Path(configurator.__file__).parent
+ROOT = Path(configurator.__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -383,7 +383,7 @@ import errno
 import sys
 from dataclasses import dataclass
 
-import configurator
+from thimble import configurator
 
 
 @dataclass(frozen=True)
@@ -394,7 +394,7 @@ def main(cfg):
     if cfg.what == "fine":
         print("done")
     if cfg.what == "user":
-        raise configurator.UserError("data/x is damaged\\nprepare it again")
+        raise files.UserError("data/x is damaged\\nprepare it again")
     if cfg.what == "missing":
         open("no/such/file")
     if cfg.what == "full":
@@ -428,20 +428,19 @@ def test_exit_codes(toys, args, code, out, err):
     assert out in done.stdout if out else not done.stdout
 
 
-def test_files_and_flags_are_told_apart():
+def test_what_was_typed_is_handed_over():
     write("arch = 'toy_b'", "base.py")
     args = ["--prompt", "x.py", "base.py", "--scan", "--out-dir=y.py", "--d_state", "4", "--lr=1"]
-    files, flags = configurator.split(Config, args)
-    assert files == ["base.py"]
-    assert flags == ["--prompt=x.py", "--scan=true", "--out_dir=y.py", "--d_state=4", "--lr=1"]
-    assert configurator.from_argv(Config, [*files, *flags]) == argv(*args)
+    cfg, command = configurator.parse(Config, args)
+    assert cfg == argv(*args)
+    assert command.files == ["base.py"]
+    assert command.typed == {"prompt": "x.py", "scan": True, "out_dir": "y.py", "d_state": 4, "lr": 1.0}
+    assert command.given == command.typed | {"arch": "toy_b"}
 
 
 def test_what_was_given_counts_also_where_it_is_the_default():
-    assert configurator.given(argv("--n_layer=2", "--lr=1").model) == {"n_layer": 2}
-    assert configurator.given(argv("--lr=1").model) == configurator.given(Config().model) == {}
-    part = type(Config().model)
-    assert configurator.given(part(n_layer=4)) == {"n_layer": 4}                   # made by hand: what differs
+    assert configurator.parse(Config, ["--n_layer=2", "--lr=1"])[1].given == {"n_layer": 2, "lr": 1.0}
+    assert configurator.parse(Config, [])[1].given == {}
 
 
 def test_a_bug_keeps_its_traceback(toys):

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import data
-from configurator import UserError
+from prepare.make_tokenizer import from_tiktoken, tiktoken_tokenizer, train_bpe
+from thimble import data
+from thimble.files import UserError
+from thimble.tokenizer import AWKWARD, EOT, PRETOKENIZERS, byte_tokenizer, char_tokenizer, load_tokenizer
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 SPANS = [(32, 127), (32, 127), (9, 14), (0xA0, 0x250), (0x300, 0x370), (0x370, 0x530), (0x5D0, 0x700), (0x900, 0xA00)]
@@ -53,26 +55,26 @@ def gpt2(tmp_path_factory):
         (cache / hashlib.sha1((address + name).encode()).hexdigest()).write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
-        yield data.tiktoken_tokenizer("gpt2")
+        yield tiktoken_tokenizer("gpt2")
 
 
 @pytest.fixture(scope="module")
 def tokenizers(corpus):
-    everything = {char for text in random_texts(4000) for char in text} | set(data.EOT)
-    made = {preset: data.train_bpe([corpus], 400, preset) for preset in data.PRETOKENIZERS}
-    return made | {"byte": data.byte_tokenizer(), "char": data.char_tokenizer(everything)}
+    everything = {char for text in random_texts(4000) for char in text} | set(EOT)
+    made = {preset: train_bpe([corpus], 400, preset) for preset in PRETOKENIZERS}
+    return made | {"byte": byte_tokenizer(), "char": char_tokenizer(everything)}
 
 
 # tokenizers
 
 
-@pytest.mark.parametrize("name", ["byte", "char", *data.PRETOKENIZERS])
+@pytest.mark.parametrize("name", ["byte", "char", *PRETOKENIZERS])
 def test_round_trip_and_stream(tokenizers, name, tmp_path):
     first = tokenizers[name]
     (tmp_path / "tokenizer.json").write_text(first.to_json(), encoding="utf-8")
-    tokenizer = data.load_tokenizer(tmp_path)  # what was written is what is read
+    tokenizer = load_tokenizer(tmp_path)  # what was written is what is read
     assert (tokenizer.kind, tokenizer.vocab_size, tokenizer.eot) == (first.kind, first.vocab_size, first.eot)
-    hf = tokenizer._hf  # the library itself, which other programs use on the same file
+    hf = tokenizer.hf  # the library itself, which other programs use on the same file
     texts = list(random_texts(4000))
     encoded = tokenizer.encode_batch(texts)
     for text, ids in zip(texts, encoded, strict=True):
@@ -84,23 +86,23 @@ def test_round_trip_and_stream(tokenizers, name, tmp_path):
         assert tokenizer.encode(text, allow_special=True) == tokenizer.encode(text)
 
 
-@pytest.mark.parametrize("name", ["byte", "char", *data.PRETOKENIZERS])
+@pytest.mark.parametrize("name", ["byte", "char", *PRETOKENIZERS])
 def test_end_of_text_is_text_unless_allowed(tokenizers, name):
     tokenizer = tokenizers[name]
-    plain = tokenizer.encode(data.EOT)
-    assert tokenizer.eot not in plain and tokenizer.decode(plain) == data.EOT
+    plain = tokenizer.encode(EOT)
+    assert tokenizer.eot not in plain and tokenizer.decode(plain) == EOT
     a = tokenizer.encode("a")
-    assert tokenizer.encode(f"a{data.EOT}a", allow_special=True) == [*a, tokenizer.eot, *a]
+    assert tokenizer.encode(f"a{EOT}a", allow_special=True) == [*a, tokenizer.eot, *a]
     assert tokenizer.decode([tokenizer.eot]) == ""
-    assert tokenizer.decode([tokenizer.eot], skip_special=False) == data.EOT
+    assert tokenizer.decode([tokenizer.eot], skip_special=False) == EOT
     assert max(tokenizer.encode("".join(random_texts(500))) + [tokenizer.eot]) < tokenizer.vocab_size
 
 
 def test_layout_of_byte_and_char_vocabularies():
-    byte = data.byte_tokenizer()
+    byte = byte_tokenizer()
     assert (byte.kind, byte.vocab_size, byte.eot) == ("byte", 257, 256)
     assert byte.encode("é🎉\n") == list("é🎉\n".encode())
-    char = data.char_tokenizer("hello")
+    char = char_tokenizer("hello")
     assert (char.kind, char.vocab_size, char.eot) == ("char", 5, 4)
     assert char.encode("hello") == [1, 0, 2, 2, 3]
 
@@ -125,7 +127,7 @@ def test_stream_of_other_tokenizers(tmp_path):
     hf = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
     hf.pre_tokenizer = pre_tokenizers.Metaspace()
     hf.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
-    tokenizer = data.Tokenizer(hf)
+    tokenizer = Tokenizer(hf)
     assert tokenizer.eot == 1
     ids = [vocab["▁a"], vocab["b"], *(vocab[f"<0x{b:02X}>"] for b in "🎉é".encode()), vocab["▁a"]]
     stream = tokenizer.stream()
@@ -135,11 +137,11 @@ def test_stream_of_other_tokenizers(tmp_path):
 
 
 def test_unknown_characters_and_bad_ids_are_named():
-    char = data.char_tokenizer("abc")
+    char = char_tokenizer("abc")
     for allow in (False, True):
         with pytest.raises(UserError, match="does not know 'x', 'é'"):
             char.encode("abxécx", allow_special=allow)
-    for tokenizer in (char, data.byte_tokenizer()):
+    for tokenizer in (char, byte_tokenizer()):
         for bad in (-1, tokenizer.vocab_size, 2**40):
             with pytest.raises(UserError, match="outside the vocabulary"):
                 tokenizer.decode([0, bad])
@@ -150,18 +152,18 @@ def test_unknown_characters_and_bad_ids_are_named():
 
 
 def test_bpe_training_is_deterministic_and_lossless_from_any_text(corpus):
-    one, two = data.train_bpe([corpus], 500), data.train_bpe([corpus], 500)
+    one, two = train_bpe([corpus], 500), train_bpe([corpus], 500)
     assert one.to_json() == two.to_json() and one.vocab_size == 500
     assert len(one.encode(corpus)) < len(corpus) / 3
-    assert data.train_bpe(["a"], 300).encode("zé") and data.train_bpe(["a"], 300).vocab_size == 257
+    assert train_bpe(["a"], 300).encode("zé") and train_bpe(["a"], 300).vocab_size == 257
     for size, preset in ((256, "gpt2"), (300, "gpt5")):
         with pytest.raises(UserError):
-            data.train_bpe([corpus], size, preset)
+            train_bpe([corpus], size, preset)
 
 
 def test_presets_split_words_as_they_should(tokenizers):
     def words(name, text):
-        return ["".join(word) for word, _ in tokenizers[name]._hf.pre_tokenizer.pre_tokenize_str(text)]
+        return ["".join(word) for word, _ in tokenizers[name].hf.pre_tokenizer.pre_tokenize_str(text)]
 
     assert words("gpt2", "I'm 1234\n\nx") == ["I", "'m", "Ġ1234", "Ċ", "Ċ", "x"]
     assert words("smollm", "a 1234") == ["a", "Ġ", "1", "2", "3", "4"]
@@ -175,7 +177,7 @@ def test_gpt2_from_tiktoken_is_gpt2(gpt2):
     published = (SHARED / "gpt2_vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
     assert [" ".join(pair) if isinstance(pair, list) else pair for pair in merges] == published
     theirs = tiktoken.get_encoding("gpt2")
-    for text in [*random_texts(2000), *data.AWKWARD]:
+    for text in [*random_texts(2000), *AWKWARD]:
         assert gpt2.encode(text) == theirs.encode(text, disallowed_special=())
         assert gpt2.decode(gpt2.encode(text)) == text
 
@@ -191,14 +193,14 @@ def test_twin_of_newer_tiktoken_patterns_and_gaps(gpt2, pattern):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(openai_public, "load_tiktoken_bpe", lambda *args, **kwargs: ranks)
         published = getattr(openai_public, f"{pattern}_base")()
-    specials = {data.EOT: 300, "<|im_start|>": 310}
+    specials = {EOT: 300, "<|im_start|>": 310}
     encoding = tiktoken.Encoding("small", pat_str=published["pat_str"], mergeable_ranks=ranks, special_tokens=specials)
-    twin = data.from_tiktoken(encoding)
+    twin = from_tiktoken(encoding)
     assert (twin.vocab_size, twin.eot) == (311, 300)
     texts = [*random_texts(1500), "the 1234567 thing!\n\n//aaa aaaa    in'LL The\r\n\r\n THEing", "aaaaaaa" * 9]
     for text in texts:
         assert twin.encode(text) == encoding.encode(text, disallowed_special=())
-    text = f"the{data.EOT}in<|im_start|>"
+    text = f"the{EOT}in<|im_start|>"
     assert twin.encode(text, allow_special=True) == encoding.encode(text, allowed_special="all")
 
 
@@ -210,9 +212,9 @@ def test_tiktoken_without_a_network(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tiktoken, "get_encoding", fail)
     with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):
-        data.tiktoken_tokenizer("cl100k_base")
+        tiktoken_tokenizer("cl100k_base")
     with pytest.raises(UserError, match="knows no encoding 'gpt99'.*gpt2"):
-        data.tiktoken_tokenizer("gpt99")
+        tiktoken_tokenizer("gpt99")
 
 
 def test_foreign_tokenizer_gets_an_end_of_text(tmp_path):
@@ -222,15 +224,15 @@ def test_foreign_tokenizer_gets_an_end_of_text(tmp_path):
         hf = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
         hf.add_special_tokens(list(specials))
         hf.save(str(tmp_path / "tokenizer.json"))
-        return data.load_tokenizer(tmp_path / "tokenizer.json")
+        return load_tokenizer(tmp_path / "tokenizer.json")
 
     assert (load("abc").eot, load("abc").vocab_size) == (3, 4)
     assert (load([*"abc", "</s>"], ["</s>"]).eot, load([*"abc", "</s>"]).vocab_size) == (3, 4)
-    assert load(["<|im_end|>", *"abc", data.EOT]).eot == 4
+    assert load(["<|im_end|>", *"abc", EOT]).eot == 4
 
 
 def damaged_tokenizers():
-    good = json.loads(data.byte_tokenizer().to_json())
+    good = json.loads(byte_tokenizer().to_json())
 
     def edit(**changes):
         return json.dumps(good | changes)
@@ -238,7 +240,7 @@ def damaged_tokenizers():
     model = good["model"]
     return {
         "empty": "", "object": "{}", "missing page": "404: Not Found", "list": "[1]", "deep": "[" * 100_000,
-        "truncated": data.byte_tokenizer().to_json()[:-200], "not UTF-8": b"\xff\xfe{",
+        "truncated": byte_tokenizer().to_json()[:-200], "not UTF-8": b"\xff\xfe{",
         "merge of nothing": edit(model=model | {"merges": [["a", "bbbb"]]}),
         "id 4e9": edit(model=model | {"vocab": model["vocab"] | {"x1": 4_000_000_000}}),
         "same id twice": edit(model=model | {"vocab": model["vocab"] | {"x1": 3}}),
@@ -252,13 +254,13 @@ def test_damaged_tokenizer_ends_in_one_line(tmp_path, case):
     content = damaged_tokenizers()[case]
     (tmp_path / "tokenizer.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError) as caught:
-        data.load_tokenizer(tmp_path).encode("some text")  # a Rust panic comes only when it is used
+        load_tokenizer(tmp_path).encode("some text")  # a Rust panic comes only when it is used
     assert "tokenizer.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_missing_tokenizer(tmp_path):
     with pytest.raises(UserError, match="there is no tokenizer"):
-        data.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 # batches
@@ -339,7 +341,7 @@ def test_eval_windows_predict_each_token_once(n, size):
 
 
 def test_written_is_loaded(tmp_path):
-    tokenizer = data.byte_tokenizer()
+    tokenizer = byte_tokenizer()
     train, val = np.arange(1000) % 256, np.arange(100) % 256
     path = write(tmp_path / "ds", tokenizer, train, val, train_mask=np.arange(1000) % 2, val_mask=np.ones(100))
     dataset = data.load(path)
@@ -359,7 +361,7 @@ def test_large_vocabulary_takes_uint32(tmp_path):
     from tokenizers import Tokenizer, models
 
     def tokenizer(n):
-        return data.Tokenizer(Tokenizer(models.WordLevel({f"w{i}": i for i in range(n - 1)}, unk_token="w0")))
+        return Tokenizer(Tokenizer(models.WordLevel({f"w{i}": i for i in range(n - 1)}, unk_token="w0")))
 
     big, ids = tokenizer(128_260), np.array([0, 65_535, 65_536, 70_000, 128_259])
     dataset = data.load(write(tmp_path / "big", big, ids, ids))
@@ -371,25 +373,25 @@ def test_large_vocabulary_takes_uint32(tmp_path):
 @pytest.mark.parametrize("bad", [257, 70_000, -1, 2**16])
 def test_ids_never_wrap(tmp_path, bad):
     with pytest.raises(UserError, match="outside the vocabulary"):
-        write(tmp_path / "ds", data.byte_tokenizer(), np.array([1, bad]), np.array([1, 2]))
+        write(tmp_path / "ds", byte_tokenizer(), np.array([1, bad]), np.array([1, 2]))
     assert list(tmp_path.iterdir()) == []  # and nothing is left behind
 
 
 def test_empty_split_is_not_written(tmp_path):
     with pytest.raises(UserError, match="val split would be empty"):
-        write(tmp_path / "ds", data.byte_tokenizer(), np.array([1, 2]), np.array([], int))
+        write(tmp_path / "ds", byte_tokenizer(), np.array([1, 2]), np.array([], int))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_full_disk(tmp_path, monkeypatch):
-    write(tmp_path / "ds", data.byte_tokenizer(), np.array([1, 2]), np.array([3]))
+    write(tmp_path / "ds", byte_tokenizer(), np.array([1, 2]), np.array([3]))
 
     def full(*args):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(data.os, "fsync", full)
     with pytest.raises(UserError, match="disk is full.*ds"):
-        write(tmp_path / "ds", data.byte_tokenizer(), np.array([4, 5]), np.array([6]))
+        write(tmp_path / "ds", byte_tokenizer(), np.array([4, 5]), np.array([6]))
     assert [item.name for item in tmp_path.iterdir()] == ["ds"]
     assert data.load(tmp_path / "ds").train.tolist() == [1, 2]
 
@@ -398,7 +400,7 @@ def test_leftovers_of_dead_processes_are_cleaned(tmp_path):
     dead, alive = 2**22 + 1, data.os.getppid()
     for name in (f".ds.tmp-{dead}", f".ds.old-{dead}", f".ds.tmp-{alive}", f".other.tmp-{dead}"):
         (tmp_path / name).mkdir()
-    path = write(tmp_path / "ds", data.byte_tokenizer(), np.array([1, 2]), np.array([3]))
+    path = write(tmp_path / "ds", byte_tokenizer(), np.array([1, 2]), np.array([3]))
     assert sorted(item.name for item in tmp_path.iterdir()) == [f".ds.tmp-{alive}", f".other.tmp-{dead}", "ds"]
     path.rename(tmp_path / f".ds.old-{dead}")  # killed between the two renames of a replacement
     data._remove_stale(path)
@@ -473,7 +475,7 @@ DAMAGE = {
 def test_damaged_dataset_is_refused_with_a_reason(tmp_path, case):
     reason, damage = DAMAGE[case]
     folder = write(
-        tmp_path / "ds", data.byte_tokenizer(), np.arange(1000) % 256, np.arange(100), train_mask=np.arange(1000) % 2
+        tmp_path / "ds", byte_tokenizer(), np.arange(1000) % 256, np.arange(100), train_mask=np.arange(1000) % 2
     )
     data.load(folder)
     damage(folder)
@@ -486,7 +488,7 @@ def test_damaged_dataset_is_refused_with_a_reason(tmp_path, case):
 def test_random_damage_never_loads(tmp_path):
     """Any cut and any flipped bit in a binary file is found; in meta.json, found or harmless."""
     rng = random.Random(5)
-    folder = write(tmp_path / "ds", data.byte_tokenizer(), np.arange(1000) % 256, np.arange(100))
+    folder = write(tmp_path / "ds", byte_tokenizer(), np.arange(1000) % 256, np.arange(100))
     for name in ("train.bin", "val.bin", "tokenizer.json", "meta.json"):
         whole = (folder / name).read_bytes()
         for _ in range(60):
@@ -505,7 +507,7 @@ def test_random_damage_never_loads(tmp_path):
 
 def test_files_beyond_the_hash_limit_are_checked_at_both_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "FULL_HASH_LIMIT", 1 << 20)
-    folder = write(tmp_path / "ds", data.byte_tokenizer(), np.arange(2_000_000) % 256, np.arange(100))
+    folder = write(tmp_path / "ds", byte_tokenizer(), np.arange(2_000_000) % 256, np.arange(100))
     data.load(folder)
     flip(folder / "train.bin", 100)
     with pytest.raises(UserError, match="sha256_ends"):
@@ -520,7 +522,7 @@ def test_no_dataset(tmp_path):
     with pytest.raises(UserError, match="there is no dataset .*nothing.*prepare"):
         data.load(tmp_path / "nothing")
     for name in ("plays", "poems"):
-        write(tmp_path / name, data.byte_tokenizer(), np.arange(100), np.arange(100))
+        write(tmp_path / name, byte_tokenizer(), np.arange(100), np.arange(100))
     with pytest.raises(UserError, match="did you mean 'plays'"):
         data.load(tmp_path / "play")
     with pytest.raises(UserError, match="there is plays, poems$"):
@@ -531,11 +533,11 @@ def test_no_dataset(tmp_path):
 def test_a_mask_that_lets_nothing_count_is_refused(tmp_path, split):
     mask = np.zeros(300)
     mask[0] = 1  # the first token is never predicted
-    write(tmp_path / "ds", data.byte_tokenizer(), np.arange(300) % 256, np.arange(300) % 256, **{f"{split}_mask": mask})
+    write(tmp_path / "ds", byte_tokenizer(), np.arange(300) % 256, np.arange(300) % 256, **{f"{split}_mask": mask})
     with pytest.raises(UserError, match=f"{split}.mask.bin lets no token count"):
         data.load(tmp_path / "ds")
     mask[150] = 1
-    write(tmp_path / "ds", data.byte_tokenizer(), np.arange(300) % 256, np.arange(300) % 256, **{f"{split}_mask": mask})
+    write(tmp_path / "ds", byte_tokenizer(), np.arange(300) % 256, np.arange(300) % 256, **{f"{split}_mask": mask})
     data.load(tmp_path / "ds")
 
 
@@ -543,7 +545,7 @@ def test_loading_needs_no_tokenizers_library(tmp_path):
     import subprocess
     import sys
 
-    folder = write(tmp_path / "ds", data.byte_tokenizer(), np.arange(100), np.arange(100))
+    folder = write(tmp_path / "ds", byte_tokenizer(), np.arange(100), np.arange(100))
     code = f"import sys, data; data.load({str(folder)!r}); assert not {{'tokenizers', 'torch'}} & set(sys.modules)"
     root = Path(__file__).resolve().parent.parent
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0

@@ -15,17 +15,16 @@ import pytest
 import torch
 from conftest import ROOT
 
-import chat
-import checkpoint
-import data
 import evaluate
 import model
 import sample
-import sandbox
-import skills
-from configurator import UserError
 from evaluate import Config, Floor, Speaker
 from prepare.text import prepare
+from tasks import sandbox, skills
+from thimble import chat, checkpoint, data
+from thimble.files import UserError
+from thimble.generate import generate
+from thimble.tokenizer import byte_tokenizer, load_tokenizer
 
 HUMANEVAL = ROOT.parent / "shared" / "data" / "HumanEval.jsonl.gz"
 LACKS = sandbox.active()[1] if sys.platform == "linux" else {"everything": "this is no Linux"}
@@ -109,7 +108,7 @@ def runs(tmp_path_factory):
     (root / "text.txt").write_text(text)
     for name, kind in (("byte", "byte"), ("bpe", "bpe")):
         folder = prepare(lambda: iter([text]), name, "tests", kind, vocab_size=300, data_dir=root / "data")
-        tokenizer = data.load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder)
         torch.manual_seed(0)
         m = model.Model(model.Config(n_layer=1, n_head=2, n_embd=16, vocab_size=tokenizer.vocab_size, block_size=32))
         with torch.no_grad():
@@ -130,7 +129,7 @@ def test_every_model_file(arch, tmp_path):
     with torch.no_grad():
         for p in m.parameters():
             p += 0.1 * torch.randn_like(p)
-    (tmp_path / "tokenizer.json").write_text(data.byte_tokenizer().to_json())
+    (tmp_path / "tokenizer.json").write_text(byte_tokenizer().to_json())
     checkpoint.save(tmp_path / "run", 0, m.state_dict(), None, {"arch": arch, "model_config": asdict(m.config)},
                     tmp_path / "tokenizer.json", best=True)
     (tmp_path / "text").write_text(text)
@@ -221,7 +220,7 @@ def test_completions_side_by_side_are_those_drawn_alone(runs, name):
     assert speaker.completions("the big cat", 40) == [speaker.complete("the big cat", 40)]
     ids, text = speaker.tokenizer.encode("the big cat"), ""
     stream = speaker.tokenizer.stream()
-    for token in sample.generate(speaker.model, ids, 40, torch.Generator().manual_seed(3), speaker.stop_ids,
+    for token in generate(speaker.model, ids, 40, torch.Generator().manual_seed(3), speaker.stop_ids,
                                  speaker.tokenizer.vocab_size, temperature=1.5):
         text += stream.step(token)
     assert cut(text + stream.flush(), ("o",)) == together[3]

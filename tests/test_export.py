@@ -14,13 +14,14 @@ import pytest
 import safetensors.torch
 import torch
 
-import checkpoint
-import configurator
-import data
 import export
-import foreign
-from configurator import UserError
-from sample import deployed, generate
+from formats import foreign
+from prepare.make_tokenizer import train_bpe
+from thimble import checkpoint, data, files, load
+from thimble.files import UserError
+from thimble.generate import generate
+from thimble.load import deployed
+from thimble.tokenizer import byte_tokenizer, char_tokenizer
 
 SHAPE = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 48}
 CASES = {
@@ -42,8 +43,8 @@ TEXT = "The quick brown fox, 1234 times: naïve café — ¿ñ? 日本語 🎉\n
 @functools.cache
 def tokenizer(kind, pretokenizer="gpt2"):
     if kind == "bpe":
-        return data.train_bpe([TEXT + Path(data.__file__).read_text(encoding="utf-8")], 500, pretokenizer)
-    return data.byte_tokenizer() if kind == "byte" else data.char_tokenizer(TEXT)
+        return train_bpe([TEXT + Path(data.__file__).read_text(encoding="utf-8")], 500, pretokenizer)
+    return byte_tokenizer() if kind == "byte" else char_tokenizer(TEXT)
 
 
 @functools.cache
@@ -159,7 +160,7 @@ def test_1000_hard_strings_are_the_same_ids_in_llama_cpp(tmp_path, kind, pretoke
         wrong = [(text, a, b) for text, a, b in zip(hard, want, there, strict=True) if list(a) != b]
         assert not wrong, (len(wrong), wrong[0])
         assert [reader.decode(ids) for ids in there[:100]] == hard[:100]
-        again = data.load_tokenizer(path)                  # and what we read of that file is the tokenizer it was
+        again = load.read_tokenizer(path)                  # and what we read of that file is the tokenizer it was
         assert [list(ids) for ids in again.encode_batch(hard)] == there and again.eot == words.eot
     finally:
         reader.close()
@@ -241,7 +242,7 @@ def swap_scales(path):
 
 
 def other_graph(path):
-    import onnx_graph
+    from formats import onnx as onnx_graph
     model = built("llama")[0]
     onnx_graph.export(export.with_weights(model, lambda name, w: w * 1.01 if "blocks.1.mlp.up" in name else w),
                       path / "other.onnx")
@@ -293,8 +294,8 @@ def test_out_and_in_again(tmp_path, case, form, quant):
     pytest.importorskip("gguf", reason="pip install -r requirements-test.txt")
     path = tmp_path / f"model.{form}"
     out(case, path, form, quant, checked=False, meta={"stop_ids": [3], "eos": 3, "chat_template": "{{ messages }}"})
-    loaded, (model, words) = checkpoint.load(path), built(case)
-    back, again = checkpoint.load_model(loaded).eval(), data.load_tokenizer(path)
+    loaded, (model, words) = load.read(path), built(case)
+    back, again = checkpoint.load_model(loaded).eval(), load.read_tokenizer(path)
     ids = torch.randint(words.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
     gap = (back(ids)[0] - model(ids)[0]).abs().max().item()
     assert gap <= {"f32": 1e-6, "f16": 0.02, "bf16": 0.2, "q8_0": 0.5, "q4_0": 6.0}[quant]
@@ -313,7 +314,7 @@ def test_q4_1_is_read(tmp_path):
     name = "blk.0.ffn_up.weight"
     path.write_bytes(gguf_file(values={name: w}, tensors=lambda key, w: (
         (3, gguf.quantize(w, kind).tobytes()) if key == name else (0, w.tobytes()))))
-    got = checkpoint.load(path).model["blocks.0.mlp.up_proj.weight"].numpy()
+    got = load.read(path).model["blocks.0.mlp.up_proj.weight"].numpy()
     assert np.abs(got - gguf.dequantize(gguf.quantize(w, kind), kind)).max() == 0 and np.abs(got - w).max() < 0.3
 
 
@@ -492,8 +493,8 @@ def refused(path):
     """Load all there is; one line of error and no memory worth naming."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError) as error:
-        checkpoint.load_model(checkpoint.load(path))
-        data.load_tokenizer(path)
+        checkpoint.load_model(load.read(path))
+        load.read_tokenizer(path)
     message = str(error.value)
     assert "\n" not in message and str(path) in message and len(message) < 600, message
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000                # kB
@@ -503,8 +504,8 @@ def test_the_good_ones_are_good(tmp_path, folder):
     pytest.importorskip("gguf", reason="pip install -r requirements-test.txt")
     (tmp_path / "m.gguf").write_bytes(GOOD_GGUF)
     for path in (tmp_path / "m.gguf", folder):
-        checkpoint.load_model(checkpoint.load(path))
-        data.load_tokenizer(path)
+        checkpoint.load_model(load.read(path))
+        load.read_tokenizer(path)
 
 
 @pytest.mark.parametrize("name", BAD_GGUF)
@@ -538,8 +539,8 @@ def test_damaged_bytes_never_crash(tmp_path):
             content[rng.randrange(1500)] = rng.choice([0, 1, 127, 128, 255, rng.randrange(256)])
         path.write_bytes(content)
         try:
-            checkpoint.load_model(checkpoint.load(path))
-            data.load_tokenizer(path)
+            checkpoint.load_model(load.read(path))
+            load.read_tokenizer(path)
         except UserError as error:
             assert "\n" not in str(error)
 
@@ -560,7 +561,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     for wrong, words in (({"format": "hf"}, "already exists"), ({"quant": "q9", "out": "x"}, "use f32, f16, bf16"),
                          ({"window": True, "out": "x"}, "--window is a form of ONNX"),
                          ({"format": "gguf", "quant": "tq2_0"}, "use --quant=q8_0")):
-        with pytest.raises(configurator.UserError, match=words):
+        with pytest.raises(files.UserError, match=words):
             export.main(export.Config(**wrong))
     assert not (tmp_path / "x").exists()
     export.main(export.Config(checkpoint="exports/mine-hf", format="onnx", window=True, check=False))

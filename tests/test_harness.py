@@ -6,10 +6,10 @@ from dataclasses import asdict
 import pytest
 import torch
 
-import checkpoint
-import data
 import evaluate
 import model
+from thimble import checkpoint
+from thimble.tokenizer import byte_tokenizer
 
 pytest.importorskip("lm_eval", reason="needs pip install lm_eval")
 
@@ -22,7 +22,7 @@ def speaker(tmp_path_factory):
     with torch.no_grad():
         for p in m.parameters():
             p += 0.3 * torch.randn_like(p)
-    (folder / "tokenizer.json").write_text(data.byte_tokenizer().to_json())
+    (folder / "tokenizer.json").write_text(byte_tokenizer().to_json())
     checkpoint.save(folder, 0, m.state_dict(), None, {"arch": "model", "model_config": asdict(m.config)},
                     folder / "tokenizer.json", best=True)
     return evaluate.Speaker(folder, evaluate.Config())

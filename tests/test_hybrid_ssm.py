@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import configurator
 import hybrid_ssm
+from thimble import configurator
 
 CONFIG = hybrid_ssm.Config(n_layer=4, attn_layer_period=3, n_head=4, n_embd=32, n_hidden=48, vocab_size=40,
                            block_size=64, ssm_head_dim=16)

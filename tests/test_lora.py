@@ -3,13 +3,12 @@ import pytest
 import torch
 import torch.nn as nn
 
-import checkpoint
-import configurator
 import model
 import ternary
 import train
-from configurator import UserError
-from lora import Lora
+from thimble import checkpoint, configurator
+from thimble.files import UserError
+from thimble.lora import Lora
 
 
 def tiny(module=model, **kwargs):

@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT
 
 import model
-from configurator import load
+from thimble.configurator import load
 from train import Config as TrainConfig
 
 CONFIG = model.Config(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=48, vocab_size=40, block_size=64)

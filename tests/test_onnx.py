@@ -15,12 +15,13 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-import data
 import export
-import onnx_check
-import onnx_graph
-from configurator import UserError
-from sample import deployed, generate
+from formats import onnx as onnx_graph
+from formats import onnx_check
+from thimble.files import UserError
+from thimble.generate import generate
+from thimble.load import deployed
+from thimble.tokenizer import byte_tokenizer
 
 BASE = {"n_layer": 2, "n_head": 4, "n_embd": 64, "vocab_size": 60, "block_size": 48}
 CASES = {
@@ -241,7 +242,7 @@ def test_refusals_are_one_line(tmp_path, monkeypatch):
         onnx_check.check(built("dense"), path)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="install Node.js"):
-        export.export(built("dense"), data.byte_tokenizer(), tmp_path / "web", "web")
+        export.export(built("dense"), byte_tokenizer(), tmp_path / "web", "web")
 
 
 def test_check_refuses_files_that_are_not_ours(ort, tmp_path):
@@ -259,7 +260,7 @@ def test_check_refuses_files_that_are_not_ours(ort, tmp_path):
 @functools.cache
 def spoken():
     """A model of bytes, and its tokenizer."""
-    module, tokenizer = importlib.import_module("model"), data.byte_tokenizer()
+    module, tokenizer = importlib.import_module("model"), byte_tokenizer()
     torch.manual_seed(0)
     model = module.Model(module.Config(n_layer=2, n_embd=64, block_size=96, vocab_size=tokenizer.vocab_size)).eval()
     with torch.no_grad():

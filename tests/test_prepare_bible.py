@@ -7,9 +7,9 @@ import zipfile
 
 import pytest
 
-import data
-from configurator import UserError
 from prepare import bible
+from thimble import data
+from thimble.files import UserError
 
 LINES = [f"{book} {c}:{v} {book} says {c * v} words." for book in "abcdefghij" for c in (1, 2) for v in (1, 2, 3)]
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-import data
 from prepare import python_code, synthetic_code
+from thimble import data
+from thimble.tokenizer import EOT
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_functions_become_a_dataset(tmp_path):
     synthetic_code.main(synthetic_code.Config(kind="functions", samples=400, data_dir=str(tmp_path)))
     dataset = data.load(tmp_path / "synthetic_functions")
     text = dataset.tokenizer().decode(dataset.val, skip_special=False)
-    for document in text.split(data.EOT):
+    for document in text.split(EOT):
         ast.parse(document)
 
 

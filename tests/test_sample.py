@@ -11,12 +11,11 @@ import pytest
 import torch
 from conftest import ROOT
 
-import checkpoint
-import configurator
-import data
 import model
 import sample
-from sample import StopTexts, beam_search, filter_logits, generate
+from thimble import checkpoint, configurator
+from thimble.generate import StopTexts, beam_search, filter_logits, generate
+from thimble.tokenizer import char_tokenizer
 
 V = 5
 
@@ -231,7 +230,7 @@ def test_stop_texts_across_tokens(pieces, stops, shown):
 def run(tmp_path_factory):
     """A checkpoint of an untrained char model."""
     folder = tmp_path_factory.mktemp("runs") / "untrained"
-    tokenizer = data.char_tokenizer("\n abcdeé")
+    tokenizer = char_tokenizer("\n abcdeé")
     torch.manual_seed(0)
     m = model.Model(model.Config(n_layer=1, n_head=2, n_embd=16, vocab_size=tokenizer.vocab_size, block_size=16))
     (folder.parent / "tokenizer.json").write_text(tokenizer.to_json())

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import sandbox
-from sandbox import Limits
+from tasks import sandbox
+from tasks.sandbox import Limits
 
 ROOT = Path(__file__).resolve().parent.parent
 HUMANEVAL = ROOT.parent / "shared" / "data" / "HumanEval.jsonl.gz"
@@ -126,7 +126,7 @@ def workers():
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            ours = str(ROOT / "sandbox.py").encode() in (folder / "cmdline").read_bytes()
+            ours = str(ROOT / "tasks" / "sandbox.py").encode() in (folder / "cmdline").read_bytes()
             if ours and "Z" not in (folder / "stat").read_text().split()[2]:
                 found.add(folder.name)
         except OSError:
@@ -256,7 +256,7 @@ def test_cheats_all(name):
 def test_command_line(tmp_path):
     program = tmp_path / "p.py"
     program.write_text("print('hello')")
-    out = subprocess.run([sys.executable, ROOT / "sandbox.py", program], capture_output=True, text=True)
+    out = subprocess.run([sys.executable, ROOT / "tasks" / "sandbox.py", program], capture_output=True, text=True)
     assert out.returncode == 0 and "landlock" in out.stdout and "hello" in out.stdout
-    out = subprocess.run([sys.executable, ROOT / "sandbox.py", "nosuch.py"], capture_output=True, text=True)
+    out = subprocess.run([sys.executable, ROOT / "tasks" / "sandbox.py", "nosuch.py"], capture_output=True, text=True)
     assert out.returncode == 1 and "nosuch.py" in out.stderr and "Traceback" not in out.stderr

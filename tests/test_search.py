@@ -15,14 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-import configurator
-import data
 import train
-from configurator import UserError
+from thimble import checkpoint, configurator, data
+from thimble.files import UserError
 
 optuna = pytest.importorskip("optuna", reason="needs optuna: pip install -r requirements-search.txt")
-import search  # noqa: E402
+import search
 
 LOOP = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 32, "batch_size": 8, "max_steps": 9, "eval_every": 1,
         "device": "cpu", "dtype": "float32"}

@@ -22,13 +22,13 @@ import pytest
 import torch
 from conftest import ROOT
 
-import chat
-import checkpoint
-import data
-import sample
 import serve
+from thimble import chat, checkpoint
+from thimble.generate import generate
+from thimble.load import deployed
+from thimble.tokenizer import byte_tokenizer
 
-TOKENIZER = data.byte_tokenizer()
+TOKENIZER = byte_tokenizer()
 BASE = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": TOKENIZER.vocab_size, "block_size": 96}
 KINDS = {"dense": ("model", {"n_kv_head": 2}), "ternary": ("ternary", {}), "hybrid": ("hybrid_ssm", {"ssm": "mamba2"}),
          "mamba1": ("hybrid_ssm", {"ssm": "mamba1"})}
@@ -42,7 +42,7 @@ def tiny(kind="dense", **extra):
     with torch.no_grad():
         for p in m.parameters():
             p += 0.2 * torch.randn(p.shape, generator=generator)
-    return sample.deployed(m)
+    return deployed(m)
 
 
 class Script:
@@ -138,7 +138,7 @@ def prompts(n, longest=40):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_writes_what_each_would_alone(kind):
     model = tiny(kind)
-    alone = [list(sample.generate(model, ids, 1 + 5 * k % 40, None, (TOKENIZER.eot,), TOKENIZER.vocab_size,
+    alone = [list(generate(model, ids, 1 + 5 * k % 40, None, (TOKENIZER.eot,), TOKENIZER.vocab_size,
                                   temperature=0)) for k, ids in enumerate(prompts(20))]
     with running(model, max_batch=6) as (port, ours):
         def one(k):
@@ -206,7 +206,7 @@ def test_logprobs_are_those_of_a_forward_pass(served):
         answer = served.api.completions.create(model="tiny", prompt=ids, max_tokens=n, echo=True, logprobs=3,
                                                temperature=0).choices[0]
         given, text = answer.logprobs, answer.text
-        written = list(sample.generate(served.model, ids, n, None, (), TOKENIZER.vocab_size, temperature=0))
+        written = list(generate(served.model, ids, n, None, (), TOKENIZER.vocab_size, temperature=0))
         logp = served.model(torch.tensor([ids + written]))[0][0].log_softmax(-1)
         assert given.token_logprobs[0] is None and given.top_logprobs[0] is None
         assert len(given.tokens) == len(ids) + n
@@ -226,7 +226,7 @@ def test_chats_go_on_from_what_a_row_holds():
             for _ in range(3):
                 answer = ask(port, "/v1/completions", {"prompt": ids, "max_tokens": 5, "temperature": 0,
                                                        "logprobs": 0})[1]["choices"][0]
-                new = list(sample.generate(model, ids, 5, None, (), TOKENIZER.vocab_size, temperature=0))
+                new = list(generate(model, ids, 5, None, (), TOKENIZER.vocab_size, temperature=0))
                 assert answer["text"] == TOKENIZER.decode(new)
                 logp = model(torch.tensor([ids + new]))[0][0].log_softmax(-1)[len(ids) - 1:]
                 expected = [logp[i, token].item() for i, token in enumerate(new)]
@@ -284,7 +284,7 @@ def test_whoever_comes_and_leaves_the_others_write_what_they_would_alone(kind, m
             s.index.extend(logp for _, _, logp, _ in entries)
             if not finish or s.cancelled:
                 continue
-            new = list(sample.generate(model, s.prompt, s.room, None, (TOKENIZER.eot,), TOKENIZER.vocab_size,
+            new = list(generate(model, s.prompt, s.room, None, (TOKENIZER.eot,), TOKENIZER.vocab_size,
                                        temperature=0))
             assert [i for i in s.out if i != TOKENIZER.eot] == new
             text = s.prompt + s.out

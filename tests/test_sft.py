@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-import chat
-import checkpoint
-import configurator
-import data
 import model
 import train
-from configurator import UserError
 from prepare import sft
+from prepare.make_tokenizer import train_bpe
+from thimble import chat, checkpoint, configurator, data
+from thimble.files import UserError
+from thimble.tokenizer import Tokenizer, byte_tokenizer, char_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TALK = [{"role": "system", "content": "Be brief."},
@@ -29,14 +28,14 @@ TEXT = ["User: Hello world. Assistant: ### Response:\n system user assistant\n\n
 
 def smollm_like():
     """A BPE with chatml's special tokens, as SmolLM2's has."""
-    tokenizer = data.train_bpe(TEXT, 300, "smollm")
-    tokenizer._hf.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    return data.Tokenizer(tokenizer._hf)
+    tokenizer = train_bpe(TEXT, 300, "smollm")
+    tokenizer.hf.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return Tokenizer(tokenizer.hf)
 
 
-TOKENIZERS = {"byte": data.byte_tokenizer, "gpt2": lambda: data.train_bpe(TEXT, 320, "gpt2"),
-              "llama3": lambda: data.train_bpe(TEXT, 320, "llama3"), "smollm": smollm_like,
-              "char": lambda: data.char_tokenizer("".join(m["content"] for m in TALK) + "".join(TEXT)
+TOKENIZERS = {"byte": byte_tokenizer, "gpt2": lambda: train_bpe(TEXT, 320, "gpt2"),
+              "llama3": lambda: train_bpe(TEXT, 320, "llama3"), "smollm": smollm_like,
+              "char": lambda: char_tokenizer("".join(m["content"] for m in TALK) + "".join(TEXT)
                                                   + "<|im_start|>Instruction:#Inputxy")}
 
 
@@ -78,12 +77,12 @@ def test_a_token_across_the_border_is_refused():
     hf = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[(":", " ")]))
     hf.decoder = tokenizers.decoders.Fuse()
     with pytest.raises(UserError, match="reaches from the prompt"):
-        chat.encode(data.Tokenizer(hf), [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}],
+        chat.encode(Tokenizer(hf), [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}],
                     "elite")
 
 
 def test_fit_forgets_the_oldest():
-    tokenizer = data.byte_tokenizer()
+    tokenizer = byte_tokenizer()
     whole = chat.fit(tokenizer, TALK, "elite", 1000)
     assert whole == chat.encode(tokenizer, TALK, "elite", reply=True)[0]
     short = chat.fit(tokenizer, TALK, "elite", len(whole) - 1)
@@ -124,7 +123,7 @@ def rows(tmp_path_factory):
 
 
 def test_rows(rows):
-    dataset, tokenizer = data.load(rows), data.byte_tokenizer()
+    dataset, tokenizer = data.load(rows), byte_tokenizer()
     assert dataset.row_length == 96 and dataset.meta["template"] == "elite"
     texts = {}
     for split in data.SPLITS:
@@ -197,7 +196,7 @@ def test_the_terminal_asks_as_training_did(rows, tmp_path, monkeypatch, capsys):
     cfg = configurator.load(train.Config, dataset=str(rows), out_dir=str(tmp_path / "run"), max_steps=1, batch_size=4,
                             block_size=96, n_layer=1, n_embd=16, n_head=2, device="cpu", dtype="float32")
     train.train(cfg)
-    tokenizer, asked = data.byte_tokenizer(), []
+    tokenizer, asked = byte_tokenizer(), []
 
     def generate(model, ids, max_new_tokens, generator, stop_ids, vocab_size, **sampling):
         asked.append((ids, max_new_tokens, sampling["temperature"], stop_ids))

@@ -11,12 +11,12 @@ import pytest
 import torch
 from conftest import ROOT
 
-import checkpoint
-import data
 import optim
-import sample
 import ternary
 from kernels import ternary as kernel
+from thimble import checkpoint
+from thimble.load import deployed
+from thimble.tokenizer import byte_tokenizer
 
 BASE = {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32, "n_hidden": 48, "vocab_size": 40, "block_size": 64}
 
@@ -267,7 +267,7 @@ def test_impossible_shapes_are_named(kind, says):
 # ---- packed
 
 def packed(m):
-    return sample.deployed(m)
+    return deployed(m)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -358,7 +358,7 @@ def test_packed_models_do_not_train():
 def run(tmp_path_factory):
     """A checkpoint of the shape of config/tiny_cpu_synthetic.py, with byte-level ids in a table of 4096."""
     folder, tokenizer = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    tokenizer.write_text(data.byte_tokenizer().to_json())
+    tokenizer.write_text(byte_tokenizer().to_json())
     m = shaken(size=0.02, n_head=4, n_kv_head=0, n_layer=4, n_embd=256, n_hidden=512, vocab_size=4096, block_size=256,
                group_size=128, sub_norm=False, n_streams=2, static_streams=True)
     checkpoint.save(folder, 3, m.state_dict(), None, {"arch": "ternary", "model_config": asdict(m.config)}, tokenizer)

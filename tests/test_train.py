@@ -20,13 +20,11 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
-import checkpoint
-import configurator
-import data
 import model
 import search
 import train
 from optim import lr_scale
+from thimble import checkpoint, configurator, data, files
 
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 8, "max_steps": 12, "eval_every": 6,
         "log_every": 1, "dropout": 0.1, "device": "cpu"}
@@ -151,7 +149,7 @@ def test_a_parameter_that_does_nothing_is_named(toy, tmp_path, monkeypatch):
                                       "    def param_groups(self):\n        groups = super().param_groups()\n"
                                       "        return groups | {'vector': groups['vector'] + [self.extra.weight]}\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(configurator.UserError, match="idle.py: no gradient reaches extra.weight"):
+    with pytest.raises(files.UserError, match="no gradient reaches extra.weight"):
         train.train(config(toy, arch="idle"))
 
 
@@ -342,7 +340,7 @@ def test_resume_refuses_another_model_or_dataset(toy, changes, message, tmp_path
         from prepare.text import prepare
         changes = {"dataset": str(prepare(lambda: iter(["one two three. " * 99]), "other", "tests", "byte",
                                           data_dir=tmp_path))}
-    with pytest.raises(configurator.UserError, match=message):
+    with pytest.raises(files.UserError, match=message):
         train.train(config(toy, resume=True, **changes))
 
 
@@ -357,7 +355,7 @@ def test_resume_warns_when_it_cannot_be_the_same(toy, capsys):
 
 def test_resume_never_passes_max_steps(toy):
     train.train(config(toy))
-    with pytest.raises(configurator.UserError, match="is at step 12, past max_steps=3"):
+    with pytest.raises(files.UserError, match="is at step 12, past max_steps=3"):
         train.train(config(toy, max_steps=3, resume=True))
 
 
@@ -370,20 +368,20 @@ def test_a_flag_at_its_default_counts_on_resume(toy, monkeypatch):
 
 def test_an_unhealthy_state_is_never_saved(toy, poison):
     poison.BAD = set(range(5, 1000))
-    with pytest.raises(configurator.UserError, match="not finite"):
+    with pytest.raises(files.UserError, match="not finite"):
         train.train(config(toy, arch="poison", eval_every=1, keep_last=1))
     assert checkpoint.load("run", optimizer=True).meta["step"] == 4
 
 
 def test_a_run_that_cannot_start_leaves_no_folder(toy):
-    with pytest.raises(configurator.UserError, match="a window needs"):
+    with pytest.raises(files.UserError, match="a window needs"):
         train.train(config(toy, block_size=99999))
     assert not os.path.exists("run")
 
 
 def test_a_run_is_never_overwritten(toy):
     train.train(config(toy))
-    with pytest.raises(configurator.UserError, match="already holds a run"):
+    with pytest.raises(files.UserError, match="already holds a run"):
         train.train(config(toy))
 
 
@@ -521,7 +519,7 @@ def test_three_bad_steps_go_back_to_the_last_good_state_with_half_the_rate(toy, 
 
 def test_a_hopeless_run_stops_clearly_and_its_best_is_good(toy, poison):
     poison.BAD = set(range(8, 1000))
-    with pytest.raises(configurator.UserError, match="not finite at step 9.*lower --lr"):
+    with pytest.raises(files.UserError, match="not finite at step 9.*lower --lr"):
         train.train(config(toy, arch="poison"))
     assert all(torch.isfinite(t).all() for t in checkpoint.load("run", which="best").model.values())
 
@@ -557,7 +555,7 @@ def test_a_vocabulary_of_128260_words_is_uint32_and_trains(tmp_path):
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<|endoftext|>"])
     rng = np.random.default_rng(0)
-    with data.Writer(tmp_path / "wide", data.Tokenizer(tokenizer), "random words") as out:
+    with data.Writer(tmp_path / "wide", Tokenizer(tokenizer), "random words") as out:
         for split, n in (("train", 2000), ("val", 200)):
             out.append(split, rng.integers(128_260, size=n), n_bytes=7 * n, documents=1)
         out.meta["baselines"] = {"uniform": 8.0, "unigram": 8.0, "bigram": 8.0, "trigram": 8.0}
@@ -576,7 +574,7 @@ def test_a_missing_dataset_is_prepared(tmp_path):
         assert train.train(cfg)["step"] == 12
     finally:
         shutil.rmtree(made, ignore_errors=True)
-    with pytest.raises(configurator.UserError, match="could not prepare the dataset absent"):
+    with pytest.raises(files.UserError, match="could not prepare the dataset absent"):
         train.train(config("absent", prepare="prepare/text.py --input=/nowhere --name=absent"))
 
 
@@ -587,7 +585,7 @@ def test_fine_tuning_starts_from_a_run(toy):
     record = train.train(configurator.load(train.Config, **few, out_dir="tuned"))  # the model is that of the run
     assert abs(record["val_loss"] - first["val_loss"]) < 0.01
     assert checkpoint.load("tuned").meta["model_config"] == checkpoint.load("base").meta["model_config"]
-    with pytest.raises(configurator.UserError, match="no run folder nowhere|nowhere"):
+    with pytest.raises(files.UserError, match="no run folder nowhere|nowhere"):
         train.train(config(toy, "x", init_from="nowhere"))
 
 
@@ -598,7 +596,7 @@ def test_fine_tuning_takes_or_refuses_model_flags(toy, tmp_path, monkeypatch):
         was = checkpoint.load("base").meta["model_config"]
         assert checkpoint.load(out).meta["model_config"] == was | changes
     for changes, message in (({"n_embd": 64}, r"n_embd=64 \(it has 32\)"), ({"n_layer": 4}, r"n_layer=4 \(it has 1\)")):
-        with pytest.raises(configurator.UserError, match=message):       # 4 is the default
+        with pytest.raises(files.UserError, match=message):       # 4 is the default
             train.train(config(toy, "c", init_from="base", **changes))
     (tmp_path / "placed.py").write_text("from model import *\nfrom model import Model as Plain\n\n"
                                         "class Model(Plain):\n    def __init__(self, config):\n"
@@ -606,9 +604,9 @@ def test_fine_tuning_takes_or_refuses_model_flags(toy, tmp_path, monkeypatch):
                                         "        self.register_buffer('wpe', torch.zeros(config.block_size))\n")
     monkeypatch.syspath_prepend(tmp_path)
     train.train(config(toy, "placed", arch="placed"))
-    with pytest.raises(configurator.UserError, match=r"block_size=16 \(it has 32\).*wpe"):
+    with pytest.raises(files.UserError, match=r"block_size=16 \(it has 32\).*wpe"):
         train.train(config(toy, "c", arch="placed", init_from="placed", block_size=16))
-    with pytest.raises(configurator.UserError, match="trained with --arch=placed"):
+    with pytest.raises(files.UserError, match="trained with --arch=placed"):
         train.train(config(toy, "c", init_from="placed"))
     assert not os.path.exists("c")
 
@@ -617,7 +615,7 @@ def test_fine_tuning_refuses_another_tokenizer(toy, tmp_path):
     from prepare.text import prepare
     train.train(config(toy, "base"))
     other = prepare(lambda: iter(["a b c d e f. " * 99]), "chars", "tests", "char", data_dir=tmp_path)
-    with pytest.raises(configurator.UserError, match="another tokenizer"):
+    with pytest.raises(files.UserError, match="another tokenizer"):
         train.train(config(other, "tuned", init_from="base"))
 
 

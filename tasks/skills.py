@@ -7,7 +7,7 @@ two things, the wrong one comes first.
 import ast
 import re
 
-import sandbox
+from tasks import sandbox
 
 SHORT, LONG = 32, 150                                      # tokens of an answer, at most
 

@@ -4,7 +4,7 @@
     python train.py config/finetune.py --init_from=SmolLM2/
     python export.py --format=hf --checkpoint=SmolLM2.gguf         # in, and out again
 
-`checkpoint.load` and `data.load_tokenizer` come here for such paths. Nothing a file claims is believed before it is
+`checkpoint.load` and `load_tokenizer` come here for such paths. Nothing a file claims is believed before it is
 held against the file's size, and pickles are never read. The tables of names serve export.py, too.
 """
 import functools
@@ -19,10 +19,16 @@ import numpy as np
 import safetensors
 import torch
 
-import checkpoint
-import configurator
-import data
-from configurator import UserError
+from thimble import checkpoint, configurator, files
+from thimble.files import UserError
+from thimble.tokenizer import (
+    Tokenizer,
+    byte_alphabet,
+    byte_level,
+    byte_tokenizer,
+    guard,
+    pre_tokenizer_of,
+)
 
 PREFIXES = ("blocks", "model.layers", "blk")
 NAMES = [  # ours, Hugging Face's Llama and BitNet, llama.cpp's
@@ -197,7 +203,7 @@ def read_safetensors(file):
                     raise ValueError(f"tensor {name} is {tensor.dtype}, which is none of float32, float16, bfloat16")
                 yield name, tensor.float()
     except Exception as error:  # the library's errors share no base class
-        raise UserError(f"{file} is not a valid safetensors file ({checkpoint._short(error)[:200]}): "
+        raise UserError(f"{file} is not a valid safetensors file ({files.short(error)[:200]}): "
                         "download it again") from None
 
 
@@ -211,7 +217,7 @@ def read_json(path, default=None):
         if not isinstance(value, dict):
             raise ValueError("it holds no JSON object")
     except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({checkpoint._short(error)[:100]}): download it again") from None
+        raise UserError(f"{path} cannot be read ({files.short(error)[:100]}): download it again") from None
     return value
 
 
@@ -246,7 +252,7 @@ def open_gguf(path, _):
             raise ValueError("its tensors overlap")
         return reader, {name: field.contents() for name, field in reader.fields.items()}
     except Exception as error:  # of many kinds
-        reason = checkpoint._short(error)[:100]
+        reason = files.short(error)[:100]
         raise UserError(f"{path} is not a sound GGUF file ({reason}): download it again") from None
 
 
@@ -296,7 +302,7 @@ def read_gguf(path):
 
 
 def read_tokenizer(path):
-    """The data.Tokenizer that a GGUF file carries."""
+    """The Tokenizer that a GGUF file carries."""
     values = gguf_parts(path)[0]
     model, pre = values.get("tokenizer.ggml.model"), values.get("tokenizer.ggml.pre")
     tokens, types, merges = (values.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type", "merges"))
@@ -309,7 +315,7 @@ def read_tokenizer(path):
     normal = {token: i for i, token in enumerate(tokens) if types[i] in (1, 6)}
     last = max(normal.values(), default=0)  # a special token before the last normal one is part of the vocabulary
     inside = {token: i for i, token in enumerate(tokens[:last]) if types[i] in (3, 4)}
-    byte_of = {char: byte for byte, char in enumerate(data.byte_alphabet())}
+    byte_of = {char: byte for byte, char in enumerate(byte_alphabet())}
     pairs = [tuple(merge.partition(" ")[::2]) for merge in merges]
     pairs = [pair for pair in pairs if all(part in normal for part in (*pair, "".join(pair)))]
 
@@ -320,14 +326,14 @@ def read_tokenizer(path):
             hf = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=chars | inside, merges=[]))
             hf.decoder = tokenizers.decoders.Fuse()
         else:
-            split = data._pre_tokenizer(PRE[pre]) if pairs else data.byte_tokenizer()._hf.pre_tokenizer
-            hf = data._byte_level(normal | inside, pairs, split, ignore_merges=pre == "llama-bpe")
+            split = pre_tokenizer_of(PRE[pre]) if pairs else byte_tokenizer().hf.pre_tokenizer
+            hf = byte_level(normal | inside, pairs, split, ignore_merges=pre == "llama-bpe")
         for kind, add in ((4, hf.add_tokens), (3, hf.add_special_tokens)):
             wanted = [(i, token) for i, token in enumerate(tokens) if types[i] == kind]
             for i, token in wanted:
                 if hf.token_to_id(token) is None and hf.get_vocab_size() != i:
                     raise ValueError(f"token {token!r} has id {i}, out of order")
                 add([token])
-        return data.Tokenizer(hf, name=str(path))
+        return Tokenizer(hf, name=str(path))
 
-    return data._guard(f"{path}: its tokenizer is damaged", build)
+    return guard(f"{path}: its tokenizer is damaged", build)

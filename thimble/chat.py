@@ -8,7 +8,7 @@
 The text is tokenized as a whole, so that no token ends where only a part of the text ended. A message may have an
 "input" beside its "content", as Alpaca's records do.
 """
-from configurator import UserError
+from thimble.files import UserError
 
 TEMPLATES = ("elite", "chatml", "alpaca")
 ROLES = ("system", "user", "assistant")

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configurator import UserError
-from onnx_graph import QUANTS, copied, quantise4, quantise8
+from formats.onnx import QUANTS, copied, quantise4, quantise8
+from thimble.files import UserError
 
 
 def session(path):
@@ -67,9 +67,9 @@ def twin(model, quant):
         codes, scales = quantise8(weight.numpy())
         return torch.from_numpy((codes.astype(np.float32) - 128) * scales[:, None])
 
-    if hasattr(model, "_embedding"):
-        model.embed.weight.copy_(model._embedding())
-        model._embedding = lambda: model.embed.weight
+    if hasattr(model, "embedding"):
+        model.embed.weight.copy_(model.embedding())
+        model.embedding = lambda: model.embed.weight
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Embedding):
             module.weight.copy_(dequantise8(module.weight))
@@ -82,8 +82,8 @@ def twin(model, quant):
             codes, scales = quantise4(module.weight.numpy())
             scales = np.repeat(scales, 32, 1)[:, :codes.shape[1]]
             module.weight.copy_(torch.from_numpy((codes.astype(np.float32) - 8) * scales))
-    logits = model._logits
-    model._logits = lambda x: logits(round8(x))            # the head's input, also where the head is the embedding
+    logits = model.unembed
+    model.unembed = lambda x: logits(round8(x))            # the head's input, also where the head is the embedding
     return model
 
 

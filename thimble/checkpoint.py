@@ -28,11 +28,12 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from configurator import UserError, from_flat
+from thimble.configurator import from_flat
+from thimble.files import UserError, remove, replace_folder, short, warn, write_atomic, write_synced
 
 FORMAT_VERSION = 1
 STEP = re.compile(r"(\.trash-)?step_([0-9]{6}|[1-9][0-9]{6,17})")
-JUNK = re.compile(r"\.step_[0-9]+\.tmp|\.trash-step_[0-9]+|\.(latest|best)\.tmp")
+JUNK = re.compile(r"\.step_[0-9]+\.tmp|\.trash-step_[0-9]+|\.(latest|best)\.tmp(-[0-9]+)?")
 TABLE_LIMIT = 2**32  # bytes of a model's buffers (position tables and such); a config that asks for more is broken
 
 
@@ -42,10 +43,6 @@ class Checkpoint:
     meta: dict
     model: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor] | None  # moments and random states; None unless asked for
-
-
-def warn(text):
-    print(f"warning: {text}", file=sys.stderr)
 
 
 # ---- writing
@@ -58,9 +55,9 @@ def save(run_dir, step, model_tensors, optimizer_tensors, meta, tokenizer=None, 
     that were there before then still load.
     """
     run_dir, name = Path(run_dir), f"step_{step:06d}"
-    files = {"model.safetensors": _pack(model_tensors)}
+    files = {"model.safetensors": pack_tensors(model_tensors)}
     if optimizer_tensors is not None:
-        files["optimizer.safetensors"] = _pack(optimizer_tensors)
+        files["optimizer.safetensors"] = pack_tensors(optimizer_tensors)
     if tokenizer is not None:
         files["tokenizer.json"] = Path(tokenizer).read_bytes()
     manifest = {key: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for key, data in files.items()}
@@ -77,7 +74,7 @@ def save(run_dir, step, model_tensors, optimizer_tensors, meta, tokenizer=None, 
                     raise OSError(errno.ENOSPC, "disk full")
             _write_folder(run_dir / name, files)
             for which in ["best"] * best + ["latest"]:  # best first: a kill in between must not orphan the best one
-                _write_pointer(run_dir, which, name)
+                write_atomic(run_dir / which, name)
             break
         except OSError as error:
             if attempt == 0 and error.errno in (errno.EIO, errno.EINTR):
@@ -93,7 +90,7 @@ def save(run_dir, step, model_tensors, optimizer_tensors, meta, tokenizer=None, 
     return run_dir / name
 
 
-def _pack(tensors):
+def pack_tensors(tensors):
     # a copy of each: safetensors refuses tensors that share memory or have gaps
     dense = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
     return safetensors.torch.save(dense, {"format": "pt"})
@@ -108,59 +105,17 @@ def _free(run_dir):
 
 
 def _write_folder(final, files):
-    temp, trash = final.with_name(f".{final.name}.tmp"), final.with_name(f".trash-{final.name}")
-    moved = False
+    temporary = final.with_name(f".{final.name}.tmp")
     try:
-        _remove(temp)
-        temp.mkdir()
+        remove(temporary)
+        temporary.mkdir()
         for name, data in files.items():
-            _write_file(temp / name, data)
-        _sync_folder(temp)
-        if os.path.lexists(final):  # this step was reached before, and the run resumed from further back
-            _remove(trash)
-            os.rename(final, trash)
-            moved = True
-        os.rename(temp, final)
+            write_synced(temporary / name, data)
     except BaseException:
-        if moved:
-            os.rename(trash, final)
-        _remove(temp)
+        remove(temporary)
         raise
-    _sync_folder(final.parent)  # without it the rename is atomic but not durable
-
-
-def _write_file(path, data):
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_pointer(run_dir, which, name):
-    temp = run_dir / f".{which}.tmp"
-    _remove(temp)
-    _write_file(temp, name.encode())
-    os.replace(temp, run_dir / which)
-    _sync_folder(run_dir)
-
-
-def _sync_folder(path):
-    if os.name == "nt":  # Windows cannot open a folder
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(path):
-    """Delete a file, a folder or a link (never what it points to). On an error: the next save sweeps again."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
+    # there may be one: this step was reached before, and the run resumed from further back
+    replace_folder(temporary, final, trash=final.with_name(f".trash-{final.name}"))
 
 
 def _prune(run_dir, keep_last):
@@ -171,11 +126,11 @@ def _prune(run_dir, keep_last):
     for path in whole:
         if path.name not in keep and not path.is_symlink():
             trash = path.with_name(f".trash-{path.name}")
-            _remove(trash)
+            remove(trash)
             os.rename(path, trash)  # first, so that half a folder never bears a good name
     for path in run_dir.iterdir():
         if JUNK.fullmatch(path.name):
-            _remove(path)
+            remove(path)
 
 
 # ---- finding
@@ -239,14 +194,10 @@ def newest_run(root="runs"):
 def load(path=None, which="latest", optimizer=False):
     """Read a checkpoint folder, the `which` of a run folder, or that of the newest run. UserError if it is damaged.
 
-    Every file read is held against the sha256 in meta.json; the optimizer's is read only if asked for. Foreign weights
-    (a Hugging Face folder, a GGUF file) come through foreign.py.
+    Every file read is held against the sha256 in meta.json; the optimizer's is read only if asked for. What other
+    programs wrote (a Hugging Face folder, a GGUF file) is read by load.py.
     """
     path = newest_run() if path is None else Path(path)
-    weights = {".safetensors", ".bin", ".pt", ".pth"} & {file.suffix for file in path.glob("*")}
-    if path.is_file() or weights and (path / "config.json").is_file():
-        import foreign  # which imports this file
-        return foreign.read(path)
     if not path.is_dir():
         raise UserError(f"no checkpoint or run folder {path}: check the name, or train one with python train.py")
     if not (STEP.fullmatch(path.name) or os.path.lexists(path / "meta.json")):
@@ -262,7 +213,7 @@ def load(path=None, which="latest", optimizer=False):
             data[name] = _read(path / name)
             if hashlib.sha256(data[name]).hexdigest() != entry["sha256"]:
                 raise _damage(path / name, "is damaged (its sha256 is not the one in meta.json)")
-    tensors = {name: _unpack(path / name, data[name]) for name in data if name.endswith(".safetensors")}
+    tensors = {name: unpack_tensors(path / name, data[name]) for name in data if name.endswith(".safetensors")}
     return Checkpoint(path, meta, tensors["model.safetensors"], tensors.get("optimizer.safetensors"))
 
 
@@ -286,10 +237,6 @@ def load_run(run_dir, which="latest", optimizer=False):
 
 def _damage(path, what):
     return UserError(f"{path} {what}; copy it again, or delete the folder {path.parent.name} to use another checkpoint")
-
-
-def _short(error):
-    return " ".join(str(error).split())[:500] or type(error).__name__  # one line, whatever a library wrote
 
 
 def _size(path):
@@ -330,11 +277,11 @@ def _read_meta(folder):
             if type(entry.get("size")) is not int or type(entry.get("sha256")) is not str:
                 raise ValueError(f"file {name!r} lacks its size or sha256")
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise _damage(path, f"is not a valid description of a checkpoint ({_short(error)})") from error
+        raise _damage(path, f"is not a valid description of a checkpoint ({short(error)})") from error
     return meta
 
 
-def _unpack(path, data):
+def unpack_tensors(path, data):
     try:
         tensors = safetensors.torch.load(data)
         header = data[8 : 8 + int.from_bytes(data[:8], "little")]
@@ -342,7 +289,7 @@ def _unpack(path, data):
         if len(set(names)) < len(names):
             raise ValueError("a tensor is named twice")  # which the library accepts
     except Exception as error:  # the library's errors share no base class
-        raise _damage(path, f"is not a valid safetensors file ({_short(error)})") from error
+        raise _damage(path, f"is not a valid safetensors file ({short(error)})") from error
     return tensors
 
 
@@ -369,7 +316,7 @@ def load_model(checkpoint):
         model = _build(module, config, tensors, 2 * sum(tensor.numel() for tensor in tensors.values()) + 2**26)
         _check_fit(model, tensors)
     except Exception as error:  # whatever a model file raises on a config that is not its own
-        raise UserError(f"{path} does not fit {arch}.py: {_short(error)}; use the {arch}.py that trained it") from error
+        raise UserError(f"{path} does not fit {arch}.py: {short(error)}; use the {arch}.py that trained it") from error
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(f"{path}: tensor {name} holds NaN or Inf; go back to an earlier checkpoint")
@@ -440,4 +387,4 @@ def set_random_state(tensors):
             else:
                 warn(f"{name} was saved, but this machine has no such device: the run goes on, not bit for bit")
         except Exception as error:  # each generator has its own
-            raise UserError(f"{name} is missing or damaged ({_short(error)}); use another checkpoint") from error
+            raise UserError(f"{name} is missing or damaged ({short(error)}); use another checkpoint") from error

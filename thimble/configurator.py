@@ -35,6 +35,7 @@ import numbers
 import os
 import re
 import runpy
+import shlex
 import sys
 import textwrap
 import tokenize
@@ -45,7 +46,9 @@ from pathlib import Path
 from types import ModuleType, NoneType, UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
-HERE = Path(__file__).resolve().parent
+from thimble.files import UserError
+
+HERE = Path(__file__).resolve().parent.parent             # where the model files are
 BOOLS = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
 # the order in which the members of a union are tried: str takes any text, so it is last
 KINDS = (NoneType, Literal, int, float, bool, tuple, str)
@@ -59,15 +62,10 @@ RENAMED = {
 }  # fmt: skip
 ABSENT = {"eval_iters": "not needed: the whole validation split is always used", "bias": "there are no biases here"}
 
+# What was typed: the command line, the config files on it, {key: value} of its flags, and the same of flags and files
+Command = namedtuple("Command", "line files typed given")
 # one assignment: origin is "--", "config/x.py:12: " or ""; text is true for what was typed on the command line
 Setting = namedtuple("Setting", "key value origin text")
-
-
-class UserError(ValueError):
-    """A user's mistake. Its text is one line that names the thing, the reason and the way out."""
-
-    def __init__(self, text=""):
-        super().__init__("; ".join(line.strip() for line in str(text).splitlines() if line.strip()))
 
 
 def sub(field_name):
@@ -85,6 +83,21 @@ def resolve(cfg):
         raise UserError(f"{name} is a Config of {_file(type(value))}, but the chosen module is {_file(part)}")
 
 
+def check(cfg, positive=(), fractions=()):
+    """For __post_init__: no number of `cfg` is negative, those named in `positive` are above 0, fractions at most 1."""
+    for f, value in _walk(cfg):
+        numbers_in = value if isinstance(value, tuple) else (value,)
+        for number in numbers_in:
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                continue
+            if number < 0:
+                raise ValueError(f"{f.name}={value} must not be negative")
+            if f.name in positive and number == 0:
+                raise ValueError(f"{f.name}={value} must be {'at least 1' if isinstance(number, int) else 'above 0'}")
+            if f.name in fractions and number > 1:
+                raise ValueError(f"{f.name}={value} is a fraction: it must be in [0, 1]")
+
+
 def load(Config, /, *files, **overrides):
     """A `Config` from defaults < files < overrides, all type-checked. Raises UserError."""
     settings = [setting for path in files for setting in _read(os.fspath(path))]
@@ -96,20 +109,28 @@ def from_flat(Config, values):
     return load(Config, **values)
 
 
-def from_argv(Config, argv):
-    """A `Config` from `[config/x.py ...] [--key=value | --key value | --flag ...]`. Raises UserError."""
+def parse(Config, argv):
+    """(a `Config`, its Command) from `[config/x.py ...] [--key=value | --key value | --flag ...]`. Raises UserError."""
     read = functools.cache(_read)
     # twice: which keys are bool, and so take no next argument, is known only once the module is
     _, part = _part(Config, _settings(argv, _types(Config), read))
-    return _build(Config, _settings(argv, _types(Config, part), read))
-
-
-def split(Config, argv):
-    """(config files, flags as ["--key=value", ...]) of an `argv` that `from_argv` takes."""
     files = []
-    _, part = _part(Config, _settings(argv, _types(Config), functools.cache(_read)))
-    flags = _settings(argv, _types(Config, part), lambda path: files.append(path) or [])
-    return files, [f"--{s.key}={s.value}" for s in flags]
+
+    def read_and_note(path):
+        files.append(path)
+        return read(path)
+
+    settings = _settings(argv, _types(Config, part), read_and_note)
+    cfg = _build(Config, settings)
+    values = flat(cfg)
+    typed = {s.key: values[s.key] for s in settings if s.text}
+    given = {s.key: values[s.key] for s in settings}
+    return cfg, Command(shlex.join(sys.argv), files, typed, given)
+
+
+def from_argv(Config, argv):
+    """The `Config` that `parse` makes of a command line. Raises UserError."""
+    return parse(Config, argv)[0]
 
 
 def flat(cfg):
@@ -128,24 +149,26 @@ def convert(cfg, key, text):
     return _value(Setting(key, text, "", True), _types(type(cfg), type(part) if part is not None else None)[key])
 
 
-def given(part):
-    """The keys of a sub config that files, flags or overrides set, if only to the default; else `changed(part)`."""
-    return {key: flat(part)[key] for key in getattr(part, "_given", changed(part))}
-
-
 def hint(name, names):
     """For the end of an error: the one of `names` that was meant, or else all of them."""
     return _guess(name, names) or (f" - there is {', '.join(names)}" if names else "")
 
 
-def run(main, Config):
-    """`main(cfg)` for the command line; a user's mistake ends in one line on stderr and exit code 1."""
+def run(main, Config, with_command=False):
+    """`main(cfg)` for the command line; a user's mistake ends in one line on stderr and exit code 1.
+
+    With with_command it is `main(cfg, command)`, for scripts that must know what was typed.
+    """
     try:
         argv = sys.argv[1:]
         if "--help" in argv or "-h" in argv:
             print(help_text(Config, [arg for arg in argv if arg not in ("--help", "-h")]))
         else:
-            main(from_argv(Config, argv))
+            cfg, command = parse(Config, argv)
+            if with_command:
+                main(cfg, command)
+            else:
+                main(cfg)
         return sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130
@@ -287,7 +310,6 @@ def _build(Config, settings):
         if part is not None:
             theirs = {key: values.pop(key) for key in list(values) if key in _types(part)}
             values[name] = part(**theirs)
-            object.__setattr__(values[name], "_given", tuple(theirs))  # for `given`: a default may be asked for, too
         return Config(**values)
     except ValueError as e:  # from __post_init__; model files raise plain ValueErrors, to import nothing of ours
         raise UserError(e) from None

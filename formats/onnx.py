@@ -1,6 +1,6 @@
 """Our models as ONNX graphs, built from the weights: opset 14, IR 7, one file, plain ai.onnx operators.
 
-    import onnx_graph
+    from formats import onnx as onnx_graph
     onnx_graph.export(model, "model.onnx")                         # input_ids and a cache -> logits and the cache
     onnx_graph.export(model, "model_q4.onnx", quant="int4")        # "int8", "int4" and, for ternary models, "q2"
     onnx_graph.export(model, "window.onnx", window=True)           # (batch, block) ids -> logits of the last one
@@ -21,7 +21,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from configurator import UserError
+from thimble.files import UserError
 
 QUANTS = ("fp32", "int8", "int4", "q2")
 FLOAT, INT32, INT64 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64
@@ -398,7 +398,7 @@ def graph(model, quant, window):
     if not window and hasattr(config, "attn_layer_period"):
         recent = g.Unsqueeze(g.Cast(g.Slice(seen, g.Unsqueeze(g.Sub(S, T), [0]), [2**31], [1]), to=FLOAT), [2])
 
-    weight = model._embedding() if hasattr(model, "_embedding") else model.embed.weight
+    weight = model.embedding() if hasattr(model, "embedding") else model.embed.weight
     x = embed(g, ids, weight.detach().numpy())                                               # (B, T, C)
     n = getattr(config, "n_streams", 1)
     if n > 1:
