@@ -713,11 +713,8 @@ def export(model, tokenizer, out, form, quant="", meta=None, window=False, check
                 twin, stored = write_hf(temp, model, tokenizer, quant, meta)
             else:
                 (write_web if form == "web" else write_onnx)(temp, model, tokenizer, quant, meta)
-        files = sorted(file for file in temp.rglob("*") if file.is_file()) if temp.is_dir() else [temp]
-        for file in files:
-            with open(file, "rb+") as f:
-                os.fsync(f.fileno())
-        found = {"bytes": sum(file.stat().st_size for file in files)}
+        files.sync(temp)
+        found = {"bytes": sum(file.stat().st_size for file in [temp, *temp.rglob("*")] if file.is_file())}
         if checked and twin is None:
             found = check_onnx(temp, model, tokenizer, prompts, prompt_tokens) | found
         elif checked:
