@@ -343,7 +343,6 @@ class Model(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)  # and the head: BitNet ties them
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
-        self._stepper = None                               # of the packed model: (its tensors then, Stepper)
         self.init_weights()
 
     def init_weights(self):
@@ -399,9 +398,7 @@ class Model(nn.Module):
     def init_cache(self, batch_size, max_len):
         """An empty cache for max_len tokens: keys and values of every layer, and the position."""
         weight = self.embed.weight
-        if self._stepper and self._stepper[0] != self._versions():
-            self._stepper = None                           # other weights than those that it has copies of
-        kind = {"dtype": torch.float64 if self._compiled() else weight.dtype, "device": weight.device}
+        kind = {"dtype": torch.float64 if self.compiled_step(renew=True) else weight.dtype, "device": weight.device}
         layers = [block.attn.init_cache(batch_size, max_len, **kind) for block in self.blocks]
         return {"pos": torch.zeros((), dtype=torch.long), "layers": layers}
 
@@ -410,25 +407,16 @@ class Model(nn.Module):
 
         With T = 1, cache["pos"] may be (B,) instead of (): rows of different lengths, as a server has them.
         """
-        if compiled := self._compiled():
-            return compiled(idx, cache), cache | {"pos": cache["pos"] + idx.size(1)}
-        x = self._hidden(idx, cache)
-        return self.unembed(x[:, -1]), cache | {"pos": cache["pos"] + idx.size(1)}
+        compiled = self.compiled_step()
+        logits = compiled(idx, cache) if compiled else self.unembed(self._hidden(idx, cache)[:, -1])
+        return logits, cache | {"pos": cache["pos"] + idx.size(1)}
 
-    def _compiled(self):
-        """What does a whole step of the packed model; None where no kernel fits this machine and these dtypes."""
+    def compiled_step(self, renew=False):
+        """The packed model's step in C++, which must agree with the Python above; None where it does not or cannot."""
         if not self.config.packed:
             return None
-        if self._stepper is None:
-            from kernels import ternary
-            self._stepper = self._versions(), ternary.stepper(self, rope_table)
-        return self._stepper[1]
-
-    def _versions(self):
-        return [(t.data_ptr(), t._version) for t in self.state_dict().values()]
-
-    def __getstate__(self):                                # deepcopy: the copy's tensors lie elsewhere
-        return self.__dict__ | {"_stepper": None}
+        from kernels import ternary
+        return ternary.stepper(self, rope_table, renew)
 
     def param_groups(self):
         """{role: [parameters]}: optim.py knows what each role gets. A tied matrix is an embedding."""
