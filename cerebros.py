@@ -158,8 +158,10 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         # the sum of squares as a vecdot: with its backward, less than half the time of F.rms_norm on a CPU
-        mean = torch.linalg.vecdot(wide, wide)[..., None] / x.size(-1)
-        return (wide * torch.rsqrt(mean + self.eps) * self.weight).to(x.dtype)
+        squares = torch.linalg.vecdot(wide, wide)                           # (...)
+        mean = squares[..., None] / x.size(-1)                              # (..., 1)
+        y = wide * torch.rsqrt(mean + self.eps) * self.weight
+        return y.to(x.dtype)
 
 
 def rotate_pairs(x, angles):
@@ -259,17 +261,19 @@ class Model(nn.Module):
 
     # copied from model.py
     def unembed(self, x):
-        return F.linear(x, self.embed.weight if self.head is None else self.head.weight).float()
+        head = self.embed if self.head is None else self.head
+        return F.linear(x, head.weight).float()
 
     # copied from model.py
     def forward(self, idx, targets=None):
-        """idx, targets: (B, T) ids; target -1 counts for nothing -> (logits (B, T, V) float32, mean loss or None)."""
+        """idx, targets: (B, T) ids -> (logits (B, T, V) float32, mean loss or None). Targets of -1 are ignored."""
         if idx.size(1) > self.config.block_size:
             raise ValueError(f"{idx.size(1)} tokens do not fit block_size={self.config.block_size}")
-        logits = self.unembed(self._hidden(idx))
+        logits = self.unembed(self._hidden(idx))                            # (B, T, V)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, loss
 
     def init_cache(self, batch_size, max_len):
         """The embeddings of the last W - 1 tokens, as yet none, and the position: a window needs no more, ever."""
@@ -283,8 +287,9 @@ class Model(nn.Module):
 
         With T = 1, cache["pos"] may be (B,) instead of (): rows of different lengths, as a server has them.
         """
-        x = self._hidden(idx, cache)
-        return self.unembed(x[:, -1]), cache | {"pos": cache["pos"] + idx.size(1)}
+        x = self._hidden(idx, cache)                                        # (B, T, C)
+        logits = self.unembed(x[:, -1])                                     # (B, V)
+        return logits, cache | {"pos": cache["pos"] + idx.size(1)}
 
     def param_groups(self):
         """{role: [parameters]}: optim.py knows what each role gets. A tied matrix is an embedding."""

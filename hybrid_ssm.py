@@ -87,74 +87,100 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         # the sum of squares as a vecdot: with its backward, less than half the time of F.rms_norm on a CPU
-        mean = torch.linalg.vecdot(wide, wide)[..., None] / x.size(-1)
-        return (wide * torch.rsqrt(mean + self.eps) * self.weight).to(x.dtype)
+        squares = torch.linalg.vecdot(wide, wide)                           # (...)
+        mean = squares[..., None] / x.size(-1)                              # (..., 1)
+        y = wide * torch.rsqrt(mean + self.eps) * self.weight
+        return y.to(x.dtype)
 
 
 # copied from model.py
 def rope_table(positions, head_dim, theta):
     """positions (..., T) -> cos and signed sin, each (..., T, D), for `rotate`. RoFormer (Su et al. 2021), eq. 34."""
-    freqs = theta ** (-torch.arange(0, head_dim, 2, device=positions.device) / head_dim)     # (D/2,)
-    angles = positions[..., None] * freqs                                                    # (..., T, D/2)
-    return torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
+    # pair i of a head turns by theta^(-2i / D) per token: the first pair fastest, the last hardly at all
+    pairs = torch.arange(0, head_dim, 2, device=positions.device)
+    freqs = theta ** (-pairs / head_dim)                                    # (D/2,)
+    angles = positions[..., None] * freqs                                   # (..., T, D/2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 # copied from model.py
 def rotate(x, cos, sin):
-    """Turn the pair (x_i, x_{i + D/2}) of every head by its position's angle. x: (B, T, heads, D)."""
-    return torch.addcmul(x * cos[..., None, :], x.roll(x.size(-1) // 2, -1), sin[..., None, :])
+    """Rotate the pair (x_i, x_{i + D/2}) of every head by its position's angle. x: (B, T, heads, D)."""
+    cos, sin = cos[..., None, :], sin[..., None, :]                         # (..., T, 1, D), for all heads alike
+    scaled = x * cos
+    partner = x.roll(x.size(-1) // 2, -1)
+    return torch.addcmul(scaled, partner, sin)
 
 
 # copied from model.py
 def attend(q, k, v, mask=None):
     """Causal softmax(q k^T / sqrt(D)) v. q: (B, H, T, D), the last T of S tokens; k, v: (B, K, S, D).
 
-    With T = 1, a mask (B, 1, 1, S) may say what each row sees.
+    With T = 1, a mask (B, 1, 1, S) may say which keys each row sees.
     """
     B, H, T, D = q.shape
-    S = k.size(2)
+    K, S = k.shape[1:3]
+    # On a CPU two plain matmuls train 2 to 3 times faster than the fused kernel, whose backward pass is slow, as long
+    # as the (T, S) scores are small.
     fused = q.is_cuda or T == 1 or T * S > 1 << 20
     if 1 < T < S or not fused:
-        mask = torch.full((T, S), -torch.inf, dtype=q.dtype, device=q.device).triu(1 + S - T)
-    if fused:                                              # nothing cached: half of the scores need no computing
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S > 1, enable_gqa=k.size(1) != H)
-    # On a CPU two plain matmuls train 2 to 3 times faster than the fused kernel, whose backward pass is slow,
-    # as long as the (T, S) scores are small.
-    if k.size(1) != H:
-        k, v = (t.repeat_interleave(H // t.size(1), 1) for t in (k, v))                      # (B, H, S, D)
-    q, k, v = (t.reshape(B * H, -1, D) for t in (q, k, v))
-    scores = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(D))                            # (B*H, T, S)
-    return (scores.softmax(-1) @ v).view(B, H, T, D)
+        # query t is token S - T + t: it sees the keys up to that one
+        mask = q.new_full((T, S), -torch.inf).triu(1 + S - T)
+    if fused:
+        # is_causal, where nothing is cached, skips the half of the scores that a mask would throw away
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S > 1, enable_gqa=K != H)
+    if K != H:
+        # each key/value head serves H / K query heads
+        k = k.repeat_interleave(H // K, 1)                                  # (B, H, S, D)
+        v = v.repeat_interleave(H // K, 1)                                  # (B, H, S, D)
+    q = q.reshape(B * H, T, D)
+    k = k.reshape(B * H, S, D)
+    v = v.reshape(B * H, S, D)
+    scores = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(D))           # (B*H, T, S)
+    y = scores.softmax(-1) @ v                                              # (B*H, T, D)
+    return y.view(B, H, T, D)
 
 
 # copied from model.py
 def remember(cache, k, v, start):
-    """Put k, v (B, K, T, D) into the cache at start -> all that it holds by now, (B, K, S, D), and a mask for attend.
+    """Put k, v (B, K, T, D) into the cache at start -> all that it holds now, (B, K, S, D), and a mask for attend.
 
-    start is an int; or (B, 1), rows of different lengths with T = 1, each of which sees no further than it goes.
+    start is an int; or (B, 1), rows of different lengths with T = 1, each of which sees its own tokens only.
     """
+    keys, values = cache["k"], cache["v"]                                   # (B, K, max_len, D) each
     if isinstance(start, int):
-        S, mask = start + k.size(2), None
-        cache["k"][:, :, start:S], cache["v"][:, :, start:S] = k, v
+        S = start + k.size(2)
+        keys[:, :, start:S] = k
+        values[:, :, start:S] = v
+        mask = None
     else:
-        S, rows, at = int(start.max()) + 1, torch.arange(len(k), device=k.device), start[:, 0]
-        mask = (torch.arange(S, device=k.device) <= start)[:, None, None]                    # (B, 1, 1, S)
-        cache["k"][rows, :, at], cache["v"][rows, :, at] = k[:, :, 0], v[:, :, 0]
-    return cache["k"][:, :, :S], cache["v"][:, :, :S], mask
+        S = int(start.max()) + 1  # of the longest row
+        rows = torch.arange(len(k), device=k.device)
+        keys[rows, :, start[:, 0]] = k[:, :, 0]
+        values[rows, :, start[:, 0]] = v[:, :, 0]
+        mask = torch.arange(S, device=k.device) <= start                    # (B, S)
+        mask = mask[:, None, None]                                          # (B, 1, 1, S)
+    return keys[:, :, :S], values[:, :, :S], mask
 
 
 # copied from model.py
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.head_dim = config.n_embd // config.n_head
+        C = config.n_embd
+        self.head_dim = C // config.n_head
         self.n_kv_head = config.n_kv_head or config.n_head
-        self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.k_proj = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        n_kv = self.n_kv_head * self.head_dim
+        self.q_proj = nn.Linear(C, C, bias=False)
+        self.k_proj = nn.Linear(C, n_kv, bias=False)
+        self.v_proj = nn.Linear(C, n_kv, bias=False)
+        self.o_proj = nn.Linear(C, C, bias=False)
+        self.q_norm = nn.Identity()
+        self.k_norm = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
 
     def init_cache(self, batch_size, max_len, **kind):
         shape = (batch_size, self.n_kv_head, max_len, self.head_dim)
@@ -162,16 +188,21 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, cache=None, start=0):
         B, T, C = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)                     # (B, K, T, D)
-        q = rotate(self.q_norm(q), *rope).transpose(1, 2)                                    # (B, H, T, D)
-        k = rotate(self.k_norm(k), *rope).transpose(1, 2)                                    # (B, K, T, D)
+        D = self.head_dim
+        q = self.q_proj(x).view(B, T, -1, D)                                # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, -1, D)                                # (B, T, K, D)
+        v = self.v_proj(x).view(B, T, -1, D)                                # (B, T, K, D)
+        q = rotate(self.q_norm(q), *rope)
+        k = rotate(self.k_norm(k), *rope)
+        q = q.transpose(1, 2)                                               # (B, H, T, D)
+        k = k.transpose(1, 2)                                               # (B, K, T, D)
+        v = v.transpose(1, 2)                                               # (B, K, T, D)
         mask = None
         if cache is not None:
-            k, v, mask = remember(cache, k, v, start)                                        # (B, K, S, D)
-        y = attend(q, k, v, mask)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+            k, v, mask = remember(cache, k, v, start)                       # (B, K, S, D)
+        y = attend(q, k, v, mask)                                           # (B, H, T, D)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.o_proj(y)
 
 
 # copied from model.py
@@ -180,13 +211,16 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        n_hidden = config.n_hidden or -(-config.n_embd * 8 // 3 // 32) * 32
-        self.gate_proj = nn.Linear(config.n_embd, n_hidden, bias=False)
-        self.up_proj = nn.Linear(config.n_embd, n_hidden, bias=False)
-        self.down_proj = nn.Linear(n_hidden, config.n_embd, bias=False)
+        C = config.n_embd
+        # 8/3 of C: three matrices that have as many weights as the two of a plain MLP of width 4 C
+        n_hidden = config.n_hidden or -(-C * 8 // 3 // 32) * 32
+        self.gate_proj = nn.Linear(C, n_hidden, bias=False)
+        self.up_proj = nn.Linear(C, n_hidden, bias=False)
+        self.down_proj = nn.Linear(n_hidden, C, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = F.silu(self.gate_proj(x))                                    # (B, T, F)
+        return self.down_proj(gate * self.up_proj(x))
 
 
 def causal_conv(x, weight, bias, window):
@@ -462,17 +496,19 @@ class Model(nn.Module):
 
     # copied from model.py
     def unembed(self, x):
-        return F.linear(x, self.embed.weight if self.head is None else self.head.weight).float()
+        head = self.embed if self.head is None else self.head
+        return F.linear(x, head.weight).float()
 
     # copied from model.py
     def forward(self, idx, targets=None):
-        """idx, targets: (B, T) ids; target -1 counts for nothing -> (logits (B, T, V) float32, mean loss or None)."""
+        """idx, targets: (B, T) ids -> (logits (B, T, V) float32, mean loss or None). Targets of -1 are ignored."""
         if idx.size(1) > self.config.block_size:
             raise ValueError(f"{idx.size(1)} tokens do not fit block_size={self.config.block_size}")
-        logits = self.unembed(self._hidden(idx))
+        logits = self.unembed(self._hidden(idx))                            # (B, T, V)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, loss
 
     def init_cache(self, batch_size, max_len):
         """An empty cache for max_len tokens: keys and values, windows and states of every layer, and the position."""
@@ -486,8 +522,9 @@ class Model(nn.Module):
 
         With T = 1, cache["pos"] may be (B,) instead of (): rows of different lengths, as a server has them.
         """
-        x = self._hidden(idx, cache)
-        return self.unembed(x[:, -1]), cache | {"pos": cache["pos"] + idx.size(1)}
+        x = self._hidden(idx, cache)                                        # (B, T, C)
+        logits = self.unembed(x[:, -1])                                     # (B, V)
+        return logits, cache | {"pos": cache["pos"] + idx.size(1)}
 
     def param_groups(self):
         """{role: [parameters]}: optim.py knows what each role gets. A tied matrix is an embedding."""

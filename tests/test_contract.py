@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import optim
 from kernels import ternary as kernel
-from thimble import checkpoint, load
+from thimble import checkpoint, configurator, load
 from thimble.tokenizer import byte_tokenizer
 
 ARCHS = sorted(p.stem for p in ROOT.glob("*.py")
@@ -179,6 +179,19 @@ def test_float64_works(model):
 def test_too_long_a_sequence_is_refused(model):
     with pytest.raises(ValueError, match="block_size=48"):
         model(ids(1, 49))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_impossible_numbers_are_refused_by_name(arch):
+    """Relations by the Config itself, however it is made; what is negative by the configurator, for every file."""
+    module = importlib.import_module(arch)
+    for name in ("n_layer", "n_embd", "block_size"):
+        with pytest.raises(ValueError, match=f"{name}=0 "):
+            module.Config(**{name: 0})
+    for field in fields(module.Config):
+        if type(field.default) in (int, float):
+            with pytest.raises(ValueError, match=f"{field.name}=-1"):
+                configurator.load(module.Config, **{field.name: type(field.default)(-1)})
 
 
 # ---- forks: what a copy of a model file says is what samples and serves
