@@ -257,7 +257,7 @@ def test_one_stream_is_the_plain_residual():
 # ---- mistakes
 
 @pytest.mark.parametrize("kind, says", [
-    ({"n_streams": 3}, "n_streams=3"), ({"group_size": 24}, "group_size=24"), ({"group_size": -1}, "group_size=-1"),
+    ({"n_streams": 3}, "n_streams=3"), ({"group_size": 24}, "group_size=24"),
     ({"n_head": 5}, "n_head=5"), ({"n_embd": 0}, "n_embd=0"),
 ])
 def test_impossible_shapes_are_named(kind, says):
