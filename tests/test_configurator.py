@@ -383,7 +383,7 @@ import errno
 import sys
 from dataclasses import dataclass
 
-from thimble import configurator
+from thimble import configurator, files
 
 
 @dataclass(frozen=True)
