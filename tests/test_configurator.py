@@ -435,9 +435,9 @@ def test_a_model_files_numbers_are_never_negative():
 
 
 NANOGPT = """out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from wandb_log
-wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer n_head n_embd dropout bias
-learning_rate max_iters weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend device
-dtype compile""".split()
+wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer n_head n_embd dropout
+bias learning_rate max_iters weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend
+device dtype compile""".split()
 
 
 def test_every_setting_of_nanogpt_is_a_key_or_gets_a_hint():
