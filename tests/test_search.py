@@ -81,7 +81,7 @@ def test_the_same_command_finds_the_same_and_then_has_nothing_to_do(toy, capsys)
              for row in table(folder)] for folder in ("one", "two")]
     assert same[0] == same[1]
     run(config(toy, n_trials=3), "one")
-    run(config(toy, n_trials=4), "one")    # and one more
+    run(config(toy, n_trials=4), "one")                    # and one more
     assert len(table("one")) == 4
     with pytest.raises(UserError, match="n_head"):
         run(config(toy, n_head=4), "one")
@@ -136,6 +136,13 @@ def test_mistakes_in_the_space_are_named(toy, space, word):
     assert "\n" not in str(e.value)
 
 
+def test_an_objective_that_does_not_exist_is_named(toy):
+    for objectives, word in ((("val_loss",), "not one of val_bpb, parameters, ms_per_token"), ((), "at least one"),
+                             (("val_bpb", "val_bpb"), "each once")):
+        with pytest.raises(UserError, match=word):
+            config(toy, objectives=objectives)
+
+
 def test_without_optuna_one_line_says_what_to_install(toy, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(UserError, match="pip install -r requirements-search.txt"):
@@ -172,9 +179,23 @@ def test_a_full_disk_ends_the_worker_and_not_the_trials(toy, monkeypatch):
 
 def test_the_password_is_in_no_file(toy):
     cfg = config(toy, n_trials=1, max_steps=1, out_dir="study")
-    search.main(cfg, typed(cfg, "search.py --storage=postgresql://me:secret@host/db"))
+    url = "postgresql://me:my secret@host/db"
+    command = typed(cfg, f"search.py '--storage={url}' --seed=1")
+    command.given["storage"] = url
+    search.main(cfg, command)
     files = [path.read_bytes() for path in Path("study").rglob("*") if path.is_file()]
     assert any(b"//host/db" in file for file in files) and not any(b"secret" in file for file in files)
+
+
+@pytest.mark.parametrize("url, shown", [
+    ("sqlite:////tmp/study.db", "sqlite:////tmp/study.db"),
+    ("postgresql://me:secret@host/db", "postgresql://host/db"),
+    ("postgresql://me:se/cret@secret@host/db", "postgresql://host/db"),
+    ("postgresql://host/db?user=me&password=secret&x=1", "postgresql://host/db?user=me&password=...&x=1"),
+])
+def test_a_password_is_redacted_wherever_it_stands(url, shown):
+    assert search.redact(url) == shown
+    assert search.redact(f"--storage={url}") == f"--storage={shown}"
 
 
 def test_a_database_that_goes_away_is_one_line(toy, tmp_path, monkeypatch):
