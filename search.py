@@ -60,10 +60,10 @@ class Config(train.Config):
 
 
 OURS = {f.name for f in fields(Config)} - {f.name for f in fields(train.Config)}
-# Keys of train.py on which no trial's result depends. What may change on resuming a run is more than that: a trial is
-# judged by its best evaluation, and must start and compute like all others.
+# Keys of train.py that do not change the result of a trial. Some that may change when a run is resumed do: a trial is
+# judged by its best evaluation, so it matters when it is evaluated, and all must start and compute alike.
 NEUTRAL = train.FREE - {"eval_every", "patience", "init_from", "dtype"}
-# micro-batches change the result only by rounding, and machines differ in memory
+# micro-batches change a result only by rounding errors, and machines differ in memory
 MAY_DIFFER_BETWEEN_WORKERS = NEUTRAL | {"n_trials", "storage", "micro_batch_size"}
 
 
@@ -72,7 +72,7 @@ def optuna_module():
     try:
         import optuna
     except ImportError:
-        raise UserError("search.py needs a package: pip install -r requirements-search.txt") from None
+        raise UserError("search.py needs Optuna: pip install -r requirements-search.txt") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
 
@@ -85,7 +85,7 @@ def parse_space(cfg):
         try:
             key, suggest = dimension(cfg, text)
             if key in space:
-                raise UserError(f"{key} is there twice")
+                raise UserError(f"{key} is given twice")
         except UserError as e:
             raise UserError(f"space {text!r}: {e}") from None
         space[key] = suggest
@@ -137,7 +137,7 @@ class FileLock:
         self.file = None
 
     def acquire(self):
-        file = open(self.path, "w")
+        file = open(self.path, "w")  # kept in self.file only once it holds the lock
         fcntl.flock(file, fcntl.LOCK_EX)
         self.file = file
         with open(self.journal, "r+b") as journal:
@@ -169,11 +169,11 @@ class Study:
         self.folder = folder
         self.State = optuna.trial.TrialState
         (folder / "workers").mkdir(parents=True, exist_ok=True)
-        # The name tells whose trial it is, on which machine. A process number would not do: the next may have it again.
+        # says whose a trial is, and on which machine; not by process number, which another process may have next
         self.name = f"{socket.gethostname()}/{uuid.uuid4().hex[:12]}"
         self.held = open(self.worker_file(self.name), "w")
         fcntl.flock(self.held, fcntl.LOCK_EX)
-        # Optuna prunes by one value; of several, none is the one to stop by
+        # Optuna cannot prune by several objectives
         self.prune = cfg.prune and len(cfg.objectives) == 1
         if self.prune:
             pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
@@ -202,7 +202,7 @@ class Study:
 
     def open_storage(self, optuna):
         if self.cfg.storage:
-            # SQLAlchemy's default driver is psycopg2; requirements-search.txt has its successor
+            # SQLAlchemy would take psycopg2, which psycopg has replaced
             return optuna.storages.RDBStorage(re.sub("^postgresql://", "postgresql+psycopg://", self.cfg.storage))
         from optuna.storages.journal import JournalFileBackend
         journal = self.folder / "journal.log"
@@ -225,6 +225,7 @@ class Study:
 
     @contextlib.contextmanager
     def locked(self):
+        """Hold the lock that the workers on this machine share."""
         with open(self.folder / "workers" / "lock", "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -246,7 +247,7 @@ class Study:
 
     def give_up(self, trial):
         """Mark a trial as failed whose worker has ended, and queue its values for another trial."""
-        # queued before it is marked: a worker killed in between leaves a trial that the next one gives up again
+        # Queued first, so that it is not lost if this worker is killed in between. The next one then marks it.
         trials = self.study.get_trials(deepcopy=False)
         is_queued = any(t.user_attrs.get("again") == trial.number for t in trials)
         if trial.params and not is_queued:
@@ -266,10 +267,10 @@ class Study:
             if not any(t.state == self.State.WAITING for t in trials):
                 if count >= self.cfg.n_trials:
                     return None
-                # queued with its worker's name first, so that at no moment it runs without one
+                # queued with the worker's name first: Optuna's ask() alone starts a trial without one
                 self.study.enqueue_trial({}, user_attrs={"worker": self.name})
             trial = self.study.ask()
-            trial.set_user_attr("worker", self.name)  # a queued trial has the name of who queued it
+            trial.set_user_attr("worker", self.name)  # another worker may have queued it
             self.study.sampler = self.sampler(trial.number)
             return trial
 
@@ -285,7 +286,7 @@ def redact(text):
 
 
 def storage_error(cfg, folder, error):
-    reason = redact(files.short(error.__cause__ or error, 200))
+    reason = redact(files.short(error.__cause__ or error, 10_000))[:200]  # cut last, or half a password may be left
     return UserError(f"--storage={redact(cfg.storage) or folder}: {reason}")
 
 

@@ -19,12 +19,12 @@ ROOT = Path(configurator.__file__).parent.parent
 @dataclass(frozen=True)
 class Config:
     # run
-    out_dir: str = "runs/#1"  # a folder; '#' in a string is no comment
+    out_dir: str = "runs/#1"  # a folder; '#' in a string is not a comment
     max_steps: int = 100  # length of the run, in steps
-                            # a remark that goes on is no section
+                            # a trailing comment continued here is not a section
     level: Literal[1, 2] = 1
     compile: bool | Literal["auto"] = "auto"  # torch.compile
-    resume: bool = False  # go on from the latest checkpoint
+    resume: bool = False  # continue from the latest checkpoint
     arch: str = "toy_a"  # model file
     model: object = configurator.sub("arch")
     # optimizer
@@ -344,11 +344,11 @@ def test_help_shows_every_key_with_its_comment():
         "--prompt=\\n",
     ]:
         assert any(got == line or got.startswith(line + " ") for got in lines), line
-    for comment in ("a folder; '#' in a string is no comment", "on several lines", "embedding and head are one"):
+    for comment in ("a folder; '#' in a string is not a comment", "on several lines", "embedding and head are one"):
         assert sum(line.endswith(comment) for line in lines) == 1
     for key in configurator.flat(Config()):
         assert sum(line.startswith(f"--{key}=") for line in lines) == 1
-    assert "not a section" not in text and "no section" not in text and "--model" not in text
+    assert "not a section" not in text and "--model" not in text
     assert lines.index("# run") < lines.index("# optimizer") < lines.index("toy_a.py:") < lines.index("# shape")
 
 

@@ -74,7 +74,7 @@ def test_what_it_reports_is_what_the_checkpoints_score(toy):
     assert record["step"] == 9
 
 
-def test_the_same_command_finds_the_same_and_then_has_nothing_to_do(toy, capsys):
+def test_the_same_command_finds_the_same_and_is_then_done(toy, capsys):
     for folder in ("one", "two"):
         run(config(toy, n_trials=3), folder)
     same = [[{k: v for k, v in row.items() if k not in ("worker", "seconds", "train_seconds", "ms_per_token")}
@@ -110,7 +110,7 @@ def test_a_wiring_is_searched_and_drawn(toy):
     assert Path("study/wiring.png").exists()
 
 
-def test_a_shape_that_cannot_be_is_a_failed_trial_and_not_the_end(toy):
+def test_an_impossible_shape_fails_its_trial_and_not_the_search(toy):
     run(config(toy, n_trials=4, max_steps=1, space=("n_head=2|3",), sampler="random"))
     rows = table("study")
     assert len(rows) == 4
@@ -155,8 +155,8 @@ def test_a_database_that_is_not_there_is_one_line_without_the_password(toy):
     assert "secret" not in str(e.value) and "\n" not in str(e.value)
 
 
-def test_a_journal_whose_last_line_was_cut_off_goes_on(toy):
-    """As a full disk leaves it: what comes after half a line could never be read again."""
+def test_a_journal_whose_last_line_was_cut_off_is_repaired(toy):
+    """As a full disk leaves it: Optuna cannot read past half a line."""
     cfg = config(toy, n_trials=2, max_steps=2, prune=False)
     run(cfg)
     journal = Path("study/journal.log")
@@ -225,7 +225,7 @@ def test_the_best_of_another_machine_is_not_mistaken_for_ours(toy):
 # ---- several workers, on a cheap trial
 
 def cheap_trial(study, trial, space, dataset, command):
-    """Like search.run_trial, but what begins and ends is written down, and the loss is a parabola."""
+    """Like search.run_trial, but beginnings and ends are written to files, and the loss is a parabola."""
     params = {key: suggest(trial) for key, suggest in space.items()}
     with open("begun", "a") as f:
         f.write(f"{trial.number}\n")

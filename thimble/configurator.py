@@ -62,7 +62,8 @@ RENAMED = {
     "warmup_iters": "warmup_steps",
     "start": "prompt",
 }
-# Those that have no single counterpart: (the key that the hint is about, or "" where it holds for any script, the hint)
+# Names without a key of the same meaning -> (a key, the hint). The hint is shown by scripts that have the key, since it
+# makes no sense in others; with "" it is shown by all.
 INSTEAD = {
     "gradient_accumulation_steps": (
         "micro_batch_size",
@@ -70,11 +71,11 @@ INSTEAD = {
     "beta1": ("betas", "betas=0.9,0.95 sets both"),
     "beta2": ("betas", "betas=0.9,0.95 sets both"),
     "decay_lr": ("schedule", "schedule=constant keeps the learning rate, every other schedule lowers it"),
-    "lr_decay_iters": ("max_steps", "the learning rate always decays until max_steps"),
+    "lr_decay_iters": ("max_steps", "the schedule always ends at max_steps"),
     "always_save_checkpoint": ("keep_last", "every evaluation saves a checkpoint; keep_last=0 keeps all of them"),
     "eval_iters": ("", "not needed: the whole validation split is always used"),
     "eval_only": ("", "evaluate.py evaluates a checkpoint"),
-    "wandb_log": ("tracker", "tracker=wandb logs there"),
+    "wandb_log": ("tracker", "tracker=wandb turns it on"),
     "wandb_project": ("tracker", "the project is always called thimble"),
     "wandb_run_name": ("tracker", "the tracker's run is named after the run folder, out_dir"),
     "bias": ("", "model.py has no biases"),
@@ -124,8 +125,8 @@ def check(cfg, positive=(), fractions=()):
     """For __post_init__: the plain ranges of all numbers of `cfg` and of its sub config. Raises ValueError.
 
     No number may be negative. Those of the fields named in `positive` must be above 0, those named in `fractions` at
-    most 1. A tuple is checked number by number; None, texts and bools have no range. What relates one field to
-    another, or has another limit, is checked by the Config itself.
+    most 1. The numbers of a tuple are checked one by one; None, strings and bools have no range. Other limits, and
+    relations between fields, are for the Config itself to check.
     """
     for f, value in _walk(cfg):
         _check_range(f.name, value, f.name in positive, f.name in fractions)
@@ -134,7 +135,7 @@ def check(cfg, positive=(), fractions=()):
 def _check_range(name, value, positive=False, fraction=False):
     values = value if isinstance(value, tuple) else (value,)
     for number in values:
-        if isinstance(number, bool) or not isinstance(number, (int, float)):  # a bool is an int to Python
+        if isinstance(number, bool) or not isinstance(number, (int, float)):  # isinstance(True, int) is true
             continue
         if not number >= 0:  # also true of NaN
             raise ValueError(f"{name}={value} must not be negative")
@@ -160,9 +161,9 @@ def from_flat(Config, values):
 
 def parse(Config, argv):
     """(a `Config`, its Command) from `[config/x.py ...] [--key=value | --key value | --flag ...]`. Raises UserError."""
-    read = functools.cache(_read)  # a config file is executed, so only once
-    # A bool takes no next argument, so where an argument belongs depends on the types of the keys. Those of the model
-    # file are known only once it is chosen: the first pass is for the choice.
+    read = functools.cache(_read)  # reading a config file executes it: only once
+    # A bool flag takes no value from the next argument, so what an argument means depends on the types of the keys.
+    # Those of the model file are known only once it is chosen: the first pass finds the choice.
     paths, flags = _split(argv, _types(Config))
     _, part = _part(Config, _from_files(paths, read) + flags)
     paths, flags = _split(argv, _types(Config, part))
@@ -190,7 +191,7 @@ def flat(cfg):
 def changed(cfg):
     """The part of `flat(cfg)` that differs from the defaults (those of the chosen module, for its keys)."""
     values = flat(cfg)
-    # compared as they are, not as in `flat`: a tuple is not equal to the list that JSON has for it
+    # compared as they are, not as in `flat`: a tuple never equals a list
     return {f.name: values[f.name] for f, value in _walk(cfg) if value != _default(f)}
 
 
@@ -226,17 +227,19 @@ def run(main, Config, with_command=False):
                 main(cfg, command)
             else:
                 main(cfg)
-        return sys.stdout.flush()
+        sys.stdout.flush()  # here, where a closed pipe or a full disk is still reported
+        return
     except KeyboardInterrupt:
         code = 130  # what a shell reports for SIGINT
     except BrokenPipeError:  # whatever reads our output (head, less) has ended
         code = 1
     except (UserError, OSError) as e:
-        print("error:", UserError(_reason(e)), file=sys.stderr)
+        print("error:", UserError(_reason(e)), file=sys.stderr)  # a UserError also of an OSError: it has one line
         code = 1
     try:
         sys.stdout.flush()
-    except OSError:  # or the interpreter flushes again at exit, and prints a traceback
+    except OSError:
+        # the interpreter flushes again at exit, and would print a traceback
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
@@ -265,7 +268,7 @@ def help_text(Config, argv=()):
         notes = _notes(cls)
         types = _types(cls)
         for f in fields(cls):
-            sections, comment = notes.get(f.name, ([], ""))
+            sections, comment = notes.get(f.name, ([], ""))  # without the source there are no comments
             lines += [f"  # {section}" for section in sections]
             if "sub" not in f.metadata:
                 lines.append(_help_line(f, types[f.name], comment))
@@ -273,14 +276,14 @@ def help_text(Config, argv=()):
 
 
 def _help_line(f, kind, comment):
-    """`  --key=default   option | option; comment`"""
+    """The line `  --key=default   option | option; comment`."""
     default = _default(f)
     if isinstance(default, tuple):
         text = ",".join(map(str, default))
     elif default is None or isinstance(default, bool):
         text = str(default).lower()
     else:
-        text = str(default).replace("\n", "\\n")  # keeps one line for each key
+        text = str(default).replace("\n", "\\n")  # one line for each key
     options = []
     for member in _members(kind):
         if get_origin(member) is Literal:
@@ -307,7 +310,7 @@ def _notes(cls):
             sections = []
             for line in range(end + 1, node.lineno):
                 column, alone, text = comments.get(line, (0, False, ""))
-                if alone and column == node.col_offset:  # one further right goes on with the comment above it
+                if alone and column == node.col_offset:  # one further to the right continues a trailing comment
                     sections.append(text)
             beside = [comments[line][2] for line in range(node.lineno, node.end_lineno + 1) if line in comments]
             notes[node.target.id] = (sections, " ".join(beside))
@@ -367,7 +370,7 @@ def _split(argv, types):
 
 # ---- config files
 def _from_files(paths, read):
-    """The Settings of several files, in their order. read: `_read`, or the same with a memory."""
+    """The Settings of several files, in their order. read: `_read` or a cached one."""
     settings = []
     for path in paths:
         settings += read(path)
@@ -388,36 +391,36 @@ def _read(path):
     lines = {}  # key -> line of its last assignment
     for statement in tree.body:
         names = _assigned(statement)
-        if names is None:
+        if names is None:  # a recipe is a list of settings: with loops and functions it would be a program
             text = source.splitlines()[statement.lineno - 1].strip()
             raise UserError(f"{path}:{statement.lineno}: {text!r}: a config file may only import and assign keys")
         lines |= dict.fromkeys(names, statement.lineno)
     values = _execute(path)
     settings = []
     for key, line in lines.items():
-        # a name assigned inside of a lambda is not there; a module under another name is still an import
+        # a `:=` inside of a lambda assigns no global; a module under another name is still an import
         if key in values and not isinstance(values[key], ModuleType):
             settings.append(Setting(key, values[key], f"{path}:{line}: ", False))
     return settings
 
 
 def _assigned(statement):
-    """The public names that a statement of a config file assigns, or None if it is of a kind that may not be there."""
+    """The public names that a statement of a config file assigns; None if the statement is not allowed there."""
     match statement:
         case ast.Assign():
             targets = statement.targets
         case ast.AugAssign() | ast.AnnAssign(value=ast.expr()):
             targets = [statement.target]
-        case ast.ImportFrom(names=[ast.alias(name="*")]):  # would hide which names are keys
+        case ast.ImportFrom(names=[ast.alias(name="*")]):  # hides what it may overwrite
             return None
-        case ast.Import() | ast.ImportFrom() | ast.Expr(value=ast.Constant()):  # the last is a docstring
+        case ast.Import() | ast.ImportFrom() | ast.Expr(value=ast.Constant()):  # an Expr of a constant: the docstring
             targets = []
         case _:
             return None
     parts = []
     for target in targets:
         parts += ast.walk(target)
-    # names and tuples of names; not `x.y = 1` or `x[0] = 1`
+    # `a = 1`, `a, (b, *c) = ...`; not `x.y = 1` or `x[0] = 1`, which change something that the file did not make
     allowed = (ast.Name, ast.Tuple, ast.List, ast.Starred, ast.expr_context)
     if not all(isinstance(part, allowed) for part in parts):
         return None
@@ -451,14 +454,14 @@ def _build(Config, settings):
             theirs = {key: values.pop(key) for key in _types(part) if key in values}
             values[name] = _construct(part, theirs)
         return _construct(Config, values)
-    except ValueError as e:  # from _construct: what a __post_init__ refuses
+    except ValueError as e:  # from a check in _construct, or from a __post_init__
         raise UserError(e) from None
 
 
 def _construct(cls, values):
     """cls(**values). Raises ValueError."""
-    # A model file imports nothing of ours. So it cannot call `check`, its Config raises plain ValueErrors, and the rule
-    # that no number is negative is applied here, ahead of the relations that its __post_init__ checks.
+    # A model file imports nothing of ours, so it cannot call `check`. That none of its numbers is negative is checked
+    # here, before the relations between its fields, which its __post_init__ checks.
     if _is_model_file(sys.modules[cls.__module__]):
         for key, value in values.items():
             _check_range(key, value)
@@ -482,7 +485,7 @@ def _part(Config, settings):
 
 def _module(name, shown):
     """The model file `name`, imported. An error in it keeps its traceback; UserError if it is not one."""
-    # find_spec would import the packages of a dotted name, and raises on an empty one
+    # find_spec raises on an empty name, and imports the parents of a dotted one
     exists = name in sys.modules or (name.isidentifier() and importlib.util.find_spec(name))
     reason = f"there is no {name}.py"
     if exists:
@@ -491,7 +494,7 @@ def _module(name, shown):
             return module
         reason = f"{name}.py defines no Config and Model"
     names = []
-    for path in sorted(HERE.glob("*.py")):  # not imported: another file's error would hide this one
+    for path in sorted(HERE.glob("*.py")):  # read and not imported, as another file's error would hide this one
         text = path.read_text(encoding="utf-8", errors="replace")
         if set(re.findall(r"^class (Config|Model)\b", text, re.M)) == {"Config", "Model"}:
             names.append(path.stem)
@@ -509,7 +512,7 @@ def _types(cls, part=None):
     # `max_steps = 3` without a type is a class attribute, not a field: an easy slip in a fork
     for base in cls.__mro__[:-1]:
         for name, value in vars(base).items():
-            is_method = hasattr(value, "__get__") or isinstance(value, type)
+            is_method = hasattr(value, "__get__") or isinstance(value, type)  # or a property, or a class in the class
             if not name.startswith("_") and name not in hints and not is_method:
                 raise TypeError(f"{_file(cls)}: Config.{name} = {value!r} has no annotation, so it is not a key")
     types = {f.name: hints[f.name] for f in fields(cls) if "sub" not in f.metadata}
@@ -526,7 +529,7 @@ def _types(cls, part=None):
 def _is_supported(kind):
     if get_origin(kind) is tuple:
         return get_args(kind)[1:] == (...,)
-    # a bare tuple does not say what to convert its items to
+    # a bare `tuple` does not say of what
     return kind is not tuple and (get_origin(kind) or kind) in KINDS
 
 
@@ -578,7 +581,7 @@ def _convert_one(value, kind, text):
 
 
 def _option(value, options, text):
-    """The one of a Literal's options that `value` is."""
+    """The option of a Literal that `value` stands for."""
     for option in options:
         if text and str(option) == value:
             return option
@@ -606,7 +609,7 @@ def _number(value, kind):
 
 
 def _members(kind):
-    """The members of a union; any other type is the only one of itself."""
+    """The members of a union; of any other type, itself."""
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)  # UnionType is X | Y
 
 
@@ -623,7 +626,7 @@ def _name(kind):
 # ---- error messages
 def _unknown(s, types, Config, part):
     """The UserError for a Setting whose key is not in `types`."""
-    # an origin that ends in a blank is a place in a file, where assignments are written with blanks
+    # an origin that ends in a space is a line of a file, which has spaces around the "="
     shown = _shown(s, " = " if s.origin.endswith(" ") else "=")
     renamed = {name: target for name, target in RENAMED.items() if target in types}
     if s.key in renamed:
@@ -636,13 +639,13 @@ def _unknown(s, types, Config, part):
         if f.name == s.key:  # the sub() field itself: all others are in `types`
             return UserError(f"{shown}: not a key; {f.metadata['sub']!r} chooses it")
     files = _file(Config) if part is None else f"{_file(Config)} and {_file(part)}"
-    close = difflib.get_close_matches(s.key, [*types, *renamed], 1)
+    close = difflib.get_close_matches(s.key, [*types, *renamed], 1)  # learning_rat is close to an old name of lr
     advice = f" - did you mean {renamed.get(close[0], close[0])!r}?" if close else ""
     return UserError(f"{shown}: no such key in {files}{advice}")
 
 
 def _shown(s, equals="="):
-    """A Setting as it was written, cut where it is long."""
+    """A Setting as it was written; a long value is cut."""
     value = str(s.value) if s.text else repr(s.value)
     if len(value) >= 80:
         value = value[:77] + "..."
