@@ -104,7 +104,7 @@ def test_written_is_loaded(tmp_path):
     dataset = data.load(path)
     assert dataset.train.dtype == np.dtype("<u2") and np.array_equal(dataset.train, train)
     assert np.array_equal(dataset.val, val) and np.array_equal(dataset.train_mask, np.arange(1000) % 2)
-    assert dataset.vocab_size == dataset.tokenizer().vocab_size == 257 and dataset.val_bytes == 100
+    assert dataset.vocab_size == dataset.tokenizer().vocab_size == 257 and dataset.meta["bytes"]["val"] == 100
     assert (path / "train.bin").stat().st_size == 2000
     with pytest.raises(ValueError):
         dataset.train[0] = 1
@@ -289,7 +289,7 @@ def test_a_mask_that_lets_nothing_count_is_refused(tmp_path, split):
     mask = np.zeros(300)
     mask[0] = 1  # the first token is never predicted
     write(tmp_path / "ds", byte_tokenizer(), np.arange(300) % 256, np.arange(300) % 256, **{f"{split}_mask": mask})
-    with pytest.raises(UserError, match=f"{split}.mask.bin lets no token count"):
+    with pytest.raises(UserError, match=f"{split}.mask.bin masks out every token"):
         data.load(tmp_path / "ds")
     mask[150] = 1
     write(tmp_path / "ds", byte_tokenizer(), np.arange(300) % 256, np.arange(300) % 256, **{f"{split}_mask": mask})

@@ -57,7 +57,7 @@ def test_one_document_is_cut_at_a_character_and_has_no_end(tmp_path):
     document = "é" * 95 + "b" * 10
     dataset = prepare([document], tmp_path, tokenizer="char")
     assert texts(dataset, "train") == [document[:94]] and texts(dataset, "val") == [document[94:]]
-    assert dataset.vocab_size == 3 and dataset.val_bytes == 12
+    assert dataset.vocab_size == 3 and dataset.meta["bytes"]["val"] == 12
     assert dataset.meta["tokens"] == {"train": 94, "val": 11}
 
 
@@ -70,7 +70,7 @@ def test_documents_go_whole_to_one_side(tmp_path, tokenizer):
     assert sorted(train + val) == sorted(documents)
     assert [item for item in documents if item in set(val)] == val  # in their order
     size = {split: sum(len(item.encode()) for item in items) for split, items in (("train", train), ("val", val))}
-    assert dataset.meta["bytes"] == size and dataset.val_bytes == size["val"]
+    assert dataset.meta["bytes"] == size
     assert 0.08 < size["val"] / sum(size.values()) < 0.12
     assert dataset.meta["documents"] == {"train": len(train), "val": len(val)}
     other = prepare(documents, tmp_path, tokenizer=tokenizer, vocab_size=400, seed=2)
@@ -86,7 +86,7 @@ def test_same_input_same_bytes(tmp_path):
     assert data.load(path).meta == first  # a document may come in pieces
 
 
-def test_copies_fall_on_one_side_and_are_told(tmp_path, capsys):
+def test_copies_fall_on_one_side_with_a_warning(tmp_path, capsys):
     documents = [prose(30, seed=i % 40) for i in range(120)]
     dataset = prepare(documents, tmp_path)
     assert not set(texts(dataset, "train")[:-1]) & set(texts(dataset, "val")[:-1])
