@@ -92,7 +92,7 @@ def load(path):
     meta = _read_meta(path / "meta.json")
     arrays = {}
     for name, entry in meta["files"].items():
-        # the size first: it is quick, and what is wrong most often (a copy that broke off, a disk that was full)
+        # the size first: it costs nothing and gives the clearer message where a copy broke off
         file = path / name
         if not file.is_file():
             raise _damaged(file, "is missing")
@@ -237,7 +237,7 @@ def batch_indices(n_tokens, step, batch_size, block_size, seed, rows=False):
         raise UserError(f"the split has {n_tokens:,} tokens, a window needs block_size + 1 = {block_size + 1:,}: use a "
                         "smaller block_size or more text")
     if rows:
-        n_windows = (n_tokens - 1) // block_size  # the writer appends one token, the last row's last target
+        n_windows = (n_tokens - 1) // block_size  # one token stands behind the last row, as its last target
         n_offsets = 1
     else:
         n_windows = max(1, (n_tokens - block_size) // block_size)  # as many as fit under every offset
