@@ -153,7 +153,7 @@ def test_tokenizer_from_a_file(tmp_path):
 def test_wrong_options(tmp_path):
     wrong = [
         ({"tokenizer": "bpee"}, "none of bpe"), ({"tokenizer": "bpe", "vocab_size": 100}, "too small"),
-        ({"tokenizer": "bpe", "pretokenizer": "x"}, "must be one of"), ({"val_fraction": 0.0}, "between 0 and 1"),
+        ({"tokenizer": "bpe", "pretokenizer": "x"}, "is not one of"), ({"val_fraction": 0.0}, "between 0 and 1"),
         ({"val_fraction": 1.0}, "between 0 and 1"),
     ]  # fmt: skip
     for options, message in wrong:
