@@ -107,7 +107,7 @@ def verses_of(package):
 # ---- its form
 def books_of(lines, where):
     """{book: text} from lines `book chapter:verse text`; UserError for any other line. where: for its message."""
-    books = {}     # book -> its verses, each behind what separates it from the one before
+    books = {}  # book -> its verses, each behind what separates it from the one before
     before = None  # (book, chapter) of the last verse
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -117,7 +117,7 @@ def books_of(lines, where):
             raise UserError(f"{where}, line {number} is {line[:40]!r}, not 'book chapter:verse text': choose another "
                             "--input, or use prepare/text.py for text of any form")
         book, chapter, verse = match.groups()
-        if not verse:                                      # some verses are in other manuscripts only
+        if not verse:  # some verses are in other manuscripts only
             continue
         if book not in books:
             books[book] = []

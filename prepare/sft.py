@@ -21,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from prepare.documents import find_fault, read_json, read_jsonl
-from thimble import chat, checkpoint, configurator, data, load
+from thimble import chat, configurator, data
 from thimble.files import UserError, warn
 from thimble.ngrams import NGrams, baselines
 from thimble.tokenizer import byte_tokenizer
@@ -48,7 +48,7 @@ class Config:
         if not self.input or not self.name or not self.tokenizer:
             raise ValueError("--input=FILE,..., --name=NAME and --tokenizer=RUN_FOLDER (the model to tune) are needed")
         if self.weights and len(self.weights) != len(self.input):
-            raise ValueError(f"weights={self.weights} must be one number for each of {len(self.input)} files")
+            raise ValueError(f"weights={self.weights} must be one number for each --input file ({len(self.input)})")
         for weight in self.weights:
             if not 0 < weight <= 1000:
                 raise ValueError(f"weights={self.weights} must be above 0 and at most 1000")
@@ -75,7 +75,7 @@ def conversation(record, where):
     """One record of any of the known kinds as messages, the last of which is an answer."""
     try:
         messages = messages_of(record)
-        while messages[-1]["role"] != "assistant":         # a question without an answer
+        while messages[-1]["role"] != "assistant":  # a question without an answer teaches nothing
             messages.pop()
         for message in messages:
             if message["role"] not in chat.ROLES or not all(isinstance(text, str) for text in message.values()):
@@ -89,7 +89,7 @@ def conversation(record, where):
 
 
 def messages_of(record):
-    """The messages of a record, unchecked."""
+    """The messages of a record, unchecked: KeyError and the like where it is of another form."""
     if "messages" in record:
         return [{"role": m["role"], "content": m["content"]} for m in record["messages"]]
     if "conversations" in record:
@@ -107,8 +107,10 @@ def load_tokenizer(name):
     """The Tokenizer of --tokenizer."""
     if name == "byte":
         return byte_tokenizer()
+    from thimble import checkpoint, load  # they import torch, which takes seconds
+
     path = Path(name).expanduser()
-    if (path / "latest").exists():                         # a run: its checkpoints hold the tokenizer
+    if (path / "latest").exists():  # a run: its checkpoints hold the tokenizer
         path = checkpoint.load_run(path, "best").path
     return load.read_tokenizer(path)
 
@@ -164,6 +166,7 @@ def write(cfg, tokenizer, rows, rng):
     """Write the rows in random order; returns the dataset's folder."""
     counts = {split: NGrams() for split in data.SPLITS}
     for split in data.SPLITS:
+        # the answers alone, like the loss
         counts[split].add(np.frombuffer(b"".join(row.answers for row in rows[split]), np.uint8))
     floors = baselines(counts["train"], counts["val"])
     options = {"tokenizer": cfg.tokenizer, "template": cfg.template, "weights": list(cfg.weights), "seed": cfg.seed,
@@ -174,7 +177,7 @@ def write(cfg, tokenizer, rows, rng):
         for split in data.SPLITS:
             for i in rng.permutation(len(rows[split])):
                 row = rows[split][i]
-                n_pad = cfg.block_size - len(row.ids)
+                n_pad = cfg.block_size - len(row.ids)  # padding is never in the loss, so any id will do
                 out.append(split, row.ids + [tokenizer.eot] * n_pad, len(row.answers), 1, row.counts + [0] * n_pad)
             out.append(split, [tokenizer.eot], 0, 0, [0])  # a window is a row and one token more
         out.meta |= {"row_length": cfg.block_size, "template": cfg.template}
@@ -188,7 +191,7 @@ def show(tokenizer, example):
     last = None
     for i, count in zip(example.ids, example.counts, strict=True):
         if count != last:
-            text += "\033[0m" if count else "\033[2m"     # the terminal's codes for normal and faint
+            text += "\033[0m" if count else "\033[2m"  # the terminal's codes for normal and faint
             last = count
         text += stream.step(i)
     print(text + stream.flush() + "\033[0m\n" + "-" * 40)

@@ -51,7 +51,7 @@ def rows(n, seed):
     rng = np.random.default_rng(seed)
     size = len(CHARS)
     first = rng.integers(size, size=(n, 1))
-    step = (np.arange(n) % 3 == 1)[:, None]                # (n, 1): 1 where a row counts up
+    step = (np.arange(n) % 3 == 1)[:, None]  # (n, 1): 1 where a row counts up
     out = (first + np.arange(ROW) * step) % size
     out[2::3] = rng.integers(size, size=out[2::3].shape)
     return rng.permutation(out)
@@ -61,7 +61,7 @@ def write_mix(cfg, folder):
     tok = char_tokenizer(CHARS)
     sizes = {"train": cfg.samples, "val": max(12, cfg.samples // 40)}
     counts = {split: NGrams() for split in data.SPLITS}
-    is_counted = np.arange(ROW + 1) > 1                    # not the <|endoftext|> in front, and not the first id
+    is_counted = np.arange(ROW + 1) > 1  # not the <|endoftext|> in front, and not the first id
     with data.Writer(folder, tok, f"prepare/synthetic_code.py, seed {cfg.seed}", {"samples": cfg.samples}) as out:
         for i, split in enumerate(data.SPLITS):
             n = sizes[split]
@@ -70,9 +70,9 @@ def write_mix(cfg, folder):
             ids = np.pad(ids, ((0, 0), (1, 0)), constant_values=tok.eot)  # (n, ROW + 1)
             out.append(split, ids.ravel(), 3 * n * ROW, n, np.tile(is_counted, n))
         out.meta["baselines"] = baselines(counts["train"], counts["val"])
-        out.meta["overlap_13gram"] = None                  # there are no words
+        out.meta["overlap_13gram"] = None  # there are no words
         floor = math.log(len(CHARS)) / 3 + math.log(3) / (ROW - 1)
-        out.meta["entropy_floor"] = floor                  # nats per token in the loss
+        out.meta["entropy_floor"] = floor  # nats per token in the loss
     report(folder, f"python train.py config/tiny_cpu_synthetic.py --dataset={folder.name}")
     print(f"no model can be better than {floor:.4f} nats per token")
 
@@ -123,7 +123,7 @@ def pick(rng):
     which, test = condition(rng, x)
     how, value = change(rng, x)
     body = [f"return [{value} for {x} in {things} if {test}]"]
-    if rng.random() < 0.5:                                 # the same as a loop
+    if rng.random() < 0.5:  # the same as a loop
         body = ["result = []", f"for {x} in {things}:", f"    if {test}:", f"        result.append({value})",
                 "return result"]
     doc = f"Every {which} one of the {things}, {how}."

@@ -64,7 +64,7 @@ def prepare(documents, name, source, tokenizer="bpe", vocab_size=4096, pretokeni
     if tokenizer == "bpe":
         check_bpe(vocab_size, pretokenizer)
         options |= {"vocab_size": vocab_size, "pretokenizer": pretokenizer}
-    # what needs no text is loaded first, so that a mistake shows at once
+    # a tokenizer that needs no text is loaded first, so that a mistake shows at once
     tok = None if tokenizer in ("bpe", "char") else find_tokenizer(tokenizer)
 
     # three passes over the documents: which are held out, what is in them, and their tokens
@@ -81,6 +81,7 @@ def prepare(documents, name, source, tokenizer="bpe", vocab_size=4096, pretokeni
     with data.Writer(folder, tok, source, options, floors) as out:
         check_space(folder, plan, tok, out.dtype.itemsize)
         tokenize(plan, progress(documents, "tokenizing"), tok, out)
+        # the passes must have read the same text, or documents are on the wrong side
         if sum(out.meta["bytes"].values()) != plan.total:
             raise UserError(CHANGED)
         out.meta |= {"duplicates": plan.n_duplicates, "overlap_13gram": shared}
@@ -115,6 +116,7 @@ def count(plan, documents, want_sample):
             counters[split].add(piece.encode())
             if want_sample and split == "train":
                 n_train += len(piece)
+                # a piece whenever the sample is behind its share: spread evenly, and no random numbers
                 if n_sampled < n_train * share:
                     sample.append(piece)
                     n_sampled += len(piece)
@@ -140,7 +142,7 @@ def tokenize(plan, documents, tok, out):
     uncut = tok.kind in ("byte", "char")  # any pieces will do
     cuts_are_safe = not uncut and cuttable(tok, plan.head)
     batch = []  # (split, text, documents that end here, whether <|endoftext|> follows)
-    size = 0    # characters in it
+    size = 0  # characters in it
     for split, pieces, closed in plan.parts(documents):
         if cuts_are_safe:
             pieces = recut(pieces)
@@ -158,6 +160,7 @@ def tokenize(plan, documents, tok, out):
 
 
 def append_batch(batch, tok, out):
+    # a tokenizer that lowercases or drops characters would train a model on another text than the user's
     probe = batch[0][1][:4096]
     if tok.decode(tok.encode(probe), skip_special=False) != probe:
         raise UserError(f"the tokenizer {tok.name} changes the text that it encodes: choose another")
@@ -212,7 +215,8 @@ class Plan:
 
     def __init__(self, documents, val_fraction, seed, want_chars):
         self.chars = set()  # with want_chars, every character of the text
-        self.head = ""      # the beginning of the text
+        self.head = ""  # the beginning of the text
+        # a hash decides for each document, so that neither memory nor the order of files plays a role
         salt = (seed % 2**64).to_bytes(8, "little")
         hashes, n_bytes, n_chars = array("Q"), array("Q"), array("Q")  # 8 bytes each, of millions of documents
         for document in documents():
@@ -261,11 +265,11 @@ class Plan:
     def parts(self, documents):
         """Yield (split, iterable of strings, whether <|endoftext|> follows); each is to be read before the next."""
         start = 0  # of the document, in characters
-        n = 0      # documents read
+        n = 0  # documents read
         several = self.n_documents > 1
         for document in documents():
             n += 1
-            if n > len(self.n_bytes):
+            if n > len(self.n_bytes):  # more than in the first pass
                 break
             if not self.n_bytes[n - 1]:
                 continue
@@ -277,7 +281,7 @@ class Plan:
                 yield "train", pieces, several
             elif start >= self.cut:
                 yield "val", pieces, several
-            else:
+            else:  # the cut is in this document: what take leaves of a piece begins val
                 rest = []
                 yield "train", take(pieces, self.cut - start, rest), False
                 yield "val", itertools.chain(rest, pieces), several
@@ -328,10 +332,10 @@ SAFE_CUT = re.compile(r"(?<=\S)(?= )|(?<=\S\n)(?=[^\s/])")
 
 def recut(pieces, size=PIECE):
     """The same text in pieces of about `size` characters, cut only where a cut cannot change the tokens."""
-    held = ""
+    held = ""  # not yielded yet
     for piece in pieces:
         held += piece
-        start = 0
+        start = 0  # of the next piece in it
         while len(held) - start > size:
             match = SAFE_CUT.search(held, start + size)
             if not match:
@@ -359,6 +363,7 @@ def progress(documents, what):
     def with_bar():
         from tqdm import tqdm
 
+        # disable=None: only in a terminal
         with tqdm(desc=what, unit="B", unit_scale=True, delay=2, disable=None, leave=False) as bar:
             for document in documents():
                 if isinstance(document, str):

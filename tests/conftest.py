@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")          # the suite is about a CPU, and must give the same anywhere
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the suite is about a CPU, and must give the same anywhere
 
 
 @pytest.fixture(scope="session")

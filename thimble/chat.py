@@ -24,6 +24,7 @@ def parts(messages, template, reply):
     """
     if template not in TEMPLATES:
         raise UserError(f"there is no template {template!r}: choose one of {', '.join(TEMPLATES)}")
+    # a message at a time, so that a prompt is always the beginning of a whole conversation
     write = {"elite": _elite, "chatml": _chatml, "alpaca": _alpaca}[template]
     out = []
     for message in messages:
@@ -52,7 +53,7 @@ def _chatml(message):
         out += [(_content(message, "\n\n"), 0), (END, 0)]
     elif "content" in message:
         out += [(message["content"].strip(), 1), (END, 1)]
-    if "content" in message:
+    if "content" in message:  # behind the end of each message, and outside the loss: the model stops before it
         out.append(("\n", 0))
     return out
 
@@ -100,12 +101,12 @@ def encode(tokenizer, messages, template, reply=False):
     special_ids = {START: tokenizer.special(*START), END: end_id(tokenizer, template)}
     ids = []
     counts = []
-    text = ""   # not tokenized yet: as much as there is between two special tokens
+    text = ""  # not tokenized yet: as much as there is between two special tokens
     flags = []  # for each character of it, whether it counts
     for part, count in parts(messages, template, reply):
         special_id = special_ids.get(part)
         if special_id is None:
-            if part == START:                              # plain text to a tokenizer that lacks the token
+            if part == START:  # plain text to a tokenizer that lacks the token
                 part = part[0]
             text += part
             flags += [count] * len(part)
@@ -143,7 +144,7 @@ def fit(tokenizer, messages, template, n_tokens):
     while True:
         ids, _ = encode(tokenizer, system + rest, template, reply=True)
         if len(ids) <= n_tokens or len(rest) <= 1:
-            return ids[-n_tokens:]
+            return ids[-n_tokens:]  # the end, where the answer begins
         # a whole exchange: up to the next question
         rest = rest[1:]
         while rest[0]["role"] != "user" and len(rest) > 1:

@@ -212,15 +212,15 @@ def batch(tokens, step, batch_size, block_size, seed, mask=None, row_length=0):
     if row_length and row_length != block_size:
         raise UserError(f"the dataset has rows of {row_length} tokens: train with --block_size={row_length}")
     starts = batch_indices(len(tokens), step, batch_size, block_size, seed, rows=row_length > 0)
-    at = starts[:, None] + np.arange(block_size + 1)           # (batch_size, block_size + 1)
-    windows = np.asarray(tokens)[at].astype(np.int64)          # the only read from the disk
-    x = windows[:, :-1].copy()                                 # copies: callers may write into them
+    at = starts[:, None] + np.arange(block_size + 1)  # (batch_size, block_size + 1)
+    windows = np.asarray(tokens)[at].astype(np.int64)  # the only read from the disk
+    x = windows[:, :-1].copy()  # copies: callers may write into them
     y = windows[:, 1:].copy()
     if mask is not None:
         y[np.asarray(mask)[at[:, 1:]] == 0] = -1
     if row_length:
         used = np.flatnonzero((y >= 0).any(0)).max(initial=0) + 1  # up to the last target of any row
-        width = -(-used // 32) * 32                            # rounded up, so that there are few different shapes
+        width = -(-used // 32) * 32  # rounded up, so that there are few different shapes
         x, y = x[:, :width], y[:, :width]
     return x, y
 
@@ -309,7 +309,7 @@ class Writer:
         self.temporary = self.path.parent / f".{self.path.name}.tmp-{os.getpid()}"
         remove(self.temporary)
         self.temporary.mkdir(parents=True)
-        self.files = {}   # name -> open file
+        self.files = {}  # name -> open file
         self.hashes = {}  # name -> sha256 of what was written so far
         return self
 

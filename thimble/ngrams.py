@@ -19,7 +19,7 @@ class Counter:
         self.ngrams = NGrams()
         self.words = WordGrams(n_bytes)
         self.parts = []  # not counted yet
-        self.size = 0    # bytes in them
+        self.size = 0  # bytes in them
 
     def add(self, part):
         self.parts.append(part)
@@ -40,8 +40,8 @@ class NGrams:
     """Counts of the byte trigrams of a text that comes in blocks, in fixed memory."""
 
     def __init__(self):
-        self.counts = np.zeros(256**3, np.uint32)          # 64 MB, however long the text is
-        self.last = np.zeros(0, np.uint8)                  # the end of the block before: a trigram may begin in it
+        self.counts = np.zeros(256**3, np.uint32)  # 64 MB, however long the text is
+        self.last = np.zeros(0, np.uint8)  # the end of the block before: a trigram may begin in it
 
     def add(self, text):
         """Count on with `text`, (n,) uint8."""
@@ -59,7 +59,7 @@ class NGrams:
 
 def trigrams(ids, vocab_size):
     """ids (n,) below vocab_size -> (keys, counts) of the different trigrams abc, sorted by key (a V + b) V + c."""
-    ids = np.asarray(ids, np.int64)                        # V^3 fits up to a vocabulary of 2 million
+    ids = np.asarray(ids, np.int64)  # V^3 fits up to a vocabulary of 2 million
     return np.unique((ids[:-2] * vocab_size + ids[1:-1]) * vocab_size + ids[2:], return_counts=True)
 
 
@@ -83,7 +83,7 @@ def witten_bell(train, val, vocab_size):
     keys, counts = train
     val_keys, val_counts = val
     weights = val_counts / max(1, val_counts.sum())
-    p = np.full(len(val_keys), 1 / vocab_size)             # of the last symbol of each trigram in val
+    p = np.full(len(val_keys), 1 / vocab_size)  # of the last symbol of each trigram in val
     bits = []
     for n in (1, 2, 3):
         # the last n symbols of a key are its rest by V^n, and all of them but the last are that divided by V
@@ -105,7 +105,7 @@ def witten_bell(train, val, vocab_size):
 def look_up(keys, values, wanted):
     """The value of each wanted key in the sorted `keys`; 0 for those that are not there."""
     at = np.searchsorted(keys, wanted)
-    keys = np.append(keys, -1)                             # for what is beyond the last key
+    keys = np.append(keys, -1)  # for what is beyond the last key
     values = np.append(values, 0)
     return np.where(keys[at] == wanted, values[at], 0)
 
@@ -121,14 +121,14 @@ class WordGrams:
         share = min(1.0, MAX_GRAMS / (n_bytes / 5 + 1))
         self.limit = np.uint64(min(share * 2**64, 2**64 - 2048))  # the largest float below 2^64
         self.seen = np.zeros(0, np.uint64)  # sorted, each once
-        self.fresh = []                     # arrays that are not merged into `seen` yet
-        self.carry = b""                    # from the first word on that the next block's 13-grams may begin with
+        self.fresh = []  # arrays that are not merged into `seen` yet
+        self.carry = b""  # from the first word on that the next block's 13-grams may begin with
 
     def add(self, block, final=False):
         """Count on with `block`, bytes; `final` says that nothing follows, so that its last word is complete."""
         block = self.carry + block
         text = np.frombuffer(block, np.uint8)
-        is_word = (text > 32) | (text == 0)                # all but white space and control characters
+        is_word = (text > 32) | (text == 0)  # all but white space and control characters
         edges = np.flatnonzero(np.diff(is_word, prepend=False, append=False))
         starts, ends = edges[::2], edges[1::2]
         if len(starts) < GRAM:
@@ -138,16 +138,16 @@ class WordGrams:
         words = hash_words(text[is_word], ends - starts)
 
         n = len(words) - GRAM + 1
-        grams = np.zeros(n, np.uint64)                     # of the 13 words from each word on
+        grams = np.zeros(n, np.uint64)  # of the 13 words from each word on
         for k in range(GRAM):
-            grams = grams * PRIME + words[k:k + n]         # modulo 2^64, as everywhere here
+            grams = grams * PRIME + words[k:k + n]  # modulo 2^64, as everywhere here
         grams = mix(grams)
 
         ends_before = np.concatenate([[0], np.cumsum(text[starts] == 0)])  # of documents, before each word
         within = ends_before[GRAM:] == ends_before[:-GRAM]
         keep = within & (grams <= self.limit)
         if not final:
-            keep[-1] = False                               # its last word may continue in the next block
+            keep[-1] = False  # its last word may continue in the next block
         self.fresh.append(np.unique(grams[keep]))
         if sum(map(len, self.fresh)) > MAX_GRAMS // 4:
             self.merge()
@@ -167,7 +167,7 @@ def hash_words(letters, lengths):
 
     A word is a polynomial in PRIME, whose coefficients are its bytes plus 1, so that leading zeros count too.
     """
-    first = np.cumsum(lengths) - lengths                   # where each word begins
+    first = np.cumsum(lengths) - lengths  # where each word begins
     place = np.arange(len(letters)) - np.repeat(first, lengths)  # of each byte in its word
     powers = np.full(lengths.max(), PRIME)
     powers[0] = 1

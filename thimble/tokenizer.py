@@ -43,7 +43,7 @@ def load_tokenizer(path):
     if file.is_dir():
         file = file / "tokenizer.json"
     if not file.is_file():
-        raise UserError(f"there is no tokenizer {file}")
+        raise UserError(f"there is no tokenizer {file}: name a tokenizer.json or a folder that holds one")
     try:
         text = file.read_bytes().decode()
     except UnicodeDecodeError:
@@ -60,6 +60,7 @@ class Tokenizer:
     """
 
     def __init__(self, hf, name="tokenizer"):
+        # some files ask for these, and would lose text or add tokens
         hf.no_truncation()
         hf.no_padding()
         vocab = hf.get_vocab(with_added_tokens=True)
@@ -91,6 +92,7 @@ class Tokenizer:
             return self.encode_batch([text])[0].tolist()
         if self._table is None:
             return self._guarded([text], lambda: self._with_specials.encode(text, add_special_tokens=False).ids)
+        # the table knows no special tokens: they are cut out of the text first
         ids = []
         for part in re.split("(" + "|".join(map(re.escape, self.specials)) + ")", text):
             ids += [self.specials[part]] if part in self.specials else self.encode(part)
@@ -144,7 +146,7 @@ class Tokenizer:
     def decode(self, ids, skip_special=True):
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         ids = np.asarray(ids, np.int64).tolist()
-        for i in ids:
+        for i in ids:  # the library would skip an id that it does not know
             self.check_id(i)
         return guard(self.name, self.hf.decode, ids, skip_special_tokens=skip_special)
 
@@ -186,6 +188,7 @@ def _kind_and_table(hf, vocab):
 
     Where each byte or each character is a token and nothing is merged, looking up the table is all there is to encode.
     """
+    # each test below rules out something that would make the table and the library disagree
     model = type(hf.model).__name__
     decoder = type(hf.decoder).__name__
     if model == "BPE" and hf.normalizer is None and all(len(token) == 1 for token in vocab):
@@ -267,6 +270,7 @@ def byte_alphabet():
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in visible]
     char_of = {byte: chr(byte) for byte in visible}
+    # control characters, blanks and the soft hyphen would be lost or mistaken in a file
     char_of |= {byte: chr(256 + i) for i, byte in enumerate(hidden)}
     return [char_of[byte] for byte in range(256)]
 
@@ -287,7 +291,7 @@ def pre_tokenizer_of(preset):
     if preset == "smollm":
         return pre.Sequence([pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)])
     pattern = LLAMA3_PATTERN if preset == "llama3" else preset
-    split = pre.Split(library().Regex(pattern), "isolated")
+    split = pre.Split(library().Regex(pattern), "isolated")  # both the matches and what lies between them are words
     return pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
