@@ -52,7 +52,7 @@ def test_batches_are_pure():
         for ours, theirs in zip(data.batch(tokens, step, 12, 16, seed=7), straight[step], strict=True):
             assert np.array_equal(ours, theirs)
     for array in data.batch(tokens, 5, 12, 16, seed=7):
-        array += 1  # a caller may write into his batch
+        array += 1  # callers may write into a batch
     assert np.array_equal(data.batch(tokens, 5, 12, 16, seed=7)[0], straight[5][0])
     assert not np.array_equal(data.batch(tokens, 0, 12, 16, seed=8)[0], straight[0][0])
     assert data.batch(tokens, 0, 12, 16, seed=-3)[0].shape == (12, 16)
@@ -285,7 +285,7 @@ def test_no_dataset(tmp_path):
 
 
 @pytest.mark.parametrize("split", data.SPLITS)
-def test_a_mask_that_lets_nothing_count_is_refused(tmp_path, split):
+def test_a_mask_that_hides_every_token_is_refused(tmp_path, split):
     mask = np.zeros(300)
     mask[0] = 1  # the first token is never predicted
     write(tmp_path / "ds", byte_tokenizer(), np.arange(300) % 256, np.arange(300) % 256, **{f"{split}_mask": mask})

@@ -100,7 +100,7 @@ def test_stream_holds_back_parts_of_a_character(tokenizers):
     assert [stream.step(byte) for byte in (0xF0, 0x9F)] == ["", ""]
     assert stream.flush() == "\ufffd"
     rng = random.Random(3)
-    for _ in range(300):  # bytes that are no UTF-8: the same U+FFFD as when decoded at once
+    for _ in range(300):  # bytes that are not UTF-8: the same U+FFFD as when decoded at once
         ids = [rng.choice([rng.randrange(256), 0xE2, 0x82, 0xF0, 65]) for _ in range(12)]
         stream = tokenizers["byte"].stream()
         assert "".join(map(stream.step, ids)) + stream.flush() == tokenizers["byte"].decode(ids)

@@ -122,7 +122,7 @@ class WordGrams:
         self.limit = np.uint64(min(share * 2**64, 2**64 - 2048))  # the largest float below 2^64
         self.seen = np.zeros(0, np.uint64)  # sorted, each once
         self.fresh = []  # arrays that are not merged into `seen` yet
-        self.carry = b""  # from the first word on that the next block's 13-grams may begin with
+        self.carry = b""  # the last 13 words and what follows: the next block's 13-grams may begin there
 
     def add(self, block, final=False):
         """Count on with `block`, bytes; `final` says that nothing follows, so that its last word is complete."""
