@@ -175,7 +175,7 @@ def mean(scores):
 
 def dataset_of(speaker, cfg):
     name = cfg.dataset or speaker.loaded.meta.get("dataset", {}).get("path", "")
-    folder = Path(name) if Path(name).is_dir() else Path(__file__).resolve().parent / "data" / Path(name).name
+    folder = data.folder_of(name if Path(name).is_dir() else Path(name).name)
     return data.load(folder) if name and (folder.is_dir() or cfg.dataset) else None
 
 

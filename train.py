@@ -118,7 +118,7 @@ FREE = {"out_dir", "resume", "init_from", "prepare", "eval_every", "patience", "
 
 
 def open_dataset(cfg):
-    path = Path(cfg.dataset) if Path(cfg.dataset).is_dir() else HERE / "data" / cfg.dataset
+    path = data.folder_of(cfg.dataset)
     if not path.exists() and cfg.prepare:
         print(f"no dataset {cfg.dataset} yet: python {cfg.prepare}", flush=True)
         script, *flags = shlex.split(cfg.prepare)

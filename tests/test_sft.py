@@ -103,7 +103,7 @@ def test_records():
     for bad in ({}, {"messages": 5}, {"messages": cat}, {"messages": []},
                 {"conversations": [{"from": "tool", "value": "x"}]}, [1], {"instruction": "a", "output": None},
                 {"question": "a", "answer": "\ud800"}):
-        with pytest.raises(UserError, match="line 7 is no conversation"):
+        with pytest.raises(UserError, match="line 7 is not a conversation"):
             sft.conversation(bad, "line 7")
 
 
