@@ -3,7 +3,6 @@
 SIGKILL never loses the page cache, so durability against power loss rests on test_order_of_calls alone.
 """
 
-import builtins
 import errno
 import hashlib
 import json
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fate import Fate, Killed
 
 from thimble import checkpoint
 from thimble.files import UserError
@@ -197,58 +197,6 @@ def test_sigkill_at_random_times(tmp_path):
     assert not hidden(run)
 
 
-class Killed(BaseException):
-    pass
-
-
-class Fate:
-    """Counts the calls that change the disk; at number `at`, `strike` happens instead (from then on if `lasting`)."""
-
-    def __init__(self, monkeypatch, at=None, strike=Killed, lasting=True):
-        self.at, self.strike, self.lasting, self.calls, self.struck = at, strike, lasting, [], False
-        for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir"):
-            monkeypatch.setattr(os, name, self.wrap(name, getattr(os, name)))
-        monkeypatch.setattr(checkpoint, "open", self.open, raising=False)
-
-    def wrap(self, name, call):
-        def wrapped(*args, **options):
-            what = os.readlink(f"/proc/self/fd/{args[0]}") if name == "fsync" else " ".join(str(a) for a in args)
-            self.count(name, what)
-            return call(*args, **options)
-
-        return wrapped
-
-    def count(self, name, what):
-        self.calls.append((name, what))
-        now = len(self.calls) - 1
-        if self.at is not None and (now == self.at or (self.lasting and now > self.at)):
-            self.struck = True
-            raise self.strike() if self.strike is Killed else OSError(self.strike, os.strerror(self.strike))
-
-    def open(self, path, mode="r"):
-        if "w" not in mode:
-            return builtins.open(path, mode)
-        self.count("open", path)
-        file, fate = builtins.open(path, mode, buffering=0), self
-
-        class Half:
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *_):
-                file.close()
-
-            def write(self, data):
-                file.write(data[: len(data) // 2])
-                fate.count("write", path)
-                file.write(data[len(data) // 2 :])
-
-            def __getattr__(self, name):
-                return getattr(file, name)
-
-        return Half()
-
-
 def three(run):
     for step in (1, 2, 3):
         put(run, step, keep_last=2, best=step == 1)
@@ -325,8 +273,8 @@ def test_order_of_calls(tmp_path, monkeypatch):
     files = [("fsync", f"{temp}/{name}") for name in ("model.safetensors", "optimizer.safetensors", "meta.json")]
     pointers = []
     for which in ("best", "latest"):
-        pointers += [("fsync", f"{tmp_path}/.{which}.tmp"), ("replace", f"{tmp_path}/.{which}.tmp {tmp_path}/{which}")]
-        pointers += [("fsync", str(tmp_path))]
+        pointer, pointer_temp = tmp_path / which, tmp_path / f".{which}.tmp-{os.getpid()}"
+        pointers += [("fsync", str(pointer_temp)), ("replace", f"{pointer_temp} {pointer}"), ("fsync", str(tmp_path))]
     expected = files + [("fsync", temp), ("rename", f"{temp} {final}"), ("fsync", str(tmp_path))] + pointers
     assert calls[: len(expected)] == expected
     assert calls[len(expected) :] == [("rename", f"{tmp_path}/step_000001 {tmp_path}/.trash-step_000001")]
