@@ -104,7 +104,7 @@ def load_tokenizer(name):
     if (folder / "latest").exists():                       # a run: its checkpoints hold the tokenizer
         from thimble import checkpoint
 
-        folder = checkpoint.find(folder, "best")
+        folder = checkpoint.load_run(folder, "best").path
     return load.read_tokenizer(folder)
 
 
