@@ -10,20 +10,22 @@ from conftest import ROOT
 import model
 import sample
 from thimble import checkpoint, configurator
-from thimble.tokenizer import char_tokenizer
+from thimble.tokenizer import byte_tokenizer, char_tokenizer
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A checkpoint of an untrained char model."""
-    folder = tmp_path_factory.mktemp("runs") / "untrained"
-    tokenizer = char_tokenizer("\n abcdeé")
+def untrained(folder, tokenizer):
     torch.manual_seed(0)
     m = model.Model(model.Config(n_layer=1, n_head=2, n_embd=16, vocab_size=tokenizer.vocab_size, block_size=16))
     (folder.parent / "tokenizer.json").write_text(tokenizer.to_json())
     checkpoint.save(folder, 3, m.state_dict(), None, {"arch": "model", "model_config": asdict(m.config)},
                     folder.parent / "tokenizer.json", best=True)
     return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A checkpoint of an untrained char model."""
+    return untrained(tmp_path_factory.mktemp("runs") / "untrained", char_tokenizer("\n abcdeé"))
 
 
 @pytest.fixture
@@ -54,6 +56,20 @@ def test_seeds_files_beams_and_several_samples(cli, tmp_path):
     assert cli("--prompt=a", "--num_samples=3")[1].count("-" * 40) == 2
 
 
+def test_a_stop_text_ends_each_sample(cli):
+    text = cli("--prompt=abc")[1].removeprefix("abc")
+    assert len(text) > 5
+    assert cli("--prompt=abc", f"--stop={text[3:5]},é é é")[1] == "abc" + text.partition(text[3:5])[0] + "\n"
+
+
+def test_an_answer_also_to_a_prompt_that_looks_like_a_command(cli, tmp_path):
+    flags = ["--chat", f"--checkpoint={untrained(tmp_path / 'bytes', byte_tokenizer())}"]
+    for prompt in ("abc", "/quit"):
+        code, out, err = cli(*flags, f"--prompt={prompt}")
+        assert code == 0 and len(out) > 1 and err.endswith("step 3\n")
+    assert cli(*flags, "--prompt=FILE:nowhere.txt")[0] == 1
+
+
 def test_empty_and_long_prompts_are_defined(cli):
     assert cli("--prompt=")[0] == 0
     code, _, err = cli("--prompt", "abc de" * 10)
@@ -64,7 +80,11 @@ def test_empty_and_long_prompts_are_defined(cli):
     (["--prompt=xyz"], "x"), (["--prompt=FILE:nowhere.txt"], "nowhere.txt"), (["--temperature=-1"], "temperature"),
     (["--top_p=0"], "top_p"), (["--tempratur=1"], "did you mean 'temperature'"), (["--device=warp"], "warp"),
     (["--checkpoint=nowhere"], "nowhere"), (["--which=worst"], "worst"), (["--num_samples=0"], "num_samples=0"),
-    (["--num_samples=3", "--beam=4"], "num_samples=3"),
+    (["--num_samples=3", "--beam=4"], "num_samples=3"), (["--seed=9223372036854775808"], "below 2**63"),
+    (["--length_penalty=11"], "at most 10"), (["--length_penalty=-1"], "length_penalty=-1.0 must not be negative"),
+    (["--top_p=1.5"], "top_p=1.5"), (["--min_p=2"], "min_p=2.0"), (["--repetition_penalty=0"], "must be above 0"),
+    (["--max_new_tokens=0"], "max_new_tokens=0"), (["--beam=-1"], "beam=-1"), (["--top_k=-1"], "top_k=-1"),
+    (["--packed=there"], "only ternary models"),
 ])
 def test_mistakes_end_in_one_clear_line(cli, args, reason):
     code, _, err = cli(*args)
