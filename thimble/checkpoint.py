@@ -39,9 +39,9 @@ TABLE_LIMIT = 2**32  # bytes of a model's buffers (position tables and such); a 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    path: Path
-    meta: dict
-    model: dict[str, torch.Tensor]
+    path: Path  # the folder
+    meta: dict  # of meta.json: step, arch, model_config, files, and what the writer added
+    model: dict[str, torch.Tensor]  # weights and buffers, by the names of state_dict()
     optimizer: dict[str, torch.Tensor] | None  # moments and random states; None unless asked for
 
 
@@ -218,7 +218,7 @@ def _is_whole(path):
 def load(path=None, which="latest", optimizer=False):
     """Read a checkpoint folder, the `which` of a run folder, or that of the newest run. UserError if it is damaged.
 
-    Every file read is held against the sha256 in meta.json; the optimizer's is read only if asked for. What other
+    Every file read is checked against the sha256 in meta.json; the optimizer's is read only if asked for. What other
     programs wrote (a Hugging Face folder, a GGUF file) is read by load.py.
     """
     path = newest_run() if path is None else Path(path)
@@ -360,7 +360,7 @@ def load_model(checkpoint):
     module = _model_file(path, arch)
     try:
         config = from_flat(module.Config, flat)
-        # a dry run that takes no memory, but a second to import what it needs: only for configs with large numbers
+        # a dry run without memory for configs with large numbers; not for all, since it takes a second of imports
         if any(type(value) is int and value > 2**16 for value in flat.values()):
             with contextlib.suppress(NotImplementedError), torch.device("meta"):  # some cannot be built there
                 _check_fit(_build(module, config, tensors, math.inf), tensors)
@@ -392,14 +392,14 @@ def _model_file(path, arch):
 def _build(module, config, tensors, limit):
     """module.Model(config), stopped as soon as its parameters hold more than `limit` numbers.
 
-    A config of a few bytes can ask for terabytes. A parameter is registered before its values are drawn, when the
-    system has promised its memory, but not handed it out yet: whoever stops there fills nothing.
+    A config of a few bytes can ask for terabytes. A parameter is registered before its values are drawn, while its
+    memory is reserved but not in use yet, so stopping there costs nothing.
     """
     sizes = []  # numbers in each parameter so far
 
     def check(_, name, parameter):
         sizes.append(0 if parameter is None else parameter.numel())
-        # also by their count: a thousand million tiny layers take for ever
+        # also by their count, since a billion tiny layers would take forever
         if len(sizes) > 4 * len(tensors) + 64 or sum(sizes) > limit:
             raise ValueError("the config asks for more than the file holds")
 

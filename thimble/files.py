@@ -66,7 +66,7 @@ def replacing(path):
     # in the same folder, since a rename is atomic only within a file system;
     # the suffix stays last, since libraries choose a format by it
     temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}{path.suffix}")
-    remove(temporary)  # left by a killed process that had this number
+    remove(temporary)  # left behind by a killed process with the same number
     try:
         yield temporary
         sync(temporary)

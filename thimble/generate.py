@@ -109,6 +109,7 @@ def generate(model, ids, max_new_tokens, generator=None, stop_ids=(), vocab_size
     new = None
     for _ in range(max_new_tokens):
         logits = decoder(new)[0, :vocab_size]
+        # the whole text counts as seen, also what is before the window
         token = draw(logits, generator, decoder.idx[0], **sampling)
         if token in stop_ids:
             return
@@ -133,8 +134,10 @@ def write_texts(model, tokenizer, ids, max_new_tokens, stop_ids=(), stops=(), se
     Each ends before an id of stop_ids and before the first of the texts `stops`. They are written side by side.
     """
     device = next(model.parameters()).device
-    generators = [None if seed is None else torch.Generator().manual_seed(seed) for seed in seeds]
-    streams = [tokenizer.stream() for _ in seeds]
+    generators = []  # one for each text, so that none depends on which others are written beside it
+    for seed in seeds:
+        generators.append(None if seed is None else torch.Generator().manual_seed(seed))
+    streams = [tokenizer.stream() for _ in seeds]  # each holds back the bytes of an unfinished character
     texts = [""] * len(seeds)
     rows = list(range(len(seeds)))  # which text each row of the decoder writes
     decoder = Decoder(model, torch.tensor([ids], device=device), max_new_tokens)
@@ -155,6 +158,7 @@ def write_texts(model, tokenizer, ids, max_new_tokens, stop_ids=(), stops=(), se
                 new.append(token)
         if not kept:
             break
+        # drop the texts that have ended
         if len(kept) < len(rows):
             rows = [rows[row] for row in kept]
             decoder.select(torch.tensor(kept, device=device))
@@ -179,15 +183,17 @@ def beam_search(model, ids, max_new_tokens, beam, length_penalty=1.0, stop_ids=(
     finished = []  # (log p / length ** length_penalty, new ids)
     for length in range(1, max_new_tokens + 1):
         logp = decoder(new)[:, :vocab_size].log_softmax(-1)
+        # double: long sums are to differ by their tokens, not by rounding
         totals = logp.double().cpu() + scores  # (rows, V), log p of every hypothesis one token longer
         # twice as many as stay open, since some of them may be finished
         best = totals.flatten().topk(min(2 * beam, totals.numel()))
         kept = []  # (log p, row that it extends, token)
-        for rank, (score, index) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
-            row, token = divmod(index, totals.size(1))
+        ranked = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        for rank, (score, index) in enumerate(ranked):
+            row, token = divmod(index, totals.size(1))  # flatten() put the rows one after the other
             if token not in stop_ids:
                 kept.append((score, row, token))
-            elif rank < beam:
+            elif rank < beam:  # it finishes only where it would have stayed open
                 finished.append((score / length ** length_penalty, texts[row]))
         kept = kept[:beam]
         if not kept:

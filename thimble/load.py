@@ -12,7 +12,7 @@ from thimble import chat, checkpoint
 from thimble.files import UserError
 from thimble.tokenizer import Tokenizer, load_tokenizer
 
-# what holds weights in other programs' folders; all but the first are pickles, and refused by name
+# what other programs keep weights in; all but the first are pickles, which are refused by name
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
 
 
@@ -37,7 +37,7 @@ def load(path=None, which="best", device="cpu", template="auto", deploy=None):
     found = read(path, which)
     model = checkpoint.load_model(found)
     if deploy is None:
-        deploy = device == "cpu"  # the packed form has a kernel for the CPU alone
+        deploy = device == "cpu"  # only there is the packed form the faster one
     if deploy:
         model = deployed(model)
     try:
