@@ -20,15 +20,21 @@ from tasks.speaker import Speaker
 
 # ---- the legacy suite: (prompt, texts of which one must occur in the completion)
 
+# The one token that follows must hold the closing bracket, though after "(" that is not even likely.
 SYMBOLS = [("(", (")",)), ("[", ("]",)), ("{", ("}",)), ("def func(", (")",)), ("my_list[", ("]",))]
+# The space at a prompt's end is a fault: most tokenizers have it at the beginning of the next token.
 KEYWORDS = [("def ", ("main", "test", "get", "__init__", "func")), ("import ", ("os", "sys", "re", "json", "numpy")),
             ("class ", ("A", "B", "C", "My", "Test")), ("if ", ("not", "self", "x", "len", "__name__")),
             ("for ", ("i", "x", "item", "line", "key"))]
+# Any token will do that is no closing bracket; one of spaces only fails.
 HEADERS = ["def f(x):\n    ", "for i in range(3):\n    ", "if x > 0:\n    "]
+# Two of these already hold an accepted text in the prompt, which is looked at too.
 FUNCTIONS = [("def add(a, b):\n    return ", ("a", "b", "+")),
              ("def factorial(n):\n    if n == 0:\n        return ", ("1",)),
              ("def is_even(n):\n    return ", ("%", "2", "==", "n"))]
+# More than 5 characters, none of them 5 times in a row: nearly anything passes.
 DOCSTRINGS = ['def quick_sort(items):\n    """', 'def add(a, b):\n    """', 'class Stack:\n    """']
+# Texts whose mean perplexity per token earns points; it depends on the tokenizer.
 SNIPPETS = ["def add(a, b):\n    return a + b\n", "for i in range(10):\n    print(i)\n",
             "import os\nfor name in os.listdir('.'):\n    print(name)\n",
             "class Point:\n    def __init__(self, x, y):\n        self.x = x\n        self.y = y\n"]
@@ -55,7 +61,7 @@ BODIES = [("def add(a, b):", "add", [((2, 3), 5), ((-1, 1), 0)]),
           ("def last(items):", "last", [(([1, 2],), 2), (("xyz",), "z")]),
           ("def count_vowels(text):", "count_vowels", [(("banana",), 3), (("sky",), 0)]),
           ("def factorial(n):\n    # the product of 1 to n", "factorial", [((5,), 120), ((1,), 1)])]
-# beginnings of programs that only have to parse
+# beginnings of programs that only have to parse; "compile rate" is no part of the score, since a comment parses too
 OPEN = ["import os\n\n\ndef", "class Stack:\n    def", "def read_lines(path):", "def main():",
         "# print the numbers from 1 to 10"]
 
@@ -70,6 +76,7 @@ def run(speaker, cfg):
 
 
 def legacy(speaker):
+    """The old suite's scores, computed as it did: means of means, and points for perplexity."""
     token = {}                                             # prompt -> the one token after it
     for prompt in [prompt for prompt, _ in SYMBOLS + KEYWORDS] + HEADERS:
         token[prompt] = speaker.complete(prompt, TOKENS["symbol"])
@@ -90,7 +97,7 @@ def legacy(speaker):
         repeats_a_letter = re.search(r"([a-zA-Z])\1{4}", text) is not None
         docstrings.append(len(text) > 5 and not repeats_a_letter)
 
-    # means of means: no error can be worked out for them
+    # three kinds of puzzle count the same, however many there are of each; hence no standard error
     syntax = np.mean([np.mean(brackets), np.mean(keywords), np.mean(indents)])
     generation = np.mean([np.mean(functions), np.mean(docstrings)])
     n_syntax = len(token)
@@ -101,7 +108,7 @@ def legacy(speaker):
         "legacy docstrings": mean(docstrings),
         "legacy generation": (generation, 0.0, n_generation),
     }
-    points = 0.0
+    points = 0.0                                           # by the thresholds of the old suite
     if isinstance(speaker, Speaker):                       # the other floors have no perplexity
         perplexity = snippet_perplexity(speaker)
         if perplexity < 50:
@@ -115,6 +122,7 @@ def legacy(speaker):
 
 
 def snippet_perplexity(speaker):
+    """The mean over the snippets of exp(nats per token)."""
     perplexities = []
     for text in SNIPPETS:
         sums, counts = speaker.text_nats(text)
@@ -124,6 +132,7 @@ def snippet_perplexity(speaker):
 
 
 def fair(speaker, waive):
+    """The share of each kind of puzzle that is solved; every score is that of the completion alone."""
     lines = []
     for prompt in LINES:
         rest = speaker.complete(prompt, TOKENS["line"], ("\n",))

@@ -25,7 +25,7 @@ def run(speaker, cfg):
         found = SUM.findall(text)
         form.append(bool(found) and "####" in text)
         sums.append(bool(found) and all(agrees(expression, result) for expression, result in found))
-        # the number after ####, or else the last one
+        # a model that does not keep the form may still be right: then its last number counts
         results = numbers(text.partition("####")[2])[:1] or numbers(text)[-1:]
         expected = numbers(record["answer"].rpartition("####")[2])[-1:]
         right.append(bool(expected) and results == expected)
@@ -36,7 +36,7 @@ def agrees(expression, result):
     """Whether a text of numbers and + - * / is worth `result`. Only its syntax tree is read, nothing is executed."""
     try:
         tree = ast.parse(expression.strip(), mode="eval")
-        return abs(value(tree.body) - float(result)) < 0.01
+        return abs(value(tree.body) - float(result)) < 0.01                      # they round to cents
     except (SyntaxError, ValueError, ZeroDivisionError, OverflowError, RecursionError, MemoryError):
         return False
 

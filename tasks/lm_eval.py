@@ -41,8 +41,9 @@ class Adapter(TemplateLM):
         device = next(model.parameters()).device
         found = []
         for _, context, continuation in requests:
+            # one more id than fits: the last one is only a target
             ids = (context + continuation)[-model.config.block_size - 1:]
-            n = min(len(continuation), len(ids) - 1)
+            n = min(len(continuation), len(ids) - 1)       # the first id of all has nothing to be predicted from
             logits, _ = model(torch.tensor([ids[:-1]], device=device))
             logp = logits[0, -n:].log_softmax(-1)          # (n, V)
             targets = torch.tensor(ids[-n:], device=device)
@@ -55,7 +56,7 @@ class Adapter(TemplateLM):
         totals = []
         for request in requests:
             sums, _ = self.speaker.text_nats(request.args[0])
-            totals.append(-float(sums.sum()))
+            totals.append(-float(sums.sum()))              # nats are -log p
         return totals
 
     def generate_until(self, requests, disable_tqdm=False):

@@ -13,6 +13,7 @@ from thimble.files import UserError
 def mean(scores):
     """Scores that vary independently -> (mean, its standard error, how many there are)."""
     scores = np.asarray(scores, float)
+    # std() divides by n; with n - 1 under the root this is the unbiased estimate, and a single score has an error of 0
     error = scores.std() / math.sqrt(max(1, len(scores) - 1))
     return float(scores.mean()), float(error), len(scores)
 
@@ -29,6 +30,7 @@ def read(path, flag, limit, keys):
         raise UserError(f"{flag}={path}: there is no such file")
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            # whole, before `limit`: damage further down is reported too
             records = [json.loads(line) for line in file if line.strip()]
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as e:
         raise UserError(f"{path} is not JSONL ({str(e)[:80]}): download it again") from None

@@ -295,6 +295,7 @@ def on_this_machine(numbers):
 def library(function, *arguments):
     """A call into the C library -> its result; OSError where it fails."""
     libc = ctypes.CDLL(None, use_errno=True)
+    # as long, since ctypes passes a plain int as 32 bits
     arguments = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
     result = getattr(libc, function)(*arguments)
     if result < 0:
@@ -360,6 +361,7 @@ def hide_files():
 
 
 def drop_root():
+    """Become nobody, in a user namespace in which nobody has any rights."""
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
@@ -367,12 +369,13 @@ def drop_root():
 
 
 def set_limits(resource, limits):
+    """Soft and hard limits on each process. `resource` is the module, which can no longer be imported here."""
     values = {"AS": limits["memory"], "CPU": limits["cpu"], "FSIZE": limits["file"], "CORE": 0,
               "NOFILE": limits["files"], "NPROC": limits["processes"]}
     for name, value in values.items():
         kind = getattr(resource, f"RLIMIT_{name}")
         _, hard = resource.getrlimit(kind)
-        if hard != resource.RLIM_INFINITY:                 # only root may raise a hard limit
+        if hard != resource.RLIM_INFINITY:                 # a hard limit that is lower already cannot be raised
             value = min(value, hard)
         resource.setrlimit(kind, (value, value))
 

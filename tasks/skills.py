@@ -121,10 +121,11 @@ RUNS_CODE = (prints_hello, adds)                           # these take `waive` 
 
 # ---- questions
 
+# where a cat may sit; the sentence has no single right end
 PLACES = ("mat", "rug", "carpet", "sofa", "couch", "floor", "bed", "chair", "roof", "table", "wall", "windowsill",
           "fence", "lap", "porch", "bench", "pillow", "shelf", "stairs", "step", "ground", "grass", "cushion", "box")
 
-# (group, category, rule, tokens, questions)
+# (group, category, rule, longest answer in tokens, three ways to ask)
 SKILLS = [
     ("factual", "geography", has("paris"), SHORT, (
         "What is the capital of France?", "Which city is the capital of France?", "Name the French capital.")),

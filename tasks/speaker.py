@@ -39,7 +39,7 @@ class Speaker:
         config = self.model.config
         if hasattr(config, "packed"):                      # a packed ternary model cannot be initialised
             config = replace(config, packed=False)
-        torch.manual_seed(self.cfg.seed)
+        torch.manual_seed(self.cfg.seed)                   # its initial weights are the same in every evaluation
         model = deployed(type(self.model)(config))
         twin = copy.copy(self)
         twin.name = "random"
@@ -54,7 +54,7 @@ class Speaker:
 
     def completions(self, prompt, max_new_tokens, stops=(), seeds=(None,)):
         """A continuation for each seed, side by side in one batch: greedy for None, else drawn at cfg.temperature."""
-        ids = self.tokenizer.encode(prompt) or [self.tokenizer.eot]
+        ids = self.tokenizer.encode(prompt) or [self.tokenizer.eot]                 # an empty prompt: a new text
         return self.write(ids, max_new_tokens, stops, seeds)
 
     def answer(self, question, max_new_tokens):
@@ -66,6 +66,7 @@ class Speaker:
         return self.write(ids, max_new_tokens)[0]
 
     def write(self, ids, max_new_tokens, stops=(), seeds=(None,)):
+        """A text after the prompt `ids` for each seed."""
         return write_texts(self.model, self.tokenizer, ids, max_new_tokens, self.stop_ids, stops, seeds,
                            self.cfg.temperature)
 
@@ -93,7 +94,7 @@ class Speaker:
 
     @torch.no_grad()
     def rank(self, prompt, target):
-        """1 + the number of tokens that are likelier than the first in which prompt + target differs from prompt."""
+        """1 + how many tokens are more likely than the right one: the first in which prompt + target leaves prompt."""
         before = self.tokenizer.encode(prompt)
         whole = self.tokenizer.encode(prompt + target)
         # a tokenizer may merge the end of the prompt with the target: the two are compared token by token
@@ -137,7 +138,7 @@ def trigram_writer(text):
         for _ in range(4 * max_new_tokens):                # a token stands for about four bytes
             key = context[-2] << 8 | context[-1]
             context.append(int(likeliest[key]) if seen[key] else ord(" "))
-        return context[start:].decode("utf-8", "replace")
+        return context[start:].decode("utf-8", "replace")  # the last character may be cut off
 
     return write
 
