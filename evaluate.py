@@ -29,7 +29,7 @@ from thimble.files import UserError
 
 SUITES = ("bpb", "code", "skills", "cloze", "gsm8k", "humaneval")
 SANDBOXED = {"code", "skills", "humaneval"}                # suites that run what the model writes
-# metrics that contain one of these are no shares: printed as numbers, not drawn
+# metrics that contain one of these are not shares: printed as numbers, not drawn
 NOT_SHARES = ("bits per byte", "loss", "perplexity", "bits_per_byte")
 
 

@@ -26,7 +26,7 @@ SYMBOLS = [("(", (")",)), ("[", ("]",)), ("{", ("}",)), ("def func(", (")",)), (
 KEYWORDS = [("def ", ("main", "test", "get", "__init__", "func")), ("import ", ("os", "sys", "re", "json", "numpy")),
             ("class ", ("A", "B", "C", "My", "Test")), ("if ", ("not", "self", "x", "len", "__name__")),
             ("for ", ("i", "x", "item", "line", "key"))]
-# Any token will do that is no closing bracket; one of spaces only fails.
+# Any token passes that is not a closing bracket; one of spaces only fails.
 HEADERS = ["def f(x):\n    ", "for i in range(3):\n    ", "if x > 0:\n    "]
 # Two of these already hold an accepted text in the prompt, which is looked at too.
 FUNCTIONS = [("def add(a, b):\n    return ", ("a", "b", "+")),
@@ -61,7 +61,7 @@ BODIES = [("def add(a, b):", "add", [((2, 3), 5), ((-1, 1), 0)]),
           ("def last(items):", "last", [(([1, 2],), 2), (("xyz",), "z")]),
           ("def count_vowels(text):", "count_vowels", [(("banana",), 3), (("sky",), 0)]),
           ("def factorial(n):\n    # the product of 1 to n", "factorial", [((5,), 120), ((1,), 1)])]
-# beginnings of programs that only have to parse; "compile rate" is no part of the score, since a comment parses too
+# beginnings of programs that only have to parse; the "compile rate" is not part of the fair score
 OPEN = ["import os\n\n\ndef", "class Stack:\n    def", "def read_lines(path):", "def main():",
         "# print the numbers from 1 to 10"]
 

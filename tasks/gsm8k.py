@@ -36,7 +36,7 @@ def agrees(expression, result):
     """Whether a text of numbers and + - * / is worth `result`. Only its syntax tree is read, nothing is executed."""
     try:
         tree = ast.parse(expression.strip(), mode="eval")
-        return abs(value(tree.body) - float(result)) < 0.01                      # they round to cents
+        return abs(value(tree.body) - float(result)) < 0.01                      # results are written rounded
     except (SyntaxError, ValueError, ZeroDivisionError, OverflowError, RecursionError, MemoryError):
         return False
 

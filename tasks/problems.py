@@ -13,7 +13,7 @@ from thimble.files import UserError
 def mean(scores):
     """Scores that vary independently -> (mean, its standard error, how many there are)."""
     scores = np.asarray(scores, float)
-    # std() divides by n; with n - 1 under the root this is the unbiased estimate, and a single score has an error of 0
+    # std() divides by n, which the n - 1 makes up for; a single score has an error of 0
     error = scores.std() / math.sqrt(max(1, len(scores) - 1))
     return float(scores.mean()), float(error), len(scores)
 

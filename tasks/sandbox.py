@@ -361,7 +361,7 @@ def hide_files():
 
 
 def drop_root():
-    """Become nobody, in a user namespace in which nobody has any rights."""
+    """Become nobody, in a user namespace of its own."""
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
