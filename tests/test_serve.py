@@ -25,7 +25,7 @@ from conftest import ROOT
 import serve
 from thimble import chat, checkpoint
 from thimble.generate import generate
-from thimble.load import deployed
+from thimble.load import Loaded, deployed
 from thimble.tokenizer import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -66,11 +66,16 @@ class Script:
         return logits, cache
 
 
+def loaded(model, name="tiny"):
+    stop_ids = {TOKENIZER.eot}
+    return Loaded(Path(name), name, {}, model, TOKENIZER, "elite", stop_ids, stop_ids)
+
+
 @contextmanager
 def running(model, **settings):
     """A server in a thread -> (port, Server)."""
     cfg = serve.Config(port=0, log=False, **settings)
-    ours = serve.Server(cfg, model, TOKENIZER, SimpleNamespace(path=Path("tiny"), meta={}))
+    ours = serve.Server(cfg, loaded(model))
     theirs = serve.Uvicorn(cfg, ours)
     ours.connections = theirs.server_state.connections
     thread = threading.Thread(target=theirs.run)
@@ -460,7 +465,7 @@ def test_only_the_health_and_the_page_need_no_key(monkeypatch):
             api.models.list()
     with pytest.raises(serve.UserError, match="API key"):
         monkeypatch.delenv("THIMBLE_API_KEY")
-        serve.Server(serve.Config(host="0.0.0.0"), tiny(), TOKENIZER, SimpleNamespace(path=Path("tiny"), meta={}))
+        serve.Server(serve.Config(host="0.0.0.0"), loaded(tiny()))
 
 
 def test_other_names_and_other_pages_are_refused(served):
@@ -529,10 +534,9 @@ def test_a_model_that_cannot_step_rows_of_different_lengths_is_refused_at_once()
     model = tiny()
     step = model.step
     model.step = lambda idx, cache: step(idx, cache | {"pos": torch.tensor(int(cache["pos"]))})
-    loaded = SimpleNamespace(path=Path("Some-1.5B"), meta={})
     with pytest.raises(serve.UserError, match="--max_batch=1 asks the least"):
-        serve.Server(serve.Config(), model, TOKENIZER, loaded)
-    assert serve.Server(serve.Config(max_batch=1), model, TOKENIZER, loaded).name == "Some-1.5B"
+        serve.Server(serve.Config(), loaded(model))
+    assert serve.Server(serve.Config(max_batch=1), loaded(model, "Some-1.5B")).name == "Some-1.5B"
 
 
 def test_slow_clients_are_closed():
@@ -569,7 +573,7 @@ def test_a_failure_of_the_model_is_told_and_over(capfd):
 
 def test_the_log_has_no_prompt_and_cannot_be_forged(capfd):
     cfg = serve.Config(port=0)
-    ours = serve.Server(cfg, tiny(), TOKENIZER, SimpleNamespace(path=Path("tiny"), meta={}))
+    ours = serve.Server(cfg, loaded(tiny()))
 
     async def drive():
         ours.engine.run(asyncio.get_running_loop())
