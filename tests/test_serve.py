@@ -1,10 +1,8 @@
 """The server as its clients see it: the official openai client, raw sockets, and the model itself as the reference."""
 import asyncio
 import http.client
-import importlib
 import json
 import os
-import random
 import re
 import signal
 import socket
@@ -21,28 +19,13 @@ import openai
 import pytest
 import torch
 from conftest import ROOT
+from test_engine import KINDS, TOKENIZER, prompts, tiny
 
 import serve
 from thimble import chat, checkpoint
+from thimble.files import UserError
 from thimble.generate import generate
-from thimble.load import Loaded, deployed
-from thimble.tokenizer import byte_tokenizer
-
-TOKENIZER = byte_tokenizer()
-BASE = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": TOKENIZER.vocab_size, "block_size": 96}
-KINDS = {"dense": ("model", {"n_kv_head": 2}), "ternary": ("ternary", {}), "hybrid": ("hybrid_ssm", {"ssm": "mamba2"}),
-         "mamba1": ("hybrid_ssm", {"ssm": "mamba1"})}
-
-
-def tiny(kind="dense", **extra):
-    arch, more = KINDS[kind]
-    module, generator = importlib.import_module(arch), torch.Generator().manual_seed(1)
-    torch.manual_seed(0)
-    m = module.Model(module.Config(**BASE | more | extra)).eval()
-    with torch.no_grad():
-        for p in m.parameters():
-            p += 0.2 * torch.randn(p.shape, generator=generator)
-    return deployed(m)
+from thimble.load import Loaded
 
 
 class Script:
@@ -133,25 +116,20 @@ def until(condition, seconds=5.0):
     return condition()
 
 
-def prompts(n, longest=40):
-    generator = torch.Generator().manual_seed(2)
-    return [[int(i) for i in torch.randint(97, 123, (1 + k * 7 % longest,), generator=generator)] for k in range(n)]
-
-
 # ---- what is written
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_writes_what_each_would_alone(kind):
     model = tiny(kind)
     alone = [list(generate(model, ids, 1 + 5 * k % 40, None, (TOKENIZER.eot,), TOKENIZER.vocab_size,
-                                  temperature=0)) for k, ids in enumerate(prompts(20))]
+                           temperature=0)) for k, ids in enumerate(prompts(20))]
     with running(model, max_batch=6) as (port, ours):
         def one(k):
             return ask(port, "/v1/completions", {"prompt": prompts(20)[k], "max_tokens": 1 + 5 * k % 40,
                                                  "temperature": 0, "stream": k % 2 == 1})
         with ThreadPoolExecutor(10) as pool:               # more clients than rows, which join and leave
             answers = list(pool.map(one, range(20)))
-        assert not ours.engine.n and not ours.engine.filling and not ours.engine.waiting
+        assert not ours.engine.n_running and not ours.engine.filling and not ours.engine.waiting
         assert ours.engine.counts["steps"] < sum(map(len, alone)), "nothing was batched"
     for k, (status, body, _) in enumerate(answers):
         text = body["choices"][0]["text"] if k % 2 == 0 else "".join(
@@ -238,71 +216,6 @@ def test_chats_go_on_from_what_a_row_holds():
                 assert answer["logprobs"]["token_logprobs"][:len(new)] == pytest.approx(expected, abs=1e-4)
                 ids = ids + new + prompts(3)[2]
             assert ours.engine.counts["prompt_tokens_reused"] > 60
-
-
-def test_only_keys_and_values_of_the_whole_context_are_cut():
-    model = tiny()
-    init_cache = model.init_cache
-    for layout, cuttable in ((lambda t: t, True), (lambda t: t.transpose(1, 2), False), (lambda t: t[:, :, :9], False)):
-        def changed(*size, layout=layout):
-            cache = init_cache(*size)
-            return cache | {"layers": [{k: layout(t) for k, t in layer.items()} for layer in cache["layers"]]}
-        model.init_cache = changed
-        model.step = lambda idx, cache: (torch.zeros(len(idx), 257), cache)
-        assert serve.Engine(model, TOKENIZER, set(), 2).cuttable == cuttable
-    assert not serve.Engine(tiny("hybrid"), TOKENIZER, set(), 2).cuttable
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS)
-def test_whoever_comes_and_leaves_the_others_write_what_they_would_alone(kind, monkeypatch):
-    """Turn by turn, without a network: prompts that share beginnings, filled in parts; clients that leave at any time;
-    a model that fails now and then. The rows stay in order, and no text or log-probability differs.
-    """
-    monkeypatch.setattr(serve, "CHUNK", 7)
-    model, draw = tiny(kind), random.Random(0)
-    engine = serve.Engine(model, TOKENIZER, {TOKENIZER.eot}, 4)
-    known, waiting, finished = prompts(4), [], 0
-    for _ in range(500):
-        if draw.random() < 0.25:
-            begin = draw.choice(known[:4] + known[-6:])
-            ids = (begin[:draw.randrange(1, 97)] + draw.choice(prompts(9, 12)))[:96]
-            room = draw.choice([1, 3, 20, 97 - len(ids)])
-            asked = serve.Completion(prompt=ids, temperature=0)
-            echo = draw.choice([None, None, TOKENIZER.decode(ids)])
-            sequence = serve.Sequence(asked, ids, echo, min(room, 97 - len(ids)), draw.choice([None, 2]), 1,
-                                      TOKENIZER.stream(), None, [])    # its index: what came of it
-            waiting += [sequence] if engine.submit([sequence], 6) else []
-        if waiting and draw.random() < 0.1:
-            engine.cancel([waiting.pop(draw.randrange(len(waiting)))])
-        if not (engine.waiting or engine.n or engine.filling):
-            continue
-        if draw.random() < 0.02:
-            running = [row.sequence for row in engine.rows if row.sequence]
-            waiting = [s for s in waiting if s not in running]
-            engine.reset()
-        engine.turn()
-        for i, row in enumerate(engine.rows):
-            assert (row.sequence is not None) == (i < engine.n or row is engine.filling)
-            assert row is not engine.filling or i == engine.n
-        for s, _, entries, finish in engine.events:
-            s.index.extend(logp for _, _, logp, _ in entries)
-            if not finish or s.cancelled:
-                continue
-            new = list(generate(model, s.prompt, s.room, None, (TOKENIZER.eot,), TOKENIZER.vocab_size,
-                                       temperature=0))
-            assert [i for i in s.out if i != TOKENIZER.eot] == new
-            text = s.prompt + s.out
-            logp = model(torch.tensor([text[:96]]))[0][0].log_softmax(-1)
-            expected = [logp[i - 1, token].item() for i, token in enumerate(text)][0 if s.echo else len(s.prompt):]
-            if s.top is not None:                          # ternary: where rounding tips over, more
-                if s.echo:
-                    assert s.index.pop(0) is None and expected.pop(0)
-                assert s.index == pytest.approx(expected, abs=0.2 if kind == "ternary" else 2e-4)
-            waiting, finished = [w for w in waiting if w is not s], finished + 1
-            known.append(text)
-        engine.events = []
-    assert finished > 20 and engine.counts["prompt_tokens_reused"] > 0
 
 
 def test_n_and_seed(served):
@@ -463,7 +376,7 @@ def test_only_the_health_and_the_page_need_no_key(monkeypatch):
                     assert status == 401
         with client(port, "nix") as api, pytest.raises(openai.AuthenticationError):
             api.models.list()
-    with pytest.raises(serve.UserError, match="API key"):
+    with pytest.raises(UserError, match="API key"):
         monkeypatch.delenv("THIMBLE_API_KEY")
         serve.Server(serve.Config(host="0.0.0.0"), loaded(tiny()))
 
@@ -505,7 +418,7 @@ def post(port, **body):
 def test_a_client_that_leaves_frees_its_place_in_the_queue():
     with running(Script("a" * 9000, 0.002), max_batch=1, max_queue=2) as (port, ours):
         with post(port, prompt="x", max_tokens=9000):
-            assert until(lambda: ours.engine.n == 1)
+            assert until(lambda: ours.engine.n_running == 1)
             with post(port, prompt="x"), post(port, prompt="x"):
                 assert until(lambda: len(ours.engine.waiting) == 2)
                 assert ask(port, "/v1/completions", {"prompt": "x"})[0] == 429
@@ -517,7 +430,7 @@ def test_a_client_that_does_not_read_is_cut_off(stream, capfd):
     with running(Script("a" * 9000), client_seconds=0.5, max_batch=4) as (port, ours):
         with post(port, prompt="x", max_tokens=3000, n=4, logprobs=20, stream=stream):         # some 6 MB
             assert until(lambda: ours.connections) and until(lambda: not ours.connections, 20)
-            assert until(lambda: not ours.engine.n)
+            assert until(lambda: not ours.engine.n_running)
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -525,8 +438,8 @@ def test_a_client_that_does_not_read_is_cut_off(stream, capfd):
 def test_a_client_that_leaves_frees_its_row(stream):
     with running(Script("a" * 9000, 0.001), max_batch=4) as (port, ours):
         with post(port, prompt="x", max_tokens=9000, stream=stream, n=3):
-            assert until(lambda: ours.engine.n == 3)
-        assert until(lambda: ours.engine.n == 0, 0.5)
+            assert until(lambda: ours.engine.n_running == 3)
+        assert until(lambda: ours.engine.n_running == 0, 0.5)
         assert ours.engine.counts["generated_tokens"] < 3000
 
 
@@ -534,7 +447,7 @@ def test_a_model_that_cannot_step_rows_of_different_lengths_is_refused_at_once()
     model = tiny()
     step = model.step
     model.step = lambda idx, cache: step(idx, cache | {"pos": torch.tensor(int(cache["pos"]))})
-    with pytest.raises(serve.UserError, match="--max_batch=1 asks the least"):
+    with pytest.raises(UserError, match="--max_batch=1 needs the least"):
         serve.Server(serve.Config(), loaded(model))
     assert serve.Server(serve.Config(max_batch=1), loaded(model, "Some-1.5B")).name == "Some-1.5B"
 
@@ -557,7 +470,7 @@ def test_an_answer_has_a_deadline():
         assert ask(port, "/v1/completions", body)[0] == 408
         text = ask(port, "/v1/completions", body | {"stream": True})[1]
         assert json.loads(text.strip().rpartition("data: ")[2])["error"]["code"] == "timeout"
-        assert until(lambda: ours.engine.n == 0)
+        assert until(lambda: ours.engine.n_running == 0)
 
 
 def test_a_failure_of_the_model_is_told_and_over(capfd):
@@ -576,7 +489,7 @@ def test_the_log_has_no_prompt_and_cannot_be_forged(capfd):
     ours = serve.Server(cfg, loaded(tiny()))
 
     async def drive():
-        ours.engine.run(asyncio.get_running_loop())
+        ours.engine.start(asyncio.get_running_loop())
         scope = {"type": "http", "method": "POST", "path": "/x\n12:00:00 forged\x1b[31m", "headers": [
             (b"host", b"localhost")], "query_string": b"", "client": ("1.2.3.4", 5)}
         async def send(message):
