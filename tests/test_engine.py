@@ -54,7 +54,7 @@ def test_whoever_joins_and_leaves_the_others_write_what_they_would_alone(kind):
     model, draw = tiny(kind), random.Random(0)
     engine = Engine(model, TOKENIZER, {TOKENIZER.eot}, 4, prompt_chunk=7)
     known, waiting, finished = prompts(4), [], 0
-    reported = {}                                          # sequence -> log-probabilities
+    reported = {}  # sequence -> log-probabilities
     for _ in range(500):
         if draw.random() < 0.25:
             begin = draw.choice(known[:4] + known[-6:])
@@ -87,7 +87,7 @@ def test_whoever_joins_and_leaves_the_others_write_what_they_would_alone(kind):
             text = s.prompt + s.out
             logp = model(torch.tensor([text[:96]]))[0][0].log_softmax(-1)
             expected = [logp[i - 1, token].item() for i, token in enumerate(text)][0 if s.echo else len(s.prompt):]
-            if s.top is not None:                          # ternary: where rounding tips over, more
+            if s.top is not None:  # ternary: where rounding tips over, more
                 if s.echo:
                     assert reported[s].pop(0) is None and expected.pop(0)
                 assert reported[s] == pytest.approx(expected, abs=0.2 if kind == "ternary" else 2e-4)

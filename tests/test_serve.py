@@ -117,7 +117,6 @@ def until(condition, seconds=5.0):
 
 
 # ---- what is written
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_writes_what_each_would_alone(kind):
     model = tiny(kind)
@@ -127,7 +126,7 @@ def test_a_batch_writes_what_each_would_alone(kind):
         def one(k):
             return ask(port, "/v1/completions", {"prompt": prompts(20)[k], "max_tokens": 1 + 5 * k % 40,
                                                  "temperature": 0, "stream": k % 2 == 1})
-        with ThreadPoolExecutor(10) as pool:               # more clients than rows, which join and leave
+        with ThreadPoolExecutor(10) as pool:  # more clients than rows, which join and leave
             answers = list(pool.map(one, range(20)))
         assert not ours.engine.n_running and not ours.engine.filling and not ours.engine.waiting
         assert ours.engine.counts["steps"] < sum(map(len, alone)), "nothing was batched"
@@ -202,7 +201,7 @@ def test_logprobs_are_those_of_a_forward_pass(served):
             assert token.startswith("bytes:") or text[offset:].startswith(token)
 
 
-def test_chats_go_on_from_what_a_row_holds():
+def test_chats_continue_from_what_a_row_holds():
     for kind in ("dense", "hybrid"):
         model, ids = tiny(kind), prompts(1)[0] * 30
         with running(model, max_batch=2) as (port, ours):
@@ -225,7 +224,7 @@ def test_n_and_seed(served):
     assert texts == [c.text for c in sorted(again.choices, key=lambda c: c.index)]
     assert len(texts) == 6 and len(set(texts)) > 3
     alone = served.api.completions.create(**how | {"prompt": "de", "n": 1, "seed": 6}).choices[0].text
-    assert alone == texts[4]                               # whatever else is in the batch
+    assert alone == texts[4]  # whatever else is in the batch
 
 
 def test_sampling_settings(served):
@@ -240,7 +239,7 @@ def test_sampling_settings(served):
 
 
 def test_penalties_and_bias_by_hand():
-    with running(Script("a" * 99)) as (port, _):           # log-odds of a: 9, all others: -9
+    with running(Script("a" * 99)) as (port, _):  # log-odds of a: 9, all others: -9
         def text(**how):
             body = {"prompt": "x", "max_tokens": 8, "temperature": 0, "logit_bias": {"98": 17}, **how}  # b: 8
             return ask(port, "/v1/completions", body)[1]["choices"][0]["text"]
@@ -251,7 +250,6 @@ def test_penalties_and_bias_by_hand():
 
 
 # ---- text
-
 @pytest.mark.parametrize("stream", [False, True])
 def test_characters_and_stop_texts_across_tokens(stream):
     with running(Script("a🎉b né STOPPED")) as (port, _):
@@ -262,7 +260,7 @@ def test_characters_and_stop_texts_across_tokens(stream):
             assert not any("\ufffd" in part["text"] for part in parts[:-1])
             return "".join(part["text"] for part in parts), parts[-1]["finish_reason"]
 
-        assert text() == ("a🎉b né STOPPED", "stop")       # by the end-of-text token
+        assert text() == ("a🎉b né STOPPED", "stop")  # by the end-of-text token
         assert text(max_tokens=3) == ("a\ufffd", "length")  # half of a character
         assert text(stop="STOP") == ("a🎉b né ", "stop")
         assert text(stop=["nothing", "né S", "STOP"]) == ("a🎉b ", "stop")
@@ -273,7 +271,6 @@ def test_characters_and_stop_texts_across_tokens(stream):
 
 
 # ---- limits
-
 HOSTILE = [
     b"", b"{", b"[]", b"null", b"1", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"prompt":' * 5000, b'{"prompt": NaN}',
     b'{"prompt": "a", "temperature": NaN}', b'{"prompt": "a", "temperature": 1e999}',
@@ -324,7 +321,7 @@ HOSTILE_CHAT = [
                          [("/tokenize", {}), ("/tokenize", {"prompt": "\ud800"}), ("/detokenize", {"tokens": [999]}),
                           ("/detokenize", {"tokens": "a"}), ("/detokenize", {"tokens": [-1]})],
                          ids=lambda b: str(b)[:40])
-def test_a_hostile_request_gets_a_clear_no(served, path, body):
+def test_a_hostile_request_gets_a_clear_error(served, path, body):
     status, answer, _ = ask(served.port, path, body)
     other_model = isinstance(body, dict) and body.get("model") == "b"
     assert status == (404 if other_model else 400)
@@ -343,7 +340,7 @@ def test_hostile_http(served):
                  post + b"Content-Length: 3\r\nTransfer-Encoding: gzip\r\n\r\nabc"):
         try:
             answer = raw(served.port, sent)
-        except ConnectionError:                            # closed while we were still sending
+        except ConnectionError:  # closed while we were still sending
             continue
         assert re.match(rb"HTTP/1.1 (4\d\d|501) ", answer) and b'{"error"' in answer, (sent[:80], answer[:80])
     assert ask(served.port, "/v1/completions", b'{"prompt": "a"}', Content_Type="text/plain")[0] == 415
@@ -392,7 +389,7 @@ def test_other_names_and_other_pages_are_refused(served):
     assert "access-control-allow-origin" not in ask(served.port, "/v1/models", Origin=f"http://{here}")[2]
 
 
-def test_who_finds_the_queue_full_is_told_at_once():
+def test_a_full_queue_refuses_at_once():
     with running(Script("a" * 5000, 0.002), max_batch=2, max_queue=3) as (port, ours):
         body = {"prompt": "x", "max_tokens": 100}
         with ThreadPoolExecutor(20) as pool:
@@ -428,7 +425,7 @@ def test_a_client_that_leaves_frees_its_place_in_the_queue():
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_does_not_read_is_cut_off(stream, capfd):
     with running(Script("a" * 9000), client_seconds=0.5, max_batch=4) as (port, ours):
-        with post(port, prompt="x", max_tokens=3000, n=4, logprobs=20, stream=stream):         # some 6 MB
+        with post(port, prompt="x", max_tokens=3000, n=4, logprobs=20, stream=stream):  # some 6 MB
             assert until(lambda: ours.connections) and until(lambda: not ours.connections, 20)
             assert until(lambda: not ours.engine.n_running)
     assert "Traceback" not in capfd.readouterr().err
@@ -473,10 +470,10 @@ def test_an_answer_has_a_deadline():
         assert until(lambda: ours.engine.n_running == 0)
 
 
-def test_a_failure_of_the_model_is_told_and_over(capfd):
+def test_a_failure_of_the_model_is_reported_and_over(capfd):
     script = Script("abc")
     with running(script) as (port, ours):
-        script.ids, ids = [10**6], script.ids              # an index out of range
+        script.ids, ids = [10**6], script.ids  # an index out of range
         assert ask(port, "/v1/completions", {"prompt": "x"})[0] == 500
         script.ids = ids
         assert ask(port, "/v1/completions", {"prompt": "x"})[1]["choices"][0]["text"] == "abc"
