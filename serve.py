@@ -258,6 +258,7 @@ def read_page():
     page = PAGE.read_text(encoding="utf-8")
     rules = ["default-src 'none'"]
     for tag in ("script", "style"):
+        # hashed instead of 'unsafe-inline': a script that gets into the page by some mistake does not run
         inline = re.search(f"<{tag}>(.*?)</{tag}>", page, re.S)[1]
         digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
         rules.append(f"{tag}-src 'sha256-{digest}'")
@@ -276,6 +277,7 @@ class Server:
         self.created = int(time.time())
         self.requests = collections.Counter()  # (path, status) -> how many, for /metrics
         self.engine = Engine(loaded.model, loaded.tokenizer, loaded.answer_ids, cfg.max_batch)
+        # the pieces of a byte-level tokenizer are bytes, perhaps half of a character; those of others are text
         self.by_bytes = isinstance(self.tokenizer.stream(), ByteStream)
         self.page, self.policy = read_page()
         self.key = (cfg.api_key or os.environ.get("THIMBLE_API_KEY", "")).encode()
@@ -289,6 +291,7 @@ class Server:
         self.paths = {*gets, *posts}
         routes = [Route(path, endpoint) for path, endpoint in gets.items()]
         routes += [Route(path, endpoint, methods=["POST"]) for path, endpoint in posts.items()]
+        # Starlette's own handlers answer in plain text
         handlers = dict.fromkeys((HTTPException, ApiError, UserError, Exception), respond)
         self.app = Starlette(routes=routes, middleware=[Middleware(Guard, self)], exception_handlers=handlers)
 
@@ -322,6 +325,8 @@ class Server:
         for (path, status), count in sorted(self.requests.items()):
             lines.append(f'thimble_requests_total{{path="{path}",status="{status}"}} {count}')
         return Response("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+
+    # The next three have the names and keys of vLLM's API: lm-eval counts tokens with them.
 
     async def tokenizer_info(self, request):
         tokenizer = self.tokenizer
@@ -449,6 +454,7 @@ class Server:
             messages.append({"role": role, "content": content})
         if asked.top_logprobs and not asked.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
+        # in a thread, as a conversation can be long
         ids, _ = await asyncio.to_thread(chat.encode, self.tokenizer, messages, self.template, True)
         limits = [limit for limit in (asked.max_completion_tokens, asked.max_tokens) if limit is not None]
         max_tokens = min(limits, default=self.engine.size)
@@ -469,7 +475,7 @@ class Server:
             raise ApiError(400, "max_tokens must be at least 1; 0 is allowed only with echo", "max_tokens")
         bias = asked.bias
         self.check_ids(bias, "logit_bias")
-        queue = asyncio.Queue()
+        queue = asyncio.Queue()  # one for all texts of a request
         sequences = []
         for ids, echo in inputs:
             # the last token written needs no place in the context: nothing is read after it
@@ -510,10 +516,12 @@ class Answer:
         self.sequences = sequences
         self.n_prompt_tokens = n_prompt_tokens
         self.with_usage = asked.stream_options and asked.stream_options.include_usage
+        # the same in all events of an answer
         self.common = {"id": self.prefix + secrets.token_hex(12), "created": int(time.time()), "model": server.name,
                        "object": self.part_kind if asked.stream else self.kind}
 
     async def __call__(self, scope, receive, send):
+        # whichever comes first: the end of the answer, the client's leaving, the deadline
         work = asyncio.create_task(self.stream(send) if self.asked.stream else self.whole())
         gone = asyncio.create_task(disconnected(receive))
         seconds = self.server.cfg.request_seconds
@@ -527,7 +535,7 @@ class Answer:
             else:
                 error = ApiError(408, f"the answer took longer than {seconds:g} s", code="timeout")
                 work.cancel()
-                if self.asked.stream:
+                if self.asked.stream:  # its status 200 has been sent
                     await send({"type": "http.response.body", "body": event(error.body)})
                 else:
                     response = error.response()
@@ -635,6 +643,7 @@ class ChatAnswer(Answer):
     part_kind = "chat.completion.chunk"
 
     def head(self):
+        # OpenAI names the role once, in an event of its own
         first = {"role": "assistant", "content": ""}
         return [self.part([self.delta(index, first) for index in range(len(self.sequences))])]
 
@@ -642,7 +651,7 @@ class ChatAnswer(Answer):
         out = []
         if text or entries:
             out.append(self.part([self.delta(index, {"content": text}, entries)]))
-        if finish:
+        if finish:  # also in an event of its own, behind the last text
             out.append(self.part([self.delta(index, {}, (), finish)]))
         return out
 
@@ -723,6 +732,7 @@ class Guard:
         # the page asks for the key itself, and a load balancer that watches /health has none
         if self.server.key and scope["path"] not in ("/", "/health"):
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            # compare_digest takes the same time wherever the two differ, so that a key cannot be found byte by byte
             if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self.server.key):
                 return ApiError(401, "missing or wrong API key in the Authorization header", code="invalid_api_key",
                                 headers={"WWW-Authenticate": "Bearer"})
@@ -745,6 +755,7 @@ class Protocol(H11Protocol):
 
     def on_response_complete(self):
         super().on_response_complete()
+        # the connection stays open for another request, which has the same time to arrive
         self.deadline.cancel()
         self.deadline = self.loop.call_later(self.seconds, self.close_idle)
 
@@ -785,6 +796,7 @@ class Uvicorn(uvicorn.Server):
         self.ours = server
 
     async def startup(self, sockets=None):
+        # not earlier: the event loop exists only now, and the number of the port where it was 0
         self.ours.engine.start(asyncio.get_running_loop())
         await super().startup(sockets)
         if self.should_exit:

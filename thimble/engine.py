@@ -71,9 +71,9 @@ class Sequence:
         self.created = time.monotonic()
         self.held = StopTexts(self.stops)
         self.generator = torch.Generator().manual_seed(self.seed)
-        unchanged = not (self.bias or self.presence_penalty or self.frequency_penalty)
-        unchanged = unchanged and self.sampling.get("repetition_penalty", 1) == 1
-        self.greedy = unchanged and self.sampling.get("temperature", 1) == 0
+        # argmax will do where nothing changes the order of the logits
+        cold = self.sampling.get("temperature", 1) == 0 and self.sampling.get("repetition_penalty", 1) == 1
+        self.greedy = cold and not (self.bias or self.presence_penalty or self.frequency_penalty)
 
     def draw_next(self, logits):
         """logits (V,), on the CPU -> the next id."""
@@ -143,7 +143,7 @@ class Engine:
         self.entering = None  # the sequence that last left `waiting`, until its turn is over
         self.events = []  # (sequence, text, entries, finish) of this turn
         self.stop_at = math.inf  # by time.monotonic(): when all that is unfinished ends
-        try:
+        try:  # one step of a full batch, before anybody relies on it
             self.reset()
             with torch.no_grad():
                 self.step([[0]] * max_batch, [0] * max_batch, 0)
@@ -168,11 +168,13 @@ class Engine:
     # ---- called by the event loop
     def start(self, loop):
         """Start the thread; it reports by callbacks in this event loop."""
+        # a daemon, so that a process can end in the middle of a step
         threading.Thread(target=self.run, args=(loop,), daemon=True, name="engine").start()
 
     def submit(self, sequences, limit):
         """Queue all of them, or none and return False if more than `limit` would be waiting."""
         with self.changed:
+            # rows that will be filled at once do not count as waiting
             free = self.max_batch - self.n_running - (self.filling is not None)
             if len(self.waiting) + len(sequences) > limit + free:
                 return False
@@ -232,6 +234,7 @@ class Engine:
             if sequence is None:
                 break
             budget -= self.admit(sequence)
+        # always one step after the prompts' share, so that long prompts cannot stop the running rows
         if self.n_running:
             self.decode()
 
@@ -250,6 +253,7 @@ class Engine:
             if self.rows[i].sequence.cancelled:
                 self.leave(i)
         if self.filling and self.filling.sequence.cancelled:
+            # it is at the border already, and what it has read of its prompt stays useful
             self.filling.sequence = None
             self.filling = None
 
@@ -364,6 +368,7 @@ class Engine:
         T > 1 only with B = 1.
         """
         rows = view(self.cache, first, first + len(idx))
+        # rows at different positions have a pos of shape (B,), see `step` in the model files
         if len(pos) == 1:
             rows["pos"] = torch.tensor(pos[0])  # a scalar stays on the CPU
         else:
@@ -383,6 +388,7 @@ class Engine:
             logprobs = logits.log_softmax(-1)
         finished = []
         for i, sequence in enumerate(sequences):
+            # drawn on the CPU with a generator of its own: the batch around it must not change a text
             token = greedy[i] if sequence.greedy else sequence.draw_next(logits[i, :vocab_size].cpu())
             if self.record(sequence, token, logprobs[i]):
                 finished.append(i)
@@ -428,7 +434,7 @@ class Engine:
         row.used = time.monotonic()
         self.n_running -= 1
         self.swap(i, self.n_running)
-        if self.filling:
+        if self.filling:  # it was at n_running + 1, behind the row that is free now
             self.swap(self.n_running, self.n_running + 1)
 
     def swap(self, i, j):
@@ -439,5 +445,5 @@ class Engine:
         for part in leaves(self.cache):
             if self.cuttable:
                 part = part[:, :, :n]  # nothing beyond it is in use
-            part[[i, j]] = part[[j, i]]
+            part[[i, j]] = part[[j, i]]  # indexing by a list copies, so this is safe
         self.rows[i], self.rows[j] = self.rows[j], self.rows[i]
