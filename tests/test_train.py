@@ -49,7 +49,7 @@ def steps(run):
 
 def digest(run):
     """sha256 of the newest weights and of all that the next step depends on."""
-    folder = checkpoint.find(run)
+    folder = checkpoint.load_run(run).path
     state = json.loads((folder / "meta.json").read_text())["state"]
     seconds = ("seconds", "record")                        # clocks differ
     files = [folder / "model.safetensors", folder / "optimizer.safetensors"]
