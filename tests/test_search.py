@@ -50,7 +50,7 @@ def test_what_it_reports_is_what_the_checkpoints_score(toy):
     for row in rows:
         run = f"study/trial_{int(row['trial']):04d}"
         model = checkpoint.load_model(checkpoint.load(run, which="best"))
-        again = train.evaluate(model, data.load(toy), torch.device("cpu"), autocast)
+        again = train.evaluate(model, data.load(toy), autocast)
         assert again["val_bpb"] == float(row["val_bpb"])
         assert sum(p.numel() for p in model.parameters()) == int(row["parameters"])
         assert model.config.n_layer == int(row["n_layer"]) and model.config.mlp == row["mlp"]
