@@ -66,7 +66,8 @@ class Config(train.Config):
 
 OURS = {f.name for f in fields(Config)} - {f.name for f in fields(train.Config)}
 # keys that may differ between the workers of a study
-FREE = (train.FREE - {"eval_every", "patience", "init_from", "dtype"}) | {"n_trials", "storage", "micro_batch_size"}
+FREE = (train.CAN_CHANGE_ON_RESUME - {"eval_every", "patience", "init_from", "dtype"}
+        | {"n_trials", "storage", "micro_batch_size"})
 
 
 def optuna_module():
@@ -102,7 +103,8 @@ def dimension(cfg, text):
     if not match:
         raise UserError("expected key=low..high or key=a|b|c")
     key, values = match.groups()
-    keys = [k for k in configurator.flat(cfg) if k not in OURS | train.FREE - {"eval_every", "patience", "dtype"}]
+    free = train.CAN_CHANGE_ON_RESUME - {"eval_every", "patience", "dtype"}
+    keys = [k for k in configurator.flat(cfg) if k not in OURS | free]
     if key not in keys:
         raise UserError(f"{key} is not a key to vary{configurator.hint(key, keys)}")
     span = re.fullmatch(r"(\S+?)\.\.(\S+)(?: (log)| step (\S+))?", values)

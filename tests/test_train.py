@@ -130,7 +130,7 @@ def test_micro_batches_are_weighed_by_tokens(toy, monkeypatch):
     test_micro_batches_change_nothing(toy)
 
 
-def test_a_model_with_more_rows_than_words_trains_and_samples(toy):
+def test_a_model_with_more_ids_than_its_tokenizer_trains_and_samples(toy):
     assert train.train(config(toy, vocab_size=4000, max_steps=2, eval_every=1, prompts=("the",)))["step"] == 2
 
 
@@ -155,7 +155,7 @@ def test_a_parameter_that_does_nothing_is_named(toy, tmp_path, monkeypatch):
                                       "    def param_groups(self):\n        groups = super().param_groups()\n"
                                       "        return groups | {'vector': groups['vector'] + [self.extra.weight]}\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(files.UserError, match="no gradient reaches extra.weight"):
+    with pytest.raises(files.UserError, match="idle.py: no gradient reaches extra.weight"):
         train.train(config(toy, arch="idle"))
 
 
@@ -174,7 +174,7 @@ def test_a_failing_compiler_is_not_fatal(toy, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", broken)
     assert train.train(config(toy, "compiled", compile=True))["val_loss"] == plain["val_loss"]
     out = capsys.readouterr().out
-    assert "torch.compile does not work here (no compiler)" in out and "threads, compiled" not in out
+    assert "torch.compile does not work here (no compiler second line)" in out and "threads, compiled" not in out
     assert lines("compiled")[0]["compile"] is False        # what came of it
     assert checkpoint.load("compiled").meta["environment"]["compile"] is False
     train.train(config(toy, "compiled", compile=True, resume=True))
@@ -516,7 +516,7 @@ def test_three_bad_steps_go_back_to_the_last_good_state_with_half_the_rate(toy, 
     poison.BAD = {8, 9, 10}                                # after the checkpoint of step 6
     cfg = config(toy, arch="poison", schedule="constant")
     train.train(cfg)
-    assert "back to step 6 with half the rate" in capsys.readouterr().out
+    assert "back to step 6 with half the learning rate" in capsys.readouterr().out
     assert [r["step"] for r in steps("run")] == list(range(1, 13))       # the second pass alone
     assert [r["step"] for r in lines("run") if "event" in r] == [0, 8, 9, 10, 6]
     rates = {r["step"]: r["lr"] for r in steps("run")}
@@ -554,7 +554,7 @@ def test_every_recipe_loads_and_starts_at_ln_v(path):
     assert abs(loss.item() - math.log(vocab_size)) < 0.02 * math.log(vocab_size)
 
 
-def test_a_vocabulary_of_128260_words_is_uint32_and_trains(tmp_path):
+def test_a_vocabulary_of_128260_tokens_is_uint32_and_trains(tmp_path):
     import tokenizers
     from tokenizers import models, pre_tokenizers
     words = {f"w{i}": i for i in range(128_259)} | {"<|endoftext|>": 128_259}
