@@ -62,7 +62,7 @@ class Config(train.Config):
 OURS = {f.name for f in fields(Config)} - {f.name for f in fields(train.Config)}
 # Keys of train.py that do not change the result of a trial. Some that may change when a run is resumed do: a trial is
 # judged by its best evaluation, so it matters when it is evaluated, and all must start and compute alike.
-NEUTRAL = train.FREE - {"eval_every", "patience", "init_from", "dtype"}
+NEUTRAL = train.CAN_CHANGE_ON_RESUME - {"eval_every", "patience", "init_from", "dtype"}
 # micro-batches change a result only by rounding errors, and machines differ in memory
 MAY_DIFFER_BETWEEN_WORKERS = NEUTRAL | {"n_trials", "storage", "micro_batch_size"}
 

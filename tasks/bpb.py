@@ -21,14 +21,16 @@ def window_nats(model, tokens, block_size, mask=None, autocast=None):
     Targets whose mask is 0 are ignored.
     """
     device = next(model.parameters()).device
-    batch_size = max(1, min(8192, 2**24 // model.config.vocab_size) // block_size)  # keeps the logits below 64 MB
+    # up to 8,192 tokens at a time, fewer where their float32 logits would take more than 64 MB
+    n_tokens = min(8192, 2**24 // model.config.vocab_size)
+    batch_size = max(1, n_tokens // block_size)
     sums = []
     counts = []
     for x, y in data.eval_windows(tokens, block_size, batch_size, mask):
         x = torch.from_numpy(x).to(device)
         y = torch.from_numpy(y).to(device)                                          # (B, T), -1 where ignored
         with autocast or contextlib.nullcontext():
-            logits, _ = model(x)
+            logits, _ = model(x)                           # (rows, block_size, V)
         losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-1, reduction="none")
         sums.append(losses.view_as(y).double().sum(1))
         counts.append((y >= 0).sum(1).double())
@@ -36,7 +38,10 @@ def window_nats(model, tokens, block_size, mask=None, autocast=None):
 
 
 def mean_loss(sums, counts):
-    """(sums, counts) of windows -> (nats per token, standard error). Windows vary independently, tokens do not."""
+    """(sums, counts) of windows -> (nats per token, standard error).
+
+    The error takes the windows as independent draws, which tokens that follow each other are not.
+    """
     n = counts.sum()
     loss = sums.sum() / n
     error = (sums - loss * counts).square().sum().sqrt() / n
