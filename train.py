@@ -3,7 +3,14 @@
     python train.py config/tiny_cpu.py --device=cpu             # the first run: a few minutes on a laptop
     python train.py config/shakespeare_char.py --max_steps=500  # flags go on top of files
     python train.py config/shakespeare_char.py --arch=mine      # your own copy of model.py
-    python train.py --resume                                    # go on with the newest run, bit for bit
+    python train.py --resume                                    # continue the newest run, bit for bit
+
+The words of its log. The loss is the mean of -ln p, where p is the probability that the model gave to the token that
+came next; its unit is the nat (1 nat = 1 / ln 2 = 1.44 bits). Perplexity is e^loss: the number of equally likely tokens
+among which a guess would be as hard. Both depend on the tokenizer. Bits per byte do not: the bits that the model needs
+for the whole text, divided by the length of the text in UTF-8 bytes. MFU, model FLOPs utilization, is the share of the
+machine's speed at a large matrix product that goes into the arithmetic of the model (Chowdhery et al. 2022, PaLM,
+appendix B).
 """
 import json
 import math
@@ -23,12 +30,9 @@ import torch
 
 import optim
 from tasks import bpb
-from thimble import checkpoint, configurator, data, files, load
+from thimble import checkpoint, configurator, data, files, load, machine, runlog
 from thimble.files import UserError
-from thimble.generate import generate
 from thimble.lora import Lora
-from thimble.machine import catch_signals, compiled, keep_freed_memory, matmul_rate, pick_device
-from thimble.runlog import Log, describe, finite, git_commit, newest
 
 HERE = Path(__file__).resolve().parent
 
@@ -37,23 +41,23 @@ HERE = Path(__file__).resolve().parent
 class Config:
     # run
     out_dir: str = ""               # run folder; empty: runs/ and the recipe's name, with -2, -3, ... if that is taken
-    resume: bool = False            # go on with the newest run of this recipe, or with --out_dir
+    resume: bool = False            # continue the newest run of this recipe, or that in --out_dir
     init_from: str = ""             # run, checkpoint or Hugging Face folder, or GGUF file, whose weights to start from
-    lora_rank: int = 0              # with init_from: train so many ranks beside each matrix and nothing else; 0: all
+    lora_rank: int = 0              # with init_from: rank of LoRA adapters; 0 trains all weights
     seed: int = 1337                # of weights, dropout and the order of the data
     # data
     dataset: str = "shakespeare_char"  # a folder, or its name in data/
-    prepare: str = ""               # script and flags that make the dataset where it is missing
+    prepare: str = ""               # script and flags that make the dataset if it is missing
     batch_size: int = 32            # sequences per optimizer step
-    micro_batch_size: int = 0       # sequences at a time, which saves memory; 0: all of them
+    micro_batch_size: int = 0       # sequences per forward pass, which saves memory; 0: the whole batch
     # model
     arch: str = "model"             # model file, without .py
     model: object = configurator.sub("arch")
     # optimizer
-    optimizer: Literal["muon", "adamw", "lion"] = "muon"  # muon takes matrices only
-    lr: float = 0.02                # peak rate; with muon that of the matrices inside the layers
+    optimizer: Literal["muon", "adamw", "lion"] = "muon"  # muon is for matrices, rest_optimizer then for the rest
+    lr: float = 0.02                # peak learning rate; with muon that of the matrices inside the layers
     rest_optimizer: Literal["adamw", "lion"] = "adamw"  # with muon: for everything else
-    rest_lr: float = 0.01           # with muon: peak rate of everything else
+    rest_lr: float = 0.01           # with muon: peak learning rate of everything else
     weight_decay: float = 0.0       # on matrices; never on embeddings, gains and biases
     betas: tuple[float, ...] = (0.9, 0.95)  # of AdamW
     momentum: float = 0.95          # of Muon
@@ -63,134 +67,228 @@ class Config:
     max_steps: int = 1000           # optimizer steps; training stops exactly there
     warmup_steps: int = 0           # steps of linear warm-up
     min_lr: float = 0.1             # final rate, as a fraction of the peak
-    decay_frac: float = 0.2         # wsd: the last part of all steps, in which the rate falls
+    decay_frac: float = 0.2         # wsd: the rate falls over this last fraction of all steps
     restart_steps: int = 1000       # restarts: length of the first cycle
-    restart_mul: float = 1.0        # restarts: each cycle is so many times as long as the one before
-    restart_decay: float = 1.0      # restarts: and starts so many times as high
+    restart_mul: float = 1.0        # restarts: factor by which each cycle grows
+    restart_decay: float = 1.0      # restarts: factor by which each peak shrinks
     # evaluation
     eval_every: int = 250           # steps between evaluations over the whole validation split, each with a checkpoint
-    patience: int = 0               # stop after so many evaluations without a better one; 0: never
-    prompts: tuple[str, ...] = ()   # continued and shown at each evaluation
+    patience: int = 0               # evaluations without improvement before stopping; 0: never stop early
+    prompts: tuple[str, ...] = ()   # texts to continue and print at each evaluation
     prompt_tokens: int = 100        # length of each of these samples
     log_every: int = 10             # steps between lines of metrics.jsonl
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # where else to send the metrics
     # checkpoints
     save_every: int = 0             # steps between further checkpoints; 0: only those of the evaluations
-    keep_last: int = 3              # how many to keep beside the best; 0: all
+    keep_last: int = 3              # how many to keep besides the best; 0: all
     # machine
     device: str = "auto"            # cpu, cuda, mps, ...
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations; auto measures. Weights stay float32
-    compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: on a GPU only, a CPU run seldom earns the wait back
+    compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: on a GPU only, on a CPU it seldom pays off
 
     def __post_init__(self):
         configurator.resolve(self)
-        for name in ("batch_size", "max_steps", "eval_every", "log_every", "restart_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("micro_batch_size", "warmup_steps", "patience", "save_every", "keep_last", "grad_clip",
-                     "weight_decay", "prompt_tokens", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if self.lora_rank < 0 or self.lora_rank and not self.init_from:
-            raise ValueError(f"lora_rank={self.lora_rank} must be 0, or above it beside init_from=RUN")
+        configurator.check(self, positive=("batch_size", "max_steps", "eval_every", "log_every", "restart_steps", "lr",
+                                           "rest_lr"), fractions=("min_lr", "decay_frac", "restart_decay"))
+        if self.lora_rank and not self.init_from:
+            raise ValueError(f"lora_rank={self.lora_rank} needs a model to adapt: add --init_from=RUN")
         if self.seed >= 2**63:
             raise ValueError(f"seed={self.seed} must be below 2**63")
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ValueError(f"batch_size={self.batch_size} must be a multiple of "
                              f"micro_batch_size={self.micro_batch_size}")
-        if not (self.lr > 0 and self.rest_lr > 0):
-            raise ValueError(f"lr={self.lr} and rest_lr={self.rest_lr} must be above 0")
-        if not (0 <= self.min_lr <= 1 and 0 <= self.decay_frac <= 1 and 0 <= self.restart_decay <= 1):
-            raise ValueError(f"min_lr={self.min_lr}, decay_frac={self.decay_frac} and "
-                             f"restart_decay={self.restart_decay} are fractions: they must be in [0, 1]")
         if self.restart_mul < 1:
             raise ValueError(f"restart_mul={self.restart_mul} must be at least 1")
-        if len(self.betas) != 2 or not all(0 <= b < 1 for b in (*self.betas, self.momentum)):
-            raise ValueError(f"betas={self.betas} must be two numbers and, like momentum={self.momentum}, in [0, 1)")
+        if len(self.betas) != 2:
+            raise ValueError(f"betas={self.betas} must be two numbers")
+        if max(*self.betas, self.momentum) >= 1:
+            raise ValueError(f"betas={self.betas} and momentum={self.momentum} must be below 1")
         if self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} must not exceed max_steps={self.max_steps}")
 
 
 # Keys that may change between a run and its resumption without changing a single bit of what is computed.
-# (Device, dtype and compile are compared by what they came to, not by how they were asked for.)
-FREE = {"out_dir", "resume", "init_from", "prepare", "eval_every", "patience", "prompts", "prompt_tokens", "log_every",
-        "tracker", "save_every", "keep_last", "device", "dtype", "compile"}
+# (Device, dtype and compile are compared by what they resolve to, not by what was asked for.)
+CAN_CHANGE_ON_RESUME = {"out_dir", "resume", "init_from", "prepare", "eval_every", "patience", "prompts",
+                        "prompt_tokens", "log_every", "tracker", "save_every", "keep_last", "device", "dtype",
+                        "compile"}
 
+
+# ---- setting up
 
 def open_dataset(cfg):
-    path = Path(cfg.dataset) if Path(cfg.dataset).is_dir() else HERE / "data" / cfg.dataset
+    """The Dataset that `cfg` names, prepared first if it is missing and the recipe says how. Raises UserError."""
+    path = data.folder_of(cfg.dataset)
     if not path.exists() and cfg.prepare:
         print(f"no dataset {cfg.dataset} yet: python {cfg.prepare}", flush=True)
         script, *flags = shlex.split(cfg.prepare)
-        if subprocess.run([sys.executable, HERE / script, *flags]).returncode:
+        done = subprocess.run([sys.executable, HERE / script, *flags])
+        if done.returncode:
             raise UserError(f"could not prepare the dataset {cfg.dataset}: see above, or run python {cfg.prepare}")
     return data.load(path)
 
 
-def evaluate(model, dataset, autocast):
-    """The whole validation split, each token once -> loss in nats per token, its standard error, bits per byte, ..."""
-    model.eval()
-    nats, counts = bpb.window_nats(model, dataset.val, model.config.block_size, dataset.val_mask, autocast)
-    model.train()
-    loss, error = bpb.mean_loss(nats, counts)
-    return {"val_loss": loss, "val_error": error, "val_bpb": loss / math.log(2) / dataset.bytes_per_token("val"),
-            "val_ppl": math.exp(min(loss, 700)), "val_tokens": int(counts.sum())}
+def open_run(run_dir, resume):
+    """The Checkpoint to resume from, or None for a new run. UserError if that would overwrite another one."""
+    if resume:
+        return checkpoint.load_run(run_dir, optimizer=True)
+    if (run_dir / "latest").exists():
+        raise UserError(f"{run_dir} already holds a run: continue it with --resume, or choose another --out_dir")
+    return None
 
 
-def starting_weights(cfg, dataset, given):
-    """The model of --init_from: its architecture and weights, once its tokenizer proves to be the dataset's.
+def build(cfg, dataset, device, resumed, given):
+    """(model on `device`, its Lora or None, optimizer), with weights that are random or those of --init_from.
 
-    given: the keys that were asked for. Of the model's, those that no weight depends on may be set anew.
+    given: {key: value} of what was asked for, on the command line or in files.
+    """
+    vocab_size = cfg.model.vocab_size or dataset.vocab_size
+    if vocab_size < dataset.vocab_size:
+        raise UserError(f"vocab_size={vocab_size} is less than the {dataset.vocab_size} ids of {dataset.path}")
+    # Only torch's generator is drawn from here. A fork may use the others: checkpoints hold the states of all three.
+    random.seed(cfg.seed)
+    np.random.seed(cfg.seed % 2**32)
+    torch.manual_seed(cfg.seed)
+    try:
+        if cfg.init_from and not resumed:
+            model = starting_model(cfg, dataset, given)
+        else:
+            model = import_module(cfg.arch).Model(replace(cfg.model, vocab_size=vocab_size))
+        model.to(device).train()
+        lora = Lora(model, cfg.lora_rank) if cfg.lora_rank else None
+        optimizer = optim.Optimizer(lora or model, cfg.optimizer, cfg.lr, cfg.rest_optimizer, cfg.rest_lr,
+                                    cfg.weight_decay, cfg.betas, cfg.momentum)
+    except ValueError as e:                                # model files and optim.py import nothing of ours
+        raise UserError(e) from None
+    return model, lora, optimizer
+
+
+def starting_model(cfg, dataset, given):
+    """The model of --init_from: its architecture and weights. UserError unless its tokenizer is that of the dataset.
+
+    given: as in build(). Of the model's keys only those that no weight depends on may differ from what the model has.
     """
     start = load.read(cfg.init_from, "best")
     if start.meta.get("arch") != cfg.arch:
         raise UserError(f"--init_from={cfg.init_from} was trained with --arch={start.meta.get('arch')}, this run has "
                         f"--arch={cfg.arch}: use the same")
-    theirs = start.path / "tokenizer.json" if start.path.is_dir() else start.path
-    if dataset.tokenizer().to_json() != load.read_tokenizer(theirs).to_json():
+    tokenizer = start.path                                 # a GGUF file holds its own
+    if start.path.is_dir():
+        tokenizer = start.path / "tokenizer.json"
+    if dataset.tokenizer().to_json() != load.read_tokenizer(tokenizer).to_json():
         raise UserError(f"--init_from={cfg.init_from} was trained with another tokenizer than {dataset.path}: "
-                        f"prepare the text with --tokenizer={theirs}")
+                        f"prepare the text with --tokenizer={tokenizer}")
+
     model = checkpoint.load_model(start)
     was = configurator.flat(model.config)
-    new = {k: v for k, v in configurator.flat(cfg.model).items() if k in given and v != was[k]}
-    if other := [f"{k}={v} (it has {was[k]})" for k, v in new.items() if k not in ("dropout", "block_size")]:
-        raise UserError(f"--init_from={cfg.init_from} cannot change to {', '.join(other)}: leave that out")
-    if new:
-        try:
-            start.meta["model_config"] = was | new
-            model = checkpoint.load_model(start)
-        except UserError as e:                             # a model file may have weights for each position
-            raise UserError(f"--init_from={cfg.init_from} cannot change to "
-                            f"{', '.join(f'{k}={v} (it has {was[k]})' for k, v in new.items())}: {e}") from None
-    return model
+    new = {}
+    for key, value in configurator.flat(cfg.model).items():
+        if key in given and value != was[key]:
+            new[key] = value
+    if not new:
+        return model
+    shown = {key: f"{key}={value} (it has {was[key]})" for key, value in new.items()}
+    fixed = [text for key, text in shown.items() if key not in ("dropout", "block_size")]
+    if fixed:
+        raise UserError(f"--init_from={cfg.init_from} cannot change to {', '.join(fixed)}: leave that out")
+    try:
+        start.meta["model_config"] = was | new
+        return checkpoint.load_model(start)
+    except UserError as e:                                 # a model file may have weights for each position
+        raise UserError(f"--init_from={cfg.init_from} cannot change to {', '.join(shown.values())}: {e}") from None
+
+
+def new_state():
+    """All that a checkpoint must hold besides tensors, as plain JSON."""
+    return {
+        "step": 0,                                         # optimizer steps that are done
+        "tokens": 0,                                       # that were trained on
+        "seconds": 0.0,                                    # of training, without evaluating and saving
+        "best_loss": None,                                 # lowest validation loss, in nats per token
+        "best_step": 0,
+        "waited": 0,                                       # evaluations since then
+        "lr_factor": 1.0,                                  # halved by each roll-back
+        "rollbacks": 0,
+        "bad_steps": 0,                                    # skipped in a row
+        "record": {},                                      # of the last evaluation
+    }
+
+
+def choose_environment(cfg, device, resumed):
+    """What the bits of a run depend on besides its config. A resumed run keeps what it had chosen for itself."""
+    dtype = cfg.dtype
+    if dtype == "auto":
+        dtype = resumed.meta["environment"]["dtype"] if resumed else machine.fastest_dtype(device)
+    compiling = cfg.compile
+    if resumed and compiling in ("auto", resumed.meta["config"]["compile"]):
+        compiling = resumed.meta["environment"]["compile"]  # False as well if the compiler had failed
+    if compiling == "auto":
+        compiling = device.type == "cuda"
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(device), "dtype": dtype,
+            "compile": compiling}
 
 
 def check_resume(cfg, resumed, dataset, environment):
-    """environment, with what the run had decided (dtype, compile); refuses or warns where it were not the same run."""
-    was, now = resumed.meta["config"], configurator.flat(cfg)
+    """UserError if `cfg` does not continue what the run was; a warning if it does, but not bit for bit."""
     if resumed.meta["dataset"]["files"] != dataset.meta["files"]:
         raise UserError(f"{dataset.path} is not the dataset that {resumed.path} was trained on: prepare it as before, "
                         f"or start a new run with --init_from={resumed.path}")
-    if resumed.meta["arch"] != cfg.arch or resumed.meta["model_config"] != json.loads(json.dumps(asdict(cfg.model))):
+    model_config = json.loads(json.dumps(asdict(cfg.model)))  # as it comes back from a file: lists for tuples
+    if resumed.meta["arch"] != cfg.arch or resumed.meta["model_config"] != model_config:
         raise UserError(f"{resumed.path} is another model than this command asks for: resume without model flags, "
                         f"or start a new run with another --out_dir")
-    changed = [f"{k}={now[k]} (was {was.get(k)})" for k in now if k not in FREE and now[k] != was.get(k)]
-    old = resumed.meta["environment"]
-    environment = {**environment, "dtype": old["dtype"] if cfg.dtype == "auto" else cfg.dtype,
-                   "compile": old["compile"] if cfg.compile in ("auto", was["compile"]) else cfg.compile}
-    changed += [f"{k} {environment[k]} (was {old[k]})" for k in environment if environment[k] != old[k]]
+    step = resumed.meta["state"]["step"]
+    if step > cfg.max_steps:
+        raise UserError(f"{resumed.path} is at step {step}, past max_steps={cfg.max_steps}: give a larger one")
+    changed = []
+    was = resumed.meta["config"]
+    for key, value in configurator.flat(cfg).items():
+        if key not in CAN_CHANGE_ON_RESUME and value != was.get(key):
+            changed.append(f"{key}={value} (was {was.get(key)})")
+    was = resumed.meta["environment"]
+    for key, value in environment.items():
+        if value != was[key]:
+            changed.append(f"{key} {value} (was {was[key]})")
     if changed:
-        files.warn(f"resuming with {', '.join(changed)}: not bit for bit what an unbroken run would give")
-    return environment
+        files.warn(f"resuming with {', '.join(changed)}: the result will differ from that of an uninterrupted run")
+
+
+def checkpoint_meta(cfg, dataset, environment):
+    """What every checkpoint of the run says about itself, besides the state, as plain JSON."""
+    meta = {
+        "arch": cfg.arch,
+        "model_config": asdict(cfg.model),
+        "config": configurator.flat(cfg),
+        "environment": environment,
+        "dataset": {"path": str(dataset.path), "files": dataset.meta["files"]},
+    }
+    if "template" in dataset.meta:                         # of a dataset of conversations: how they are written
+        meta["template"] = dataset.meta["template"]
+    return meta
+
+
+def tensors_to_resume(lora, optimizer):
+    """{name: tensor} of what the next step depends on besides the weights; restore() is the inverse."""
+    tensors = optimizer.state_dict() | checkpoint.random_state()
+    if lora:
+        tensors |= {f"lora.{name}": tensor for name, tensor in lora.state_dict().items()}
+    return tensors
 
 
 def restore(model, lora, optimizer, state, saved):
-    """Put weights, optimizer, random states and counters back to what the checkpoint holds."""
+    """Put weights, optimizer, random states and `state` back to what the checkpoint `saved` holds."""
+    lora_tensors = {}
+    optimizer_tensors = {}
+    for name, tensor in saved.optimizer.items():
+        if name.startswith("lora."):
+            lora_tensors[name.removeprefix("lora.")] = tensor
+        elif not name.startswith("random."):
+            optimizer_tensors[name] = tensor
     try:
         model.load_state_dict(saved.model)
         if lora:
-            lora.load_state_dict({k[5:]: t for k, t in saved.optimizer.items() if k.startswith("lora.")})
-        optimizer.load_state_dict({k: t for k, t in saved.optimizer.items() if not k.startswith(("random.", "lora."))})
+            lora.load_state_dict(lora_tensors)
+        optimizer.load_state_dict(optimizer_tensors)
     except (ValueError, RuntimeError) as e:
         raise UserError(f"{saved.path} does not fit this model and optimizer: {e}") from None
     checkpoint.set_random_state(saved.optimizer)
@@ -198,250 +296,269 @@ def restore(model, lora, optimizer, state, saved):
     state.update(saved.meta["state"])
 
 
-def roll_back(run_dir, model, lora, optimizer, state):
-    """The last good state with half the learning rate; after three times a clear stop."""
-    lr_factor, rollbacks, step = state["lr_factor"] / 2, state["rollbacks"] + 1, state["step"]
-    if rollbacks > 3:
-        raise UserError(f"loss or gradient not finite at step {step}, also at an eighth of the learning rate: "
-                        "try a lower --lr and --rest_lr, or --dtype=float32")
-    restore(model, lora, optimizer, state, checkpoint.load_run(run_dir, optimizer=True))
-    state |= {"lr_factor": lr_factor, "rollbacks": rollbacks, "bad_steps": 0}
+# ---- the parts of the loop
 
+def evaluate(model, dataset, autocast):
+    """The loss over the whole validation split, each token once, as a dict.
 
-def show_samples(model, prompts, tokenizer, cfg):
+    val_loss is in nats per token, val_error its standard error, val_bpb the same loss in bits per byte, val_ppl the
+    perplexity, val_tokens the number of tokens that count.
+    """
     model.eval()
-    for prompt, ids in prompts.items():
-        generator = torch.Generator().manual_seed(cfg.seed)  # its own: training must not feel that we looked
-        new = list(generate(model, ids, cfg.prompt_tokens, generator, {tokenizer.eot}, tokenizer.vocab_size,
-                            temperature=0.8, top_k=50))
-        print(f"    {prompt}{tokenizer.decode(new)}".replace("\n", "\n    "), flush=True)
+    nats, counts = bpb.window_nats(model, dataset.val, model.config.block_size, dataset.val_mask, autocast)
     model.train()
+    loss, error = bpb.mean_loss(nats, counts)
+    return {
+        "val_loss": loss,
+        "val_error": error,
+        "val_bpb": loss / math.log(2) / dataset.bytes_per_token("val"),
+        "val_ppl": math.exp(min(loss, 700)),               # e^710 is too large for a float
+        "val_tokens": int(counts.sum()),
+    }
+
+
+def remember(state, result, better):
+    """Put what evaluate() gave into the state; better: it is the best so far."""
+    if better:
+        state["best_loss"] = result["val_loss"]
+        state["best_step"] = state["step"]
+        state["waited"] = 0
+    else:
+        state["waited"] += 1
+    counters = {key: state[key] for key in ("best_loss", "best_step", "tokens", "seconds")}
+    state["record"] = {"step": state["step"], **runlog.finite(result), **counters}
+
+
+def reason_to_stop(cfg, state, report):
+    """Why to stop after this evaluation, before max_steps; None if there is no reason."""
+    reason = report(state["record"]) if report else None
+    if cfg.patience and state["waited"] >= cfg.patience:
+        reason = f"no better validation loss in {cfg.patience} evaluations"
+    return reason
+
+
+def next_batch(cfg, dataset, step, device):
+    """x, y (batch_size, block_size) for the optimizer step after `step`: a function of the seed and the step alone."""
+    x, y = data.batch(dataset.train, step, cfg.batch_size, cfg.model.block_size, cfg.seed, dataset.train_mask,
+                      dataset.row_length)
+    return torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
+
+
+def rate(cfg, step):
+    """Factor in [0, 1] on the peak learning rates, for the optimizer step number `step`."""
+    return optim.lr_scale(step, cfg.schedule, cfg.max_steps, cfg.warmup_steps, cfg.min_lr, cfg.decay_frac,
+                          cfg.restart_steps, cfg.restart_mul, cfg.restart_decay)
 
 
 def training_step(forward, learner, optimizer, x, y, micro_batch_size, autocast, grad_clip, scale):
     """One optimizer step on x, y (B, T) -> (mean loss over the targets, gradient norm before clipping).
 
-    Where one of the two is not finite the weights stay as they were. `scale` is the factor on the peak rates.
+    forward is the model, compiled or not; learner is the module whose parameters learn: the model or its Lora. scale is
+    the factor on the peak learning rates. If loss or gradient norm is not finite, the weights stay as they were.
     """
     loss = 0.0
-    n_targets = (y >= 0).sum()
+    n_targets = (y >= 0).sum()                             # targets of -1 are ignored
     for part, targets in zip(x.split(micro_batch_size), y.split(micro_batch_size), strict=True):
-        share = (targets >= 0).sum() / n_targets           # masked micro-batches differ in size
+        share = (targets >= 0).sum() / n_targets           # of the targets: masked micro-batches differ
         if not share:
             continue
         with autocast:
             part_loss = forward(part, targets)[1] * share
         part_loss.backward()
         loss += part_loss.detach()
+
     idle = [name for name, p in learner.named_parameters() if p.grad is None]
     if idle:
-        raise UserError(f"no gradient reaches {', '.join(idle[:3])}: use it in the model file or remove it")
+        raise UserError(f"{type(learner).__module__}.py: no gradient reaches {', '.join(idle[:3])}: use it in "
+                        "forward() or remove it")
     norm = torch.nn.utils.get_total_norm([p.grad for p in learner.parameters()])
-    loss, grad_norm = loss.item(), norm.item()
-    if math.isfinite(loss) and math.isfinite(grad_norm):   # else never let it reach the weights
+    loss = loss.item()
+    grad_norm = norm.item()
+    if math.isfinite(loss) and math.isfinite(grad_norm):
         if grad_clip:
             torch.nn.utils.clip_grads_with_norm_(learner.parameters(), grad_clip, norm)
         optimizer.step(scale)
-    for p in learner.parameters():
-        p.grad = None
+    learner.zero_grad()
     return loss, grad_norm
 
+
+def roll_back(run_dir, model, lora, optimizer, state, log):
+    """Back to the newest checkpoint, with half the learning rate; UserError after three times."""
+    bad_step = state["step"]
+    lr_factor = state["lr_factor"] / 2
+    rollbacks = state["rollbacks"] + 1
+    if rollbacks > 3:
+        raise UserError(f"loss or gradient not finite at step {bad_step}, even at an eighth of the learning rate: "
+                        "try a lower --lr and --rest_lr, or --dtype=float32")
+    restore(model, lora, optimizer, state, checkpoint.load_run(run_dir, optimizer=True))
+    state["lr_factor"] = lr_factor
+    state["rollbacks"] = rollbacks
+    state["bad_steps"] = 0
+    log.go_back(state)
+    log.say(f"three in a row: back to step {state['step']} with half the learning rate")
+    log.record({"step": state["step"], "event": "rolled back", "lr_factor": lr_factor})
+
+
+# ---- the loop
 
 def train(cfg, report=None, command=None):
     """Train as `cfg` says -> the record of the last evaluation (step, val_loss, val_bpb, best_loss, ...).
 
-    report gets the record of every evaluation; what it returns, if anything, is the reason to stop there. command is
-    the configurator.Command that cfg came with, if it came with one.
+    report is called with the record of every evaluation; what it returns, if anything, is the reason to stop there.
+    command is the configurator.Command that came with cfg, if cfg is from a command line.
     """
-    command = command or configurator.Command("", [], {}, configurator.changed(cfg))
+    if command is None:
+        command = configurator.Command(line="", files=[], typed={}, given=configurator.changed(cfg))
     run_dir = Path(cfg.out_dir or f"runs/{cfg.arch}")
+
+    # Set up. Whatever is wrong with the user's command shows before the run folder is created.
     dataset = open_dataset(cfg)
-    device = pick_device(cfg.device)
-    if device.type == "cpu":
-        keep_freed_memory()
     tokenizer = dataset.tokenizer() if cfg.prompts else None
-    prompts = {prompt: tokenizer.encode(prompt) or [tokenizer.eot] for prompt in cfg.prompts}
-    resumed = checkpoint.load_run(run_dir, optimizer=True) if cfg.resume else None
-    if not cfg.resume and (run_dir / "latest").exists():
-        raise UserError(f"{run_dir} already holds a run: go on with --resume, or name another --out_dir")
-
-    # model
-    vocab_size = cfg.model.vocab_size or dataset.vocab_size
-    if vocab_size < dataset.vocab_size:
-        raise UserError(f"vocab_size={vocab_size} is less than the {dataset.vocab_size} of {dataset.path}")
-    random.seed(cfg.seed)                                  # nothing here draws from it, or from numpy's: forks may
-    np.random.seed(cfg.seed % 2**32)
-    torch.manual_seed(cfg.seed)
-    try:
-        fresh = resumed or not cfg.init_from
-        model = (import_module(cfg.arch).Model(replace(cfg.model, vocab_size=vocab_size)) if fresh
-                 else starting_weights(cfg, dataset, command.given))
-        model.to(device).train()
-        lora = Lora(model, cfg.lora_rank) if cfg.lora_rank else None
-        learner = lora or model                            # whose parameters learn
-        optimizer = optim.Optimizer(learner, cfg.optimizer, cfg.lr, cfg.rest_optimizer, cfg.rest_lr, cfg.weight_decay,
-                                    cfg.betas, cfg.momentum)
-    except ValueError as e:                                # model files and optim.py import nothing of ours
-        raise UserError(e) from None
-    cfg = replace(cfg, model=model.config)
-
-    # state: all that a checkpoint must hold beside tensors
-    state = {"step": 0, "tokens": 0, "seconds": 0.0, "best_loss": None, "best_step": 0, "waited": 0, "lr_factor": 1.0,
-             "bad_steps": 0, "rollbacks": 0, "record": {}}
-    environment = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(device)}
+    prompts = {text: tokenizer.encode(text) or [tokenizer.eot] for text in cfg.prompts}
+    device = machine.pick_device(cfg.device)
+    if device.type == "cpu":
+        machine.keep_freed_memory()
+    resumed = open_run(run_dir, cfg.resume)
+    model, lora, optimizer = build(cfg, dataset, device, resumed, command.given)
+    learner = lora or model                                # the module whose parameters learn
+    cfg = replace(cfg, model=model.config)                 # with what the dataset or --init_from decided
+    state = new_state()
+    environment = choose_environment(cfg, device, resumed)
     if resumed:
-        environment = check_resume(cfg, resumed, dataset, environment)
+        check_resume(cfg, resumed, dataset, environment)
         restore(model, lora, optimizer, state, resumed)
-        if state["step"] > cfg.max_steps:
-            raise UserError(f"{run_dir} is at step {state['step']}, past max_steps={cfg.max_steps}: give a larger one")
-    else:
-        if cfg.dtype == "auto":
-            rates = {t: matmul_rate(device, getattr(torch, t)) for t in ("float32", "bfloat16")}
-            dtype = max(rates, key=rates.get)
-        environment["dtype"] = dtype if cfg.dtype == "auto" else cfg.dtype
-        environment["compile"] = device.type == "cuda" if cfg.compile == "auto" else cfg.compile
+
     dtype = getattr(torch, environment["dtype"])
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    peak_flops = matmul_rate(device, dtype)
+    micro_batch_size = cfg.micro_batch_size or cfg.batch_size
+    x, y = next_batch(cfg, dataset, 0, device)             # fails here if the text is too short
+    forward = model
+    if environment["compile"]:
+        forward = machine.compiled(model, x[:micro_batch_size], y[:micro_batch_size], autocast)
+        learner.zero_grad()                                # of the compiler's trial
+        environment["compile"] = forward is not model
+    flops_per_token = model.flops_per_token(cfg.model.block_size)
+    peak_flops = machine.matmul_rate(device, dtype)
 
-    data.batch_indices(len(dataset.train), 0, 1, cfg.model.block_size, cfg.seed)  # too short a text: before a folder is
-    forward = compiled(model, dataset, cfg, device, autocast) if environment["compile"] else model
-    for p in learner.parameters():                         # LoRA has them from the trial of the compiler
-        p.grad = None
-    environment["compile"] = forward is not model          # what came of it, not what was asked for
-    meta = {"arch": cfg.arch, "model_config": asdict(cfg.model), "config": configurator.flat(cfg),
-            "environment": environment, "dataset": {"path": str(dataset.path), "files": dataset.meta["files"]}}
-    if "template" in dataset.meta:                         # a model that was taught to answer
-        meta["template"] = dataset.meta["template"]
+    meta = checkpoint_meta(cfg, dataset, environment)
     run_dir.mkdir(parents=True, exist_ok=True)
     files.write_atomic(run_dir / "config.json", json.dumps(configurator.flat(cfg), indent=1) + "\n")
-    log = Log(run_dir, cfg, state)
+    log = runlog.Log(run_dir, cfg, state)
     log.record({"event": "resume" if resumed else "start", "step": state["step"], "command": command.line,
-                "commit": git_commit(), **environment})
-    describe(cfg, model, dataset, environment, run_dir)
-    if lora:
-        n, total = (sum(p.numel() for p in part.parameters()) for part in (lora, model))
-        print(f"LoRA of rank {cfg.lora_rank}: {n:,} parameters are trained, {n / total:.1%} of the model's", flush=True)
+                "commit": runlog.git_commit(), **environment})
+    runlog.describe(cfg, model, lora, dataset, environment, run_dir)
 
-    def save(best=False):
-        tensors = optimizer.state_dict() | checkpoint.random_state()
-        if lora:
-            tensors |= {f"lora.{k}": t for k, t in lora.state_dict().items()}
-        checkpoint.save(run_dir, state["step"], model.state_dict(), tensors, meta | {"state": state},
-                        dataset.path / "tokenizer.json", cfg.keep_last, best)
-
-    # loop
-    tokens_per_step = cfg.batch_size * cfg.model.block_size
-    micro = cfg.micro_batch_size or cfg.batch_size
-    saved_at, since, since_step = state["step"] if resumed else -1, time.perf_counter(), state["step"]
-    train_mask = dataset.train_mask
-    with catch_signals() as caught:
+    saved_at = state["step"] if resumed else None
+    since = dict(state)                                    # speeds are means from here on
+    with machine.catch_signals() as caught:
         while True:
             step = state["step"]
-            last = step == cfg.max_steps or caught
-            due = step > 0 and (step % cfg.eval_every == 0 or step == cfg.max_steps)
+            at_end = step == cfg.max_steps
+            last = at_end or bool(caught)                  # of the turns of this loop: it ends before a further step
 
-            # 1. evaluate, and save what was evaluated
-            if due and step != state["record"].get("step"):
-                state["seconds"] += time.perf_counter() - since
+            # 1. evaluate and save
+            at_evaluation = step > 0 and (at_end or step % cfg.eval_every == 0)
+            at_save = last or step == 0 or (cfg.save_every > 0 and step % cfg.save_every == 0)
+            # not again what was done before a resume or a roll-back
+            evaluating = at_evaluation and step != state["record"].get("step")
+            healthy = state["bad_steps"] == 0              # only such a state is worth going back to
+            better = False
+            if evaluating:
                 result = evaluate(model, dataset, autocast)
-                healthy = math.isfinite(result["val_loss"]) and not state["bad_steps"]  # else nothing to go back to
+                healthy = healthy and math.isfinite(result["val_loss"])
                 better = healthy and (state["best_loss"] is None or result["val_loss"] < state["best_loss"])
-                if better:
-                    state |= {"best_loss": result["val_loss"], "best_step": step, "waited": 0}
-                else:
-                    state["waited"] += 1
-                state["record"] = {"step": step, **finite(result), "best_loss": state["best_loss"],
-                                   "best_step": state["best_step"], "tokens": state["tokens"],
-                                   "seconds": state["seconds"]}
-                log.record(state["record"])                # before the save: a resume drops it or finds it
-                if healthy:
-                    save(better)
-                    saved_at = step
+                remember(state, result, better)
+                log.record(state["record"])                # before the save: killed in between, a resume drops it
+            if healthy and (evaluating or (at_save and step != saved_at)):
+                checkpoint.save(run_dir, step, model.state_dict(), tensors_to_resume(lora, optimizer),
+                                meta | {"state": state}, dataset.path / "tokenizer.json", cfg.keep_last, better)
+                saved_at = step
+            if evaluating:
                 log.evaluated(state["record"], dataset, better)
-                show_samples(model, prompts, tokenizer, cfg)
-                since, since_step = time.perf_counter(), step
-                if cfg.patience and state["waited"] >= cfg.patience:
-                    log.say(f"stopped: no better validation loss in {cfg.patience} evaluations")
-                    last = True
-                if report and (reason := report(state["record"])):
+                runlog.show_samples(model, prompts, tokenizer, cfg)
+                reason = reason_to_stop(cfg, state, report)
+                if reason:
                     log.say(f"stopped: {reason}")
                     last = True
-            elif ((last or step == 0 or cfg.save_every and step % cfg.save_every == 0) and step != saved_at
-                  and not state["bad_steps"]):
-                state["seconds"] += time.perf_counter() - since
-                since, since_step = time.perf_counter(), step
-                save()
-                saved_at = step
+                since = dict(state)
             if last:
                 break
 
             # 2. one optimizer step
-            scale = state["lr_factor"] * optim.lr_scale(step + 1, cfg.schedule, cfg.max_steps, cfg.warmup_steps,
-                                                        cfg.min_lr, cfg.decay_frac, cfg.restart_steps,
-                                                        cfg.restart_mul, cfg.restart_decay)
-            x, y = data.batch(dataset.train, step, cfg.batch_size, cfg.model.block_size, cfg.seed, train_mask,
-                              dataset.row_length)
-            x, y = torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)        # (batch_size, block_size)
-            if not (y >= 0).any():                         # every token is masked: nothing to learn here
+            started = time.perf_counter()
+            x, y = next_batch(cfg, dataset, step, device)
+            if not (y >= 0).any():                         # every token is masked: there is nothing to learn
                 state["step"] += 1
                 continue
-            loss, grad_norm = training_step(forward, learner, optimizer, x, y, micro, autocast, cfg.grad_clip, scale)
-            state |= {"step": step + 1, "tokens": state["tokens"] + tokens_per_step}
-            if math.isfinite(loss) and math.isfinite(grad_norm):
-                if lora:
-                    lora.merge()
-                state["bad_steps"] = 0
-            else:                                          # never let it reach the weights
-                state["bad_steps"] += 1
+            scale = state["lr_factor"] * rate(cfg, step + 1)
+            loss, grad_norm = training_step(forward, learner, optimizer, x, y, micro_batch_size, autocast,
+                                            cfg.grad_clip, scale)
+            taken = math.isfinite(loss) and math.isfinite(grad_norm)
+            if lora and taken:
+                lora.merge()
+            state["step"] += 1
+            state["tokens"] += cfg.batch_size * cfg.model.block_size
+            state["seconds"] += time.perf_counter() - started
+            state["bad_steps"] = 0 if taken else state["bad_steps"] + 1
+            if not taken:
                 log.record({"step": step + 1, "event": "skipped", "loss": str(loss), "grad_norm": str(grad_norm)})
                 log.say(f"step {step + 1}: loss {loss}, gradient norm {grad_norm}: step skipped")
-                if state["bad_steps"] == 3:
-                    roll_back(run_dir, model, lora, optimizer, state)
-                    log.go_back(state)
-                    log.say(f"three in a row: back to step {state['step']} with half the rate")
-                    log.record({"step": state["step"], "event": "rolled back", "lr_factor": state["lr_factor"]})
-                    since, since_step = time.perf_counter(), state["step"]
+            if state["bad_steps"] == 3:
+                roll_back(run_dir, model, lora, optimizer, state, log)
+                since = dict(state)
+                continue
 
-            # 3. say how it goes
-            if state["step"] > since_step:
-                now = time.perf_counter()
-                speed = (state["step"] - since_step) * tokens_per_step / (now - since)
-                mfu = speed * model.flops_per_token(cfg.model.block_size) / peak_flops
-                seconds = state["seconds"] + now - since
-                log.progress(state["step"], loss, speed, mfu)
-                if (state["step"] % cfg.log_every == 0 or step == 0) and not state["bad_steps"]:
-                    log.record(finite({"step": state["step"], "loss": loss, "lr": scale * cfg.lr, "mfu": mfu,
-                                       "grad_norm": grad_norm, "tokens": state["tokens"], "seconds": seconds,
-                                       "tokens_per_second": speed}))
+            # 3. say how it is going
+            speed = (state["tokens"] - since["tokens"]) / (state["seconds"] - since["seconds"])  # tokens per second
+            mfu = speed * flops_per_token / peak_flops
+            log.progress(step + 1, loss, speed, mfu)
+            if taken and (step == 0 or (step + 1) % cfg.log_every == 0):
+                log.record(runlog.finite({
+                    "step": step + 1, "loss": loss, "lr": scale * cfg.lr, "mfu": mfu, "grad_norm": grad_norm,
+                    "tokens": state["tokens"], "seconds": state["seconds"], "tokens_per_second": speed}))
     log.close(dataset)
     if caught:
-        again = "" if run_dir.parent == Path("runs") else f" --out_dir={shlex.quote(str(run_dir))}"
-        print(f"stopped by {signal.Signals(caught[0]).name} and saved at step {saved_at}. "
-              f"Go on with: python train.py{again} --resume", flush=True)
-        raise SystemExit(128 + caught[0])
+        exit_by_signal(caught[0], run_dir, saved_at)
     return state["record"]
 
 
+def exit_by_signal(number, run_dir, saved_at):
+    out_dir = "" if run_dir.parent == Path("runs") else f" --out_dir={shlex.quote(str(run_dir))}"
+    print(f"stopped by {signal.Signals(number).name} and saved at step {saved_at}. "
+          f"Continue with: python train.py{out_dir} --resume", flush=True)
+    raise SystemExit(128 + number)                         # the exit code that shells give to a signal
+
+
+# ---- the command
+
 def main(cfg, command):
-    recipes, typed = [Path(file).stem for file in command.files], command.typed
-    if not cfg.out_dir and not (cfg.resume and not recipes):
-        name = Path("runs") / (recipes[-1] if recipes else cfg.arch)
-        taken = newest(name)
-        if cfg.resume and not taken:
-            raise UserError(f"no run {name} to resume: start it without --resume")
-        number = int("0" + taken.name[len(name.name):].lstrip("-")) if taken else 0
-        cfg = replace(cfg, out_dir=str(taken if cfg.resume else f"{name}-{max(number, 1) + 1}" if taken else name))
-    if cfg.resume:                                         # the run's own config, and the flags of this command
-        run_dir = cfg.out_dir or str(checkpoint.newest_run())
+    recipe = Path(command.files[-1]).stem if command.files else ""
+    if cfg.resume:
+        run_dir = run_to_resume(cfg.out_dir, recipe)
         stored = checkpoint.load_run(run_dir).meta["config"]
-        cfg = configurator.load(Config, **(stored | typed | {"out_dir": run_dir, "resume": True}))
-    if "dataset" in typed and "prepare" not in typed:      # what the recipe prepares is another dataset
-        cfg = replace(cfg, prepare="")
+        # the run's own config, and on top of it the flags of this command
+        cfg = configurator.load(Config, **(stored | command.typed | {"out_dir": str(run_dir), "resume": True}))
+    elif not cfg.out_dir:
+        cfg = replace(cfg, out_dir=str(runlog.unused(Path("runs") / (recipe or cfg.arch))))
+    if "dataset" in command.typed and "prepare" not in command.typed:
+        cfg = replace(cfg, prepare="")                     # the recipe's script makes another dataset
+
     record = train(cfg, command=command)
-    print(f"best: {record['best_loss'] or math.nan:.4f} nats per token at step {record['best_step']:,}. The curve: "
-          f"{cfg.out_dir}/loss.png. Now try:\n"
-          f"python sample.py --checkpoint={shlex.quote(cfg.out_dir)} --prompt \"To be\"")
+    best = math.nan if record["best_loss"] is None else record["best_loss"]
+    print(f"best: {best:.4f} nats per token at step {record['best_step']:,}. The curve: {cfg.out_dir}/loss.png. "
+          f"Now try:\npython sample.py --checkpoint={shlex.quote(cfg.out_dir)} --prompt \"To be\"")
+
+
+def run_to_resume(out_dir, recipe):
+    """out_dir if there is one, else the newest run of the recipe, else the newest run of all."""
+    if out_dir:
+        return out_dir
+    if not recipe:
+        return checkpoint.newest_run()
+    run_dir = runlog.newest(Path("runs") / recipe)
+    if run_dir is None:
+        raise UserError(f"no run runs/{recipe} to resume: start it without --resume")
+    return run_dir
 
 
 if __name__ == "__main__":

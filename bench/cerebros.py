@@ -14,7 +14,6 @@ import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,6 +23,7 @@ import search
 import train
 from thimble import checkpoint, configurator, load
 from thimble.files import UserError
+from thimble.ngrams import trigrams, witten_bell
 
 
 @dataclass(frozen=True)
@@ -81,32 +81,11 @@ def from_space(found, recipe, seed):
 
 
 def ngrams(dataset):
-    """Nats per token of unigrams, bigrams and trigrams of tokens, interpolated Witten-Bell as in prepare/text.py."""
-    train_ids, val, V = np.asarray(dataset.train, np.int64), np.asarray(dataset.val, np.int64), dataset.vocab_size
-    p, scores = np.full(len(val), 1 / V), []
-    for n in (1, 2, 3):
-        def keys(ids, n, skip=0):
-            """One number for each n tokens in a row, from the first on that has `skip` before it."""
-            out = np.zeros(len(ids) - n + 1 - skip, np.int64)
-            for i in range(n):
-                out = out * V + ids[i:len(ids) - n + 1 - skip + i]
-            return out
-
-        def look(table, counts, wanted):
-            at = np.minimum(np.searchsorted(table, wanted), len(table) - 1)
-            return np.where(table[at] == wanted, counts[at], 0)
-
-        grams, counts = np.unique(keys(train_ids, n), return_counts=True)
-        contexts, first = np.unique(grams // V, return_index=True)
-        totals = np.add.reduceat(counts, first)
-        kinds = np.diff(np.append(first, len(grams)))
-        wanted = keys(val, n)
-        total, kind = look(contexts, totals, wanted // V), look(contexts, kinds, wanted // V)
-        lower = p[n - 1:]
-        p = p.copy()
-        p[n - 1:] = np.where(total, (look(grams, counts, wanted) + kind * lower) / np.maximum(total + kind, 1), lower)
-        scores.append(float(-np.log(p[1:]).mean()))        # the first token is no target of the models
-    return dict(zip(("unigrams", "bigrams", "trigrams"), scores, strict=True))
+    """Nats per token of n-gram models of the dataset's tokens, whose text the networks read."""
+    train_counts = trigrams(dataset.train, dataset.vocab_size)
+    val_counts = trigrams(dataset.val, dataset.vocab_size)
+    bits = witten_bell(train_counts, val_counts, dataset.vocab_size)
+    return {name: n * math.log(2) for name, n in zip(("unigrams", "bigrams", "trigrams"), bits, strict=True)}
 
 
 def score(cfg, config, out_dir):
@@ -150,7 +129,7 @@ def main(cfg):
             out_dir = Path(cfg.out_dir) / f"{name.replace(' ', '_').replace(',', '')}-{seed}"
             results.setdefault(name, []).append(score(cfg, built[name], out_dir))
             sizes.setdefault(name, []).append(size(built[name]))
-    per_byte = len(dataset.val) / dataset.val_bytes / math.log(2)
+    per_byte = 1 / dataset.bytes_per_token("val") / math.log(2)  # nats per token -> bits per byte
     print(f"\n{dataset.path}, validation\n  {'':<16}{'perplexity':>11}{'bits/byte':>11}{'spread':>9}{'parameters':>13}")
     for name, nats in ngrams(dataset).items():
         print(f"  {name:<16}{math.exp(nats):>11.2f}{nats * per_byte:>11.4f}")

@@ -2,9 +2,9 @@
 
     python bench/race.py --nanogpt=../nanoGPT --input=tinyshakespeare.txt
 
-nanoGPT's recipe is that of its README: 4 layers, 4 heads, 128 wide, block 64, batch 12, 2000 iterations, no dropout.
-Both prepare their data first, untimed, from the same file; then they take turns, and the clock runs from the start of
-the interpreter to its end, with imports, evaluations, checkpoints and (ours) the plot.
+nanoGPT runs the CPU recipe of its README: 4 layers, 4 heads, 128 wide, block 64, batch 12, 2000 iterations, no dropout.
+Both prepare their data first, untimed, from the same file. Then they take turns, and the clock runs from the start of
+the interpreter to its end, which includes imports, evaluations, checkpoints and (ours) the plot.
 """
 import importlib.util
 import json
@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 from thimble import configurator
 from thimble.files import UserError
 
+# its README's recipe for a laptop, which goes on top of config/train_shakespeare_char.py
 RECIPE = ("--device=cpu --compile=False --eval_iters=20 --log_interval=100 --block_size=64 --batch_size=12 --n_layer=4 "
           "--n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0").split()
 
@@ -31,48 +32,62 @@ RECIPE = ("--device=cpu --compile=False --eval_iters=20 --log_interval=100 --blo
 class Config:
     nanogpt: str = ""               # folder of a clone of nanoGPT
     input: str = ""                 # tinyshakespeare, as a text file
-    rounds: int = 3                 # times that each runs
+    rounds: int = 3                 # runs of each
 
 
 def timed(command, cwd):
+    """(seconds that the whole process took, its output). UserError if it failed."""
     start = time.perf_counter()
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     seconds = time.perf_counter() - start
     if done.returncode:
-        raise UserError(f"{' '.join(map(str, command))} failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"{' '.join(map(str, command))} failed: {reason}")
     return seconds, done.stdout
 
 
+def race(text, peer, work, rounds):
+    """Prepare both, then run them in turns -> (our seconds, nanoGPT's seconds), lists of `rounds`."""
+    shutil.copy(text, peer / "data/shakespeare_char/input.txt")
+    timed([sys.executable, "data/shakespeare_char/prepare.py"], peer)
+    timed([sys.executable, ROOT / "prepare/shakespeare.py", f"--input={text}", "--name=race", f"--data_dir={work}"],
+          work)
+    ours = []
+    theirs = []
+    for i in range(rounds):
+        run_dir = work / str(i)
+        seconds, _ = timed([sys.executable, ROOT / "train.py", ROOT / "config/shakespeare_char.py", "--device=cpu",
+                            f"--dataset={work / 'race'}", f"--out_dir={run_dir}"], work)
+        ours.append(seconds)
+        seconds, out = timed([sys.executable, "train.py", "config/train_shakespeare_char.py", *RECIPE], peer)
+        theirs.append(seconds)
+
+        record = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+        sampled = re.findall(r"step 2000: train loss [\d.]+, val loss ([\d.]+)", out)
+        their_loss = sampled[-1] if sampled else "?"
+        ratio = ours[-1] / theirs[-1]
+        print(f"round {i + 1}: ours {ours[-1]:6.2f} s, val loss {record['val_loss']:.4f} over {record['val_tokens']:,} "
+              f"characters   nanoGPT {theirs[-1]:6.2f} s, val loss {their_loss} (sampled)   "
+              f"ratio {ratio:.4f} = 1/{1 / ratio:.1f}", flush=True)
+    return ours, theirs
+
+
 def main(cfg):
-    theirs, text = Path(cfg.nanogpt).resolve(), Path(cfg.input).resolve()
-    if not (theirs / "train.py").is_file() or not text.is_file():
+    clone = Path(cfg.nanogpt).resolve()
+    text = Path(cfg.input).resolve()
+    if not (clone / "train.py").is_file() or not text.is_file():
         raise UserError("give --nanogpt=FOLDER of a clone and --input=FILE, the text of tinyshakespeare")
     for package in ("requests", "torch"):                  # nanoGPT's prepare script imports requests
         if importlib.util.find_spec(package) is None:
             raise UserError(f"the race needs {package}: pip install {package}")
-    with tempfile.TemporaryDirectory() as work:
-        work = Path(work)
-        peer = work / "nanoGPT"
-        shutil.copytree(theirs, peer, ignore=shutil.ignore_patterns(".git"))
-        shutil.copy(text, peer / "data/shakespeare_char/input.txt")
-        timed([sys.executable, "data/shakespeare_char/prepare.py"], peer)
-        timed([sys.executable, ROOT / "prepare/shakespeare.py", f"--input={text}", "--name=race",
-               f"--data_dir={work}"], work)
-        seconds = {"ours": [], "nanoGPT": []}
-        for i in range(cfg.rounds):
-            ours, _ = timed([sys.executable, ROOT / "train.py", ROOT / "config/shakespeare_char.py", "--device=cpu",
-                             f"--dataset={work / 'race'}", f"--out_dir={work / str(i)}"], work)
-            record = json.loads((work / str(i) / "metrics.jsonl").read_text().splitlines()[-1])
-            nano, out = timed([sys.executable, "train.py", "config/train_shakespeare_char.py", *RECIPE], peer)
-            sampled = re.findall(r"step 2000: train loss [\d.]+, val loss ([\d.]+)", out)
-            seconds["ours"].append(ours)
-            seconds["nanoGPT"].append(nano)
-            print(f"round {i + 1}: ours {ours:6.2f} s, val loss {record['val_loss']:.4f} over {record['val_tokens']:,} "
-                  f"characters   nanoGPT {nano:6.2f} s, val loss {sampled[-1] if sampled else '?'} (sampled)   "
-                  f"ratio {ours / nano:.4f} = 1/{nano / ours:.1f}", flush=True)
-    ratio = statistics.median(a / b for a, b in zip(*seconds.values(), strict=True))
-    ours, nano = (statistics.median(s) for s in seconds.values())
-    print(f"median: ours {ours:.2f} s, nanoGPT {nano:.2f} s, ratio {ratio:.4f} = 1/{1 / ratio:.1f}")
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        peer = work / "nanoGPT"                            # a copy: it writes its data and its checkpoint into itself
+        shutil.copytree(clone, peer, ignore=shutil.ignore_patterns(".git"))
+        ours, theirs = race(text, peer, work, cfg.rounds)
+    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    print(f"median: ours {statistics.median(ours):.2f} s, nanoGPT {statistics.median(theirs):.2f} s, "
+          f"ratio {ratio:.4f} = 1/{1 / ratio:.1f}")
 
 
 if __name__ == "__main__":

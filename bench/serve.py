@@ -1,12 +1,11 @@
-"""Load on serve.py: what a crowd of clients gets, tokens a second by clients, leavers, and slow connections.
+"""Load on serve.py: many clients at once, tokens per second, clients that disconnect, and slow connections.
 
     python bench/serve.py                                          # a dense model of 19 M parameters, made here
     python bench/serve.py --checkpoint=runs/tiny_cpu --what=speed,leave
 
-The server is a process of its own, the clients share this one: on two cores they take part of what they measure.
+The server is a process of its own, all clients share this one: on two cores they slow down what they measure.
 """
 import asyncio
-import dataclasses
 import http.client
 import json
 import os
@@ -16,9 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
-import openai
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,154 +28,199 @@ from thimble import checkpoint, configurator, files
 from thimble.tokenizer import byte_tokenizer
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Config:
-    checkpoint: str = ""            # what to serve; empty: random weights, 8 layers of 448, byte tokens
-    what: tuple[str, ...] = ("same", "speed", "crowd", "leave", "slow")  # which of the measurements
-    clients: int = 100              # of the crowd
-    requests: int = 2000            # of all of them together
-    tokens: int = 64                # of each answer when speed is measured
+    checkpoint: str = ""            # what to serve; empty: random weights, 8 layers of width 448, byte tokens
+    what: tuple[Literal["same", "speed", "crowd", "leave", "slow"], ...] = (  # measurements, separated by commas
+        "same", "speed", "crowd", "leave", "slow")
+    clients: int = 100              # simultaneous clients in crowd
+    requests: int = 2000            # requests in crowd, of all clients together
+    tokens: int = 64                # tokens of each answer in speed
+
+    def __post_init__(self):
+        configurator.check(self, positive=("clients", "requests", "tokens"))
 
 
+# ---- the server
 def random_model(folder):
+    """Save a run with random weights in the folder -> its path."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     config = model.Config(n_layer=8, n_head=7, n_embd=448, vocab_size=tokenizer.vocab_size, block_size=512)
     m = model.Model(config)
     with torch.no_grad():
         for p in m.parameters():
-            p += 0.02 * torch.randn_like(p)                # so that greedy answers differ
+            p += 0.02 * torch.randn_like(p)  # so that greedy answers differ
     (folder / "tokenizer.json").write_text(tokenizer.to_json())
-    meta = {"arch": "model", "model_config": dataclasses.asdict(config)}
+    meta = {"arch": "model", "model_config": asdict(config)}
     checkpoint.save(folder / "run", 1, m.state_dict(), None, meta, folder / "tokenizer.json", best=True)
     print(f"dense, {sum(p.numel() for p in m.parameters()) / 1e6:.1f} M parameters")
     return str(folder / "run")
 
 
 def start(path):
-    process = subprocess.Popen([sys.executable, str(ROOT / "serve.py"), f"--checkpoint={path}", "--port=0", "--log=no"],
-                               stderr=subprocess.PIPE, text=True)
+    """-> (process, port). Where the server does not start, what it says is the end of this script, too."""
+    command = [sys.executable, str(ROOT / "serve.py"), f"--checkpoint={path}", "--port=0", "--log=no"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     line = process.stderr.readline()
     found = re.search(r"127\.0\.0\.1:(\d+)", line)
     if not found:
-        raise SystemExit(line + process.stderr.read())
+        raise SystemExit((line + process.stderr.read()).strip())
     return process, int(found[1])
 
 
+def memory(pid):
+    """Resident memory of a process in MB; nan where there is no /proc."""
+    path = Path(f"/proc/{pid}/status")
+    if not path.exists():
+        return float("nan")
+    return int(re.search(r"VmRSS:\s+(\d+)", path.read_text())[1]) // 1024
+
+
+def counts(port):
+    """The server's own counters and gauges, {name: value}."""
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request("GET", "/metrics")
+    text = connection.getresponse().read().decode()
+    connection.close()
+    return {name: float(value) for name, value in re.findall(r"^(thimble_[^ ]+) (\S+)$", text, re.M)}
+
+
+# ---- the clients
 async def ask(port, body):
-    """-> (status, text, seconds to the first text, seconds, whether it was whole), over a connection of its own."""
-    begun, first, raw = time.perf_counter(), None, b""
+    """-> (status, text, seconds to the first text, seconds, whether it was complete), over a connection of its own."""
+    begun = time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     sent = json.dumps(body).encode()
     writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
                  b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(sent) + sent)
     head = await reader.readuntil(b"\r\n\r\n")
     status = int(head.split()[1])
+    first = None
+    raw = b""
     while part := await reader.read(65536):
         if first is None and b'"text"' in part:
             first = time.perf_counter() - begun
         raw += part
     writer.close()
-    text, whole = "", True
+    text = ""
+    whole = True
     if status == 200 and body.get("stream"):
-        events = re.findall(rb"data: (.*)\n\n", re.sub(rb"\r\n[0-9a-f]+\r\n|^[0-9a-f]+\r\n", b"", raw))
+        unchunked = re.sub(rb"\r\n[0-9a-f]+\r\n|^[0-9a-f]+\r\n", b"", raw)  # without HTTP's sizes of chunks
+        events = re.findall(rb"data: (.*)\n\n", unchunked)
         whole = bool(events) and events[-1] == b"[DONE]"
-        text = "".join(c["text"] for e in events[:-1] for c in json.loads(e)["choices"])
+        for event in events[:-1]:
+            text += "".join(choice["text"] for choice in json.loads(event)["choices"])
     elif status == 200:
-        answer = json.loads(raw)
-        text, whole = answer["choices"][0]["text"], answer["choices"][0]["finish_reason"] is not None
+        choice = json.loads(raw)["choices"][0]
+        text = choice["text"]
+        whole = choice["finish_reason"] is not None
     return status, text, first, time.perf_counter() - begun, whole
 
 
-def memory(pid):
-    """MB that a process has; nan where there is no /proc."""
-    path = Path(f"/proc/{pid}/status")
-    return int(re.search(r"VmRSS:\s+(\d+)", path.read_text())[1]) // 1024 if path.exists() else float("nan")
-
-
 async def many(port, bodies, clients):
-    """`clients` at a time -> the answers, in the order of the bodies."""
-    answers, left = [None] * len(bodies), iter(enumerate(bodies))
+    """Ask for all bodies, `clients` at a time -> the answers, in the same order."""
+    answers = [None] * len(bodies)
+    left = iter(enumerate(bodies))  # shared: each client takes the next one
 
     async def client():
         for i, body in left:
             answers[i] = await ask(port, body)
             if answers[i][0] == 429:
-                await asyncio.sleep(1)                     # as its Retry-After says
+                await asyncio.sleep(1)  # as its Retry-After says
+
     await asyncio.gather(*(client() for _ in range(clients)))
     return answers
 
 
 def quantile(values, q):
-    return sorted(values)[min(len(values) - 1, int(q * len(values)))] if values else float("nan")
+    if not values:
+        return float("nan")
+    return sorted(values)[min(len(values) - 1, int(q * len(values)))]
 
 
-def counts(port):
-    connection = http.client.HTTPConnection("127.0.0.1", port)
-    connection.request("GET", "/metrics")
-    text = connection.getresponse().read().decode()
-    connection.close()
-    return {k: float(v) for k, v in re.findall(r"^(thimble_[^ ]+) (\S+)$", text, re.M)}
-
-
+# ---- the measurements
 async def same(port, cfg):
-    """The official client, 200 prompts, completions and chats: streamed is not streamed."""
+    """200 prompts by the official client, completions and chats: is a streamed answer the same as a whole one?"""
+    import openai
+    equal = 0
+    equal_usage = 0
     async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
-        name, equal, usage = (await client.models.list()).data[0].id, 0, 0
+        name = (await client.models.list()).data[0].id
         for i in range(200):
+            chat = i % 2 == 1
             how = {"model": name, "max_tokens": 8, "seed": i, "temperature": i % 4 / 3}
             text = "ab né 🎉 cd "[i % 7:] * (1 + i % 5)
-            if i % 2:
-                create, how["messages"] = client.chat.completions.create, [{"role": "user", "content": text}]
+            if chat:
+                create = client.chat.completions.create
+                how["messages"] = [{"role": "user", "content": text}]
             else:
-                create, how["prompt"] = client.completions.create, text
+                create = client.completions.create
+                how["prompt"] = text
             whole = await create(**how)
-            parts = [part async for part in await create(stream=True, stream_options={"include_usage": True}, **how)]
-            got = "".join((c.delta.content or "") if i % 2 else c.text for part in parts for c in part.choices)
             choice = whole.choices[0]
-            equal += got == (choice.message.content if i % 2 else choice.text)
-            usage += parts[-1].usage == whole.usage
-    print(f"200 prompts by openai {openai.__version__}: {equal} streamed as not streamed, usage equal in {usage}",
+            parts = [part async for part in await create(stream=True, stream_options={"include_usage": True}, **how)]
+            streamed = ""
+            for part in parts:
+                for new in part.choices:
+                    streamed += (new.delta.content or "") if chat else new.text
+            equal += streamed == (choice.message.content if chat else choice.text)
+            equal_usage += parts[-1].usage == whole.usage
+    print(f"200 prompts by openai {openai.__version__}: {equal} streamed as not streamed, usage equal in {equal_usage}",
           flush=True)
 
 
 async def speed(port, cfg):
+    """Tokens per second of all clients together, and how long each waits for its first one."""
     alone = None
-    for clients in (1, 4, 16, 1, 4, 16):
-        bodies = [{"prompt": f"{i} A little prompt to go on from", "max_tokens": cfg.tokens, "temperature": 0,
-                   "stream": True} for i in range(4 * clients)]
-        before, begun = counts(port), time.perf_counter()
+    for clients in (1, 4, 16, 1, 4, 16):  # twice, since the first round warms up
+        bodies = []
+        for i in range(4 * clients):
+            # the number comes first, so that no prompt begins like another and all of them are read
+            bodies.append({"prompt": f"{i} A little prompt to go on from", "max_tokens": cfg.tokens, "temperature": 0,
+                           "stream": True})
+        before = counts(port)
+        begun = time.perf_counter()
         answers = await many(port, bodies, clients)
         seconds = time.perf_counter() - begun
         written = counts(port)["thimble_generated_tokens_total"] - before["thimble_generated_tokens_total"]
-        rate, first = written / seconds, [a[2] for a in answers if a[2]]
+        rate = written / seconds
         alone = alone or rate
+        first = [answer[2] for answer in answers if answer[2]]
         print(f"{clients:>3} clients: {rate:>7,.0f} tokens/s, {rate / alone:.2f} x; first token p50 "
               f"{1000 * quantile(first, 0.5):.0f} ms, p99 {1000 * quantile(first, 0.99):.0f} ms", flush=True)
 
 
 async def crowd(port, cfg):
-    """Every request has one outcome; greedy answers are those given alone; both sides count the same."""
-    kinds = [{"prompt": f"{i} of a crowd, each with a text of its own " * (1 + i % 3), "max_tokens": 4 + i % 13,
-              "temperature": 0} for i in range(50)]
+    """Does every request have one outcome, is every greedy answer the one given alone, do both sides count the same?"""
+    kinds = []
+    for i in range(50):
+        kinds.append({"prompt": f"{i} of a crowd, each with a text of its own " * (1 + i % 3), "max_tokens": 4 + i % 13,
+                      "temperature": 0})
     alone = [(await ask(port, body))[1] for body in kinds]
-    before, begun = counts(port), time.perf_counter()
-    answers = await many(port, [kinds[i % 50] | {"stream": i % 2 == 1} for i in range(cfg.requests)], cfg.clients)
-    seconds, after = time.perf_counter() - begun, counts(port)
-    done = [a for a in answers if a[0] == 200]
-    full = [a for a in answers if a[0] == 429]
-    same = sum(a[1] == alone[i % 50] for i, a in enumerate(answers) if a[0] == 200)
-    names = {s: f'thimble_requests_total{{path="/v1/completions",status="{s}"}}' for s in (200, 429)}
-    there = {s: int(after.get(name, 0) - before.get(name, 0)) for s, name in names.items()}
+    bodies = [kinds[i % 50] | {"stream": i % 2 == 1} for i in range(cfg.requests)]
+    before = counts(port)
+    begun = time.perf_counter()
+    answers = await many(port, bodies, cfg.clients)
+    seconds = time.perf_counter() - begun
+    after = counts(port)
+    counted = {}
+    for status in (200, 429):
+        name = f'thimble_requests_total{{path="/v1/completions",status="{status}"}}'
+        counted[status] = int(after.get(name, 0) - before.get(name, 0))
+    done = [answer for answer in answers if answer[0] == 200]
+    n_whole = sum(answer[4] for answer in done)
+    n_as_alone = sum(answer[1] == alone[i % 50] for i, answer in enumerate(answers) if answer[0] == 200)
+    refused = [answer[3] for answer in answers if answer[0] == 429]  # seconds until they were
     print(f"{cfg.clients} clients, {cfg.requests} requests in {seconds:.1f} s: {len(done)} complete "
-          f"({sum(a[4] for a in done)} whole, {same} as alone), {len(full)} times 429, "
-          f"{len(answers) - len(done) - len(full)} others; the server counts {there[200]} and {there[429]}; "
-          f"429 after p50 {1000 * quantile([a[3] for a in full], 0.5):.0f} ms, "
-          f"p99 {1000 * quantile([a[3] for a in full], 0.99):.0f} ms", flush=True)
+          f"({n_whole} whole, {n_as_alone} as alone), {len(refused)} times 429, "
+          f"{len(answers) - len(done) - len(refused)} others; the server counts {counted[200]} and {counted[429]}; "
+          f"429 after p50 {1000 * quantile(refused, 0.5):.0f} ms, p99 {1000 * quantile(refused, 0.99):.0f} ms",
+          flush=True)
 
 
 async def leave(port, cfg):
-    """100 clients that leave in the middle, half of them streaming."""
+    """100 clients that disconnect in the middle of an answer, half of them streaming: how soon is their row free?"""
     times = []
     for i in range(100):
         body = json.dumps({"prompt": "x" * (1 + 4 * (i % 50)), "max_tokens": 200, "stream": i % 2 == 1}).encode()
@@ -192,29 +237,36 @@ async def leave(port, cfg):
           flush=True)
 
 
+async def dawdle(port, sent, trickle):
+    """A connection that sends no complete request, or one more byte each second: returns when the server closes it."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(sent)
+    try:
+        while not reader.at_eof():
+            if trickle:
+                writer.write(b"x")
+            try:
+                await asyncio.wait_for(reader.read(1000), 1)
+            except TimeoutError:
+                continue
+    except ConnectionError:
+        pass
+    writer.close()
+
+
 async def slow(port, cfg):
-    """400 connections that send nothing, half a header or half a body, beside others' /health."""
+    """400 connections that send nothing, half a header or half a body: when are they closed, and does /health wait?"""
     sent = [b"", b"GET /health HTTP/1.1\r\nHost: local", b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
             b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{", b"GET /"]
-    begun, lives = time.perf_counter(), []
+    begun = time.perf_counter()
+    lives = []
 
     async def one(i):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(sent[i % 4])
-        try:
-            while not reader.at_eof():
-                if i % 4 == 3:
-                    writer.write(b"x")                     # a byte now and then
-                try:
-                    await asyncio.wait_for(reader.read(1000), 1)
-                except TimeoutError:
-                    continue
-        except ConnectionError:
-            pass
+        await dawdle(port, sent[i % 4], trickle=i % 4 == 3)
         lives.append(time.perf_counter() - begun)
-        writer.close()
 
-    tasks, waits = [asyncio.create_task(one(i)) for i in range(400)], []
+    tasks = [asyncio.create_task(one(i)) for i in range(400)]
+    waits = []
     while not all(task.done() for task in tasks) and time.perf_counter() - begun < 40:
         sent_at = time.perf_counter()
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -227,17 +279,22 @@ async def slow(port, cfg):
           f"{1000 * quantile(waits, 0.5):.1f} ms, p99 {1000 * quantile(waits, 0.99):.1f} ms", flush=True)
 
 
+MEASUREMENTS = {"same": same, "speed": speed, "crowd": crowd, "leave": leave, "slow": slow}
+
+
 def main(cfg):
-    known = Config().what
-    if bad := set(cfg.what) - set(known):
-        raise files.UserError(f"--what={','.join(sorted(bad))} is none of {', '.join(known)}")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),) * 2)
+    if "same" in cfg.what:
+        files.need("openai", "--what=same")  # asked here, before a model is made and served
+    # every connection is an open file, and the usual soft limit is 1,024
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = min(4096, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with tempfile.TemporaryDirectory() as folder:
         process, port = start(cfg.checkpoint or random_model(Path(folder)))
         try:
             for name in cfg.what:
                 before = memory(process.pid)
-                asyncio.run(globals()[name](port, cfg))
+                asyncio.run(MEASUREMENTS[name](port, cfg))
                 print(f"  {name}: the server went from {before} to {memory(process.pid)} MB", flush=True)
         finally:
             process.terminate()

@@ -1,5 +1,5 @@
-# 112,085,760 parameters, the shape of "Elite-112M": for a GPU. Not trained yet: no loss and no minutes to expect.
-# Needs text of your own and SmolLM2's tokenizer.json (49,152 ids):
+# 112,085,760 parameters, the shape of "Elite-112M": for a GPU. Not trained yet, so there is no loss or time to expect.
+# Needs a text of your own and SmolLM2's tokenizer.json (a vocabulary of 49,152 tokens):
 #   python prepare/text.py --input FOLDER --name elite --tokenizer path/to/tokenizer.json
 dataset = "elite"
 
@@ -13,7 +13,7 @@ tie_embeddings = True
 block_size = 2048
 dropout = 0.05
 
-batch_size = 128                    # x 2048 = 262,144 tokens a step
+batch_size = 128                    # x 2,048 = 262,144 tokens per step
 micro_batch_size = 8
 schedule = "wsd"
 decay_frac = 0.4

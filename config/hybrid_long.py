@@ -1,6 +1,7 @@
 # What hybrids are for: nexus_bytes.py with a context of 2,048 bytes instead of 128, at hardly more cost per byte.
-# 2 cores, tinyshakespeare: 1.504 nats per byte in 5 minutes. A byte of training costs 0.86 of a dense model's here and
-# half at a context of 8,192; after 8,000 bytes this decodes 221 bytes/s, that 166 (bench/hybrid.py).
+# 2 cores, tinyshakespeare: 1.504 nats per byte in 5 minutes. A byte of training costs 0.86 of what it costs a dense
+# model at this context and half at 8,192; after 8,000 bytes it decodes 221 bytes/s, the dense model 166
+# (bench/hybrid.py).
 dataset = "shakespeare_byte"
 prepare = "prepare/shakespeare.py --tokenizer=byte"
 

@@ -1,5 +1,5 @@
-# As nexus_bytes.py, with 1,000 words of bytes instead of single ones: compare bits per byte.
-# 2 cores, tinyshakespeare: 2.08 bits per byte in 4 minutes, against 2.17 of bytes.
+# nexus_bytes.py with a vocabulary of 1,000 tokens instead of single bytes: compare their bits per byte.
+# 2 cores, tinyshakespeare: 2.08 bits per byte in 4 minutes; nexus_bytes.py reaches 2.17.
 dataset = "shakespeare_bpe1000"
 prepare = "prepare/shakespeare.py --tokenizer=bpe --vocab_size=1000"
 

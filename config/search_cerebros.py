@@ -1,8 +1,8 @@
-# A wiring for the Bible: 30 trials of 120 steps, those that lag behind stopped after 40 (14 of 30). On half of one core
-# 14 minutes, from 1.706 to 1.670 bits per byte. Then phase two:
+# A wiring for the Bible: 30 trials of 120 steps, 14 of them stopped after 40. In 14 minutes on half of one core from
+# 1.706 to 1.670 bits per byte. Then train the winner:
 # python train.py config/cerebros_bible.py --init_from=runs/search_cerebros/best
-# The budget is steps, not seconds, so that a busy machine finds the same. The window stays 40 tokens, as the ONNX form
-# has it; which of its places a wiring reads is searched.
+# The budget is in steps, not seconds, so that a busy machine finds the same. The window stays 40 tokens, as in the ONNX
+# export; which of its places a wiring reads is searched.
 dataset = "bible_bpe4096"
 prepare = "prepare/bible.py"
 

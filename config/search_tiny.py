@@ -1,5 +1,5 @@
-# The best dense model that 60 seconds of training make, on Shakespeare's plays: 30 trials, half an hour and the
-# evaluations. How many steps fit is measured before each trial, so let nothing else run beside it.
+# The best dense model after 60 seconds of training on Shakespeare's plays: 30 trials, half an hour plus evaluations.
+# How many steps fit into a minute is measured before each trial, so run nothing else on the machine.
 dataset = "shakespeare_bpe4096"
 prepare = "prepare/shakespeare.py --tokenizer=bpe --vocab_size=4096"
 

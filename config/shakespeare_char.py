@@ -1,6 +1,6 @@
-# Character-level tinyshakespeare in seconds. 2 cores: 4 s of training, 7.9 s in all, 1/10 of nanoGPT's time;
-# val loss 1.86 nats per character (2.68 bits per byte), counting trigrams gives 2.05.
-# Small, QK-norm and high rates: made to learn fast, not long.
+# Character-level tinyshakespeare in seconds. 2 cores: 4 s of training, 7.9 s in all, a tenth of what nanoGPT takes.
+# Validation loss 1.86 nats per character (2.68 bits per byte); counting trigrams gives 2.05.
+# Small, with QK-norm and high rates: made to learn fast rather than to go far.
 dataset = "shakespeare_char"
 prepare = "prepare/shakespeare.py --tokenizer=char"
 

@@ -6,114 +6,193 @@
 
 A record is {"instruction", "input", "output"}, {"question", "answer"}, {"messages": [{"role", "content"}]} or
 {"conversations": [{"from", "value"}]}. Only the answers, and the token that ends each, count in the loss.
-Each conversation has a row of block_size tokens to itself, so that none attends to another under any model file. What
-that costs is the places that stay empty at the end of the rows; data.batch cuts off those that a whole batch has.
+Each conversation has a row of block_size tokens to itself, so that none attends to another, whatever the model file.
+The price is padding at the end of the rows; data.batch cuts off as much of it as all rows of a batch have.
 """
 import hashlib
 import json
 import sys
+from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from prepare.text import Counter, baselines, read_jsonl, warn
-from thimble import chat, configurator, data, load
-from thimble.files import UserError
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from prepare.documents import find_fault, read_json, read_jsonl
+from thimble import chat, configurator, data
+from thimble.files import UserError, warn
+from thimble.ngrams import NGrams, baselines
 from thimble.tokenizer import byte_tokenizer
 
 SHAREGPT = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+# ids and counts of a conversation as chat.encode returns them, and the text of its answers as bytes
+Example = namedtuple("Example", "ids counts answers")
 
 
 @dataclass(frozen=True)
 class Config:
-    input: tuple[str, ...] = ()  # files, .json (a list of records) or .jsonl, divided by commas
-    weights: tuple[float, ...] = ()  # how often each file's examples come in an epoch; 0.5: every second one; empty: 1
-    name: str = ""  # the dataset becomes data/NAME
-    tokenizer: str = ""  # of the model to tune: its run folder or a tokenizer.json; or byte
+    input: tuple[str, ...] = ()     # files, .json (a list of records) or .jsonl, separated by commas
+    weights: tuple[float, ...] = ()  # copies of each file's examples in an epoch, 0.5: half of them; empty: 1 each
+    name: str = ""                  # the dataset becomes data/NAME
+    tokenizer: str = ""             # of the model to tune: its run folder or a tokenizer.json; or byte
     template: Literal[chat.TEMPLATES] = "elite"  # how a conversation is written
-    block_size: int = 512  # tokens of a row; longer conversations are left out
-    val_fraction: float = 0.05  # share of the examples that is held out
-    show: int = 0  # print so many examples, what is not in the loss dimmed
-    data_dir: str = str(ROOT / "data")  # where datasets live
-    seed: int = 1337  # which examples are held out, and their order
+    block_size: int = 512           # tokens in a row; longer conversations are left out
+    val_fraction: float = 0.05      # share of the examples that is held out
+    show: int = 0                   # number of examples to print; what is not in the loss is dimmed
+    data_dir: str = str(data.DATA_DIR)  # where datasets live
+    seed: int = 1337                # which examples are held out, and their order
 
     def __post_init__(self):
         if not self.input or not self.name or not self.tokenizer:
-            raise ValueError("give --input=FILE,... --name=NAME and --tokenizer=RUN_FOLDER (the model to tune)")
-        if self.weights and (len(self.weights) != len(self.input) or not all(0 < w <= 1000 for w in self.weights)):
-            raise ValueError(f"weights={self.weights} must be one number above 0, at most 1000, for each of "
-                             f"{len(self.input)} files")
-        if not 0 < self.val_fraction < 1 or self.block_size < 2:
-            raise ValueError(f"val_fraction={self.val_fraction} must lie between 0 and 1, block_size={self.block_size} "
-                             "be at least 2")
+            raise ValueError("--input=FILE,..., --name=NAME and --tokenizer=RUN_FOLDER (the model to tune) are needed")
+        if self.weights and len(self.weights) != len(self.input):
+            raise ValueError(f"weights={self.weights} must be one number for each --input file ({len(self.input)})")
+        for weight in self.weights:
+            if not 0 < weight <= 1000:
+                raise ValueError(f"weights={self.weights} must be above 0 and at most 1000")
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"val_fraction={self.val_fraction} must lie between 0 and 1")
+        if self.block_size < 2:
+            raise ValueError(f"block_size={self.block_size} must be at least 2")
 
 
+# ---- records to conversations
 def read(path):
-    """Conversations [[{"role", "content"}]] of one file."""
+    """The conversations [[{"role", "content"}]] in one file; UserError with the line of a bad one."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"--input: there is no file {path}")
-    try:
-        records = [(r, where) for r, where in read_jsonl(path)] if path.suffix == ".jsonl" else [
-            (r, f"{path}, record {i}") for i, r in enumerate(json.loads(path.read_text(encoding="utf-8-sig")), 1)]
-    except (ValueError, RecursionError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is no JSON list of records: {str(error)[:100]}") from None
+    fault = find_fault(path)
+    if fault:
+        raise UserError(f"{path} {fault}")
+    records = read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
     return [conversation(record, where) for record, where in records]
 
 
 def conversation(record, where):
     """One record of any of the known kinds as messages, the last of which is an answer."""
     try:
-        if "messages" in record:
-            messages = [{"role": m["role"], "content": m["content"]} for m in record["messages"]]
-        elif "conversations" in record:
-            messages = [{"role": SHAREGPT[m["from"]], "content": m["value"]} for m in record["conversations"]]
-        else:
-            question, answer = (("instruction", "output") if "instruction" in record else ("question", "answer"))
-            messages = [{"role": "user", "content": record[question], "input": record.get("input") or ""},
-                        {"role": "assistant", "content": record[answer]}]
-        while messages[-1]["role"] != "assistant":         # a question that nobody answered
+        messages = messages_of(record)
+        while messages[-1]["role"] != "assistant":  # a question without an answer teaches nothing
             messages.pop()
-        bad = [m for m in messages if m["role"] not in chat.ROLES or not all(isinstance(t, str) for t in m.values())]
-        if bad:
-            raise ValueError(f"{str(bad[0])[:60]} is no message")
+        for message in messages:
+            if message["role"] not in chat.ROLES or not all(isinstance(text, str) for text in message.values()):
+                raise ValueError(f"{str(message)[:60]} is not a message")
         json.dumps(messages, ensure_ascii=False).encode()  # UnicodeEncodeError on half of a surrogate pair
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise UserError(f"{where} is no conversation ({type(error).__name__}: {error}): it needs instruction and "
+        raise UserError(f"{where} is not a conversation ({type(error).__name__}: {error}): it needs instruction and "
                         "output, question and answer, messages with role and content, or conversations with from and "
                         "value") from None
     return messages
 
 
-def held_out(messages, fraction, seed):
+def messages_of(record):
+    """The messages of a record, unchecked: KeyError and the like where it is of another form."""
+    if "messages" in record:
+        return [{"role": m["role"], "content": m["content"]} for m in record["messages"]]
+    if "conversations" in record:
+        return [{"role": SHAREGPT[m["from"]], "content": m["value"]} for m in record["conversations"]]
+    if "instruction" in record:
+        question, answer = record["instruction"], record["output"]
+    else:
+        question, answer = record["question"], record["answer"]
+    return [{"role": "user", "content": question, "input": record.get("input") or ""},
+            {"role": "assistant", "content": answer}]
+
+
+# ---- conversations to rows
+def load_tokenizer(name):
+    """The Tokenizer of --tokenizer."""
+    if name == "byte":
+        return byte_tokenizer()
+    from thimble import checkpoint, load  # they import torch, which takes seconds
+
+    path = Path(name).expanduser()
+    if (path / "latest").exists():  # a run: its checkpoints hold the tokenizer
+        path = checkpoint.load_run(path, "best").path
+    return load.read_tokenizer(path)
+
+
+def examples(cfg, tokenizer, rng):
+    """{"train": [Example], "val": [Example]} of all files; train has those of each file as often as its weight says."""
+    found = {split: [] for split in data.SPLITS}
+    n_long = n_empty = 0
+    for file, weight in zip(cfg.input, cfg.weights or [1.0] * len(cfg.input), strict=True):
+        train = []
+        n_val = 0
+        for messages in read(file):
+            ids, counts = chat.encode(tokenizer, messages, cfg.template)
+            answers = "".join(m["content"] for m in messages if m["role"] == "assistant")
+            is_long = len(ids) > cfg.block_size
+            is_empty = not answers.strip()
+            n_long += is_long
+            n_empty += is_empty
+            if is_long or is_empty:
+                continue
+            example = Example(ids, counts, answers.encode())
+            if is_held_out(messages, cfg.val_fraction, cfg.seed):
+                found["val"].append(example)
+                n_val += 1
+            else:
+                train.append(example)
+        print(f"{file}: {len(train):,} examples to train on, {n_val:,} held out")
+        found["train"] += weighted(train, weight, rng)
+    if n_long or n_empty:
+        warn(f"left out: {n_long:,} conversations longer than --block_size={cfg.block_size} tokens, {n_empty:,} "
+             "without an answer")
+    if not found["train"] or not found["val"]:
+        raise UserError(f"{len(found['train'])} examples to train on, {len(found['val'])} held out: more are needed, "
+                        "or a larger --block_size or --val_fraction")
+    return found
+
+
+def is_held_out(messages, fraction, seed):
     """A function of the text alone, so that a copy goes where its original goes."""
     digest = hashlib.blake2b(json.dumps([seed, messages]).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") < fraction * 2**64
 
 
-def load_tokenizer(name):
-    if name == "byte":
-        return byte_tokenizer()
-    folder = Path(name).expanduser()
-    if (folder / "latest").exists():                       # a run: its checkpoints hold the tokenizer
-        from thimble import checkpoint
-
-        folder = checkpoint.find(folder, "best")
-    return load.read_tokenizer(folder)
+def weighted(items, weight, rng):
+    """Whole copies of the list, and a random part of it for the rest: 2.5 is two copies and half of a third."""
+    n = round(len(items) * weight)
+    n_copies, n_rest = divmod(n, max(1, len(items)))
+    part = rng.permutation(len(items))[:n_rest]
+    return items * n_copies + [items[i] for i in part]
 
 
-def show(tokenizer, ids, counts):
-    """The text as the model sees it, dimmed where it is not in the loss."""
-    text, last, stream = "", None, tokenizer.stream(skip_special=False)
-    for i, count in zip(ids, counts, strict=True):
+def write(cfg, tokenizer, rows, rng):
+    """Write the rows in random order; returns the dataset's folder."""
+    counts = {split: NGrams() for split in data.SPLITS}
+    for split in data.SPLITS:
+        # the answers alone, like the loss
+        counts[split].add(np.frombuffer(b"".join(row.answers for row in rows[split]), np.uint8))
+    floors = baselines(counts["train"], counts["val"])
+    options = {"tokenizer": cfg.tokenizer, "template": cfg.template, "weights": list(cfg.weights), "seed": cfg.seed,
+               "val_fraction": cfg.val_fraction}
+    source = ", ".join(Path(file).name for file in cfg.input)
+    folder = Path(cfg.data_dir).expanduser() / cfg.name
+    with data.Writer(folder, tokenizer, source, options, floors) as out:
+        for split in data.SPLITS:
+            for i in rng.permutation(len(rows[split])):
+                row = rows[split][i]
+                n_pad = cfg.block_size - len(row.ids)  # padding is never in the loss, so any id will do
+                out.append(split, row.ids + [tokenizer.eot] * n_pad, len(row.answers), 1, row.counts + [0] * n_pad)
+            out.append(split, [tokenizer.eot], 0, 0, [0])  # a window is a row and one token more
+        out.meta |= {"row_length": cfg.block_size, "template": cfg.template}
+    return folder
+
+
+def show(tokenizer, example):
+    """Print the text as the model sees it, dimmed where it is not in the loss."""
+    stream = tokenizer.stream(skip_special=False)
+    text = ""
+    last = None
+    for i, count in zip(example.ids, example.counts, strict=True):
         if count != last:
-            text, last = text + ("\033[0m" if count else "\033[2m"), count
+            text += "\033[0m" if count else "\033[2m"  # the terminal's codes for normal and faint
+            last = count
         text += stream.step(i)
     print(text + stream.flush() + "\033[0m\n" + "-" * 40)
 
@@ -121,54 +200,16 @@ def show(tokenizer, ids, counts):
 def main(cfg):
     tokenizer = load_tokenizer(cfg.tokenizer)
     rng = np.random.default_rng(cfg.seed)
-    rows = {split: [] for split in data.SPLITS}            # (ids, counts, answers)
-    n_long = n_empty = 0
-    for file, weight in zip(cfg.input, cfg.weights or [1.0] * len(cfg.input), strict=True):
-        found = {split: [] for split in data.SPLITS}
-        for messages in read(file):
-            ids, counts = chat.encode(tokenizer, messages, cfg.template)
-            answers = "".join(m["content"] for m in messages if m["role"] == "assistant")
-            n_long, n_empty = n_long + (len(ids) > cfg.block_size), n_empty + (not answers.strip())
-            if len(ids) <= cfg.block_size and answers.strip():
-                split = "val" if held_out(messages, cfg.val_fraction, cfg.seed) else "train"
-                found[split].append((ids, counts, answers.encode()))
-        print(f"{file}: {len(found['train']):,} examples to train on, {len(found['val']):,} held out")
-        n = round(len(found["train"]) * weight)            # whole copies, and a random part for the rest
-        whole, rest = divmod(n, max(1, len(found["train"])))
-        part = rng.permutation(len(found["train"]))[:rest]
-        rows["train"] += found["train"] * whole + [found["train"][i] for i in part]
-        rows["val"] += found["val"]
-    if n_long or n_empty:
-        warn(f"left out: {n_long:,} conversations longer than --block_size={cfg.block_size} tokens, {n_empty:,} "
-             "without an answer")
-    if not rows["train"] or not rows["val"]:
-        raise UserError(f"{len(rows['train'])} examples to train on, {len(rows['val'])} held out: more are needed, or "
-                        "a larger --block_size or --val_fraction")
-    counters = {split: Counter(sum(len(answer) for _, _, answer in rows[split])) for split in data.SPLITS}
+    rows = examples(cfg, tokenizer, rng)
+    folder = write(cfg, tokenizer, rows, rng)
     for split in data.SPLITS:
-        for _, _, answer in rows[split]:
-            counters[split].add(answer)
-        counters[split].flush(final=True)
-    base = baselines(counters["train"].ngrams, counters["val"].ngrams)
-
-    options = {"tokenizer": cfg.tokenizer, "template": cfg.template, "weights": list(cfg.weights), "seed": cfg.seed,
-               "val_fraction": cfg.val_fraction}
-    folder = Path(cfg.data_dir).expanduser() / cfg.name
-    with data.Writer(folder, tokenizer, ", ".join(Path(f).name for f in cfg.input), options, base) as out:
-        for split in data.SPLITS:
-            for k in rng.permutation(len(rows[split])):
-                ids, counts, answer = rows[split][k]
-                pad = cfg.block_size - len(ids)
-                out.append(split, ids + [tokenizer.eot] * pad, len(answer), 1, counts + [0] * pad)
-            out.append(split, [tokenizer.eot], 0, 0, [0])  # a window is a row and one token more
-        out.meta |= {"row_length": cfg.block_size, "template": cfg.template}
-    for split in data.SPLITS:
-        lengths, answers = [len(r[0]) for r in rows[split]], sum(sum(r[1]) for r in rows[split])
+        lengths = [len(row.ids) for row in rows[split]]
+        n_counted = sum(sum(row.counts) for row in rows[split])
         print(f"{split}: {len(lengths):,} rows of {cfg.block_size}, {np.mean(lengths) / cfg.block_size:.0%} of them "
-              f"filled, {answers:,} tokens in the loss ({answers / sum(lengths):.0%} of the text)")
-    for ids, counts, _ in rows["train"][:cfg.show]:
-        show(tokenizer, ids, counts)
-    print(f"{folder}: written. Next: python train.py config/sft_tiny.py --dataset={cfg.name} --init_from=RUN")
+              f"filled, {n_counted:,} tokens in the loss ({n_counted / sum(lengths):.0%} of the text)")
+    for example in rows["train"][:cfg.show]:
+        show(tokenizer, example)
+    print(f"{folder}: written\nnext: python train.py config/sft_tiny.py --dataset={cfg.name} --init_from=RUN")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Runs Python that nobody has read: generated programs, and functions against tests that they cannot reach.
 
-    python sandbox.py                       # says which layers this machine gives
-    python sandbox.py program.py            # runs a file and prints what it printed
+    python tasks/sandbox.py                 # says which layers this machine has
+    python tasks/sandbox.py program.py      # runs a file and prints what it printed
 
     >>> sandbox.run("print('hello')").output
     >>> sandbox.grade(prompt, completion, test, entry_point)        # (passed, reason)
@@ -9,11 +9,14 @@
 A worker is two processes. The keeper sets the layers up, waits, and ends everything that is left. Below it, the program
 runs in a process group and a PID namespace of its own, as nobody, with limits on time, memory, files and processes, no
 network, an empty environment, and a file system that holds Python, the system's libraries and an empty /tmp of 16 MB.
-Landlock holds the files, the network and the signals once more, seccomp what of the kernel none of these holds. Where a
-layer is missing, it refuses unless told to `waive` that layer; outside Linux there is none of this, and it refuses.
+Landlock guards files, network and signals a second time; seccomp refuses what the other layers leave open. Where a
+layer is missing, the sandbox refuses to run unless that layer is waived; outside Linux there are no layers, and it
+refuses.
 
 Tests run in a second worker. Only calls and values of plain built-in types pass between the two, as JSON lines, so what
 a program does to its own process (exit, builtins, frames, ==) cannot turn a wrong answer into a right one.
+
+This file is also what the worker executes, without site-packages: it imports the standard library only.
 """
 import ctypes
 import dataclasses
@@ -30,14 +33,16 @@ import tempfile
 import time
 
 LAYERS = ("user", "namespaces", "network", "files", "landlock", "seccomp", "limits")
-OUTPUT_LIMIT = 1 << 16                                     # bytes of output that are looked at
+OUTPUT_LIMIT = 1 << 16                                     # bytes of output that are read
 MESSAGE_LIMIT = 1 << 20                                    # bytes of one call or answer
+ERROR_LIMIT = 500                                          # characters of an exception that are passed on
+BLOCK = 1 << 16                                            # bytes to read at a time
 PATIENCE = 60                                              # seconds that a worker may take to start, and to end
 NOBODY = 65534
 
 
 class SandboxError(ValueError):
-    """The machine does not give a layer that was not waived."""
+    """The machine lacks a layer that was not waived."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,37 +57,41 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    ok: bool                                               # it came to its end without an exception
+    ok: bool                                               # the program ended without an exception
     output: str                                            # of stdout and stderr together
-    error: str                                             # the exception, or how it ended; empty if ok
+    error: str                                             # the exception, or how the program ended; empty if ok
     seconds: float
 
 
-# ---- the side that is trusted
+# ---- the trusted side
 
 class Worker:
-    """A sandboxed process; `start` goes to its first lines. SandboxError if a layer outside `waive` is missing.
+    """A sandboxed process. `start` is the first message to it: the code to run, and how.
 
-    Between `receive` and `send` lie JSON lines. `deny` are layers to treat as missing, for tests.
+    The two exchange JSON lines, by `send` and `receive`. `deny` are layers to treat as missing, for tests. SandboxError
+    if a layer is missing and not in `waive`.
     """
 
     def __init__(self, start, limits=None, waive=(), deny=()):
-        self.limits = limits or Limits()
         if sys.platform != "linux":
             raise SandboxError("the sandbox needs Linux: use a Linux machine, or a virtual one")
-        self.end, self.buffer = time.monotonic() + PATIENCE, b""
-        self.output = tempfile.TemporaryFile()             # its size has a limit, a pipe would have to be drained
-        # not -I, which would make the hash of strings, and so the order of sets, differ from run to run
+        self.limits = limits or Limits()
+        self.end = time.monotonic() + PATIENCE             # of the worker's life
+        self.buffer = b""                                  # received, but not yet returned
+        self.output = tempfile.TemporaryFile()             # its size has a limit; a pipe would have to be drained
+        # Not -I: it ignores PYTHONHASHSEED, so that the hash of strings and the order of sets would differ between runs
+        flags = ["-s", "-S", "-P", "-B", "-X", "utf8"]
         self.process = subprocess.Popen(
-            [os.path.realpath(sys.executable), "-s", "-S", "-P", "-B", "-X", "utf8", os.path.abspath(__file__),
-             "--worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.output, cwd="/", bufsize=0,
-            env={"PYTHONHASHSEED": "0"}, start_new_session=True)
+            [os.path.realpath(sys.executable), *flags, os.path.abspath(__file__), "--worker"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.output, bufsize=0,
+            cwd="/", env={"PYTHONHASHSEED": "0"}, start_new_session=True)
         try:
             self.send({**start, "limits": dataclasses.asdict(self.limits), "deny": list(deny)})
-            hello = json.loads(self.receive() or b'{"missing": {"worker": "it did not start"}}')
-            self.missing = hello["missing"]
-            if lacking := [f"{layer} ({why})" for layer, why in self.missing.items() if layer not in waive]:
-                raise SandboxError(f"this machine does not give the sandbox its {', '.join(lacking)}: use another "
+            hello = self.receive() or b'{"missing": {"worker": "it did not start"}}'
+            self.missing = json.loads(hello)["missing"]    # {layer: why}
+            lacking = [f"{layer} ({why})" for layer, why in self.missing.items() if layer not in waive]
+            if lacking:
+                raise SandboxError(f"this machine lacks layers of the sandbox: {', '.join(lacking)}: use another "
                                    f"machine, or waive {','.join(self.missing)} if you trust what is run")
             self.end = time.monotonic() + self.limits.seconds                  # the program begins
         except BaseException:
@@ -96,26 +105,34 @@ class Worker:
         self.close()
 
     def left(self):
+        """Seconds that the worker may still live."""
         return self.end - time.monotonic()
 
     def send(self, message):
-        """A dict, or a line as it was received. Never waits longer than the worker has to live."""
+        """Send a dict, or a line as it was received. Never waits longer than the worker has to live."""
         line = message if isinstance(message, bytes) else json.dumps(message).encode() + b"\n"
         fd = self.process.stdin.fileno()
         os.set_blocking(fd, False)
         try:
-            while line and select.select([], [fd], [], max(0, self.left()))[1]:
+            while line:
+                _, writable, _ = select.select([], [fd], [], max(0, self.left()))
+                if not writable:                           # out of time; receive will say so
+                    return
                 line = line[os.write(fd, line):]
-        except BrokenPipeError:                            # it has ended; receive will say so
+        except BrokenPipeError:                            # the worker has ended; receive will say so
             pass
 
     def receive(self):
-        """The next line, or None when the process has ended, ran out of time, or talks too much."""
+        """The next line, or None when the process has ended, ran out of time, or sends too much."""
         fd = self.process.stdout.fileno()
         while b"\n" not in self.buffer:
-            if len(self.buffer) > MESSAGE_LIMIT or not select.select([fd], [], [], max(0, self.left()))[0]:
+            if len(self.buffer) > MESSAGE_LIMIT:
                 return None
-            if not (block := os.read(fd, 1 << 16)):
+            readable, _, _ = select.select([fd], [], [], max(0, self.left()))
+            if not readable:
+                return None
+            block = os.read(fd, BLOCK)
+            if not block:
                 return None
             self.buffer += block
         line, self.buffer = self.buffer.split(b"\n", 1)
@@ -139,20 +156,29 @@ class Worker:
     def how_it_ended(self):
         return "out of time" if self.left() <= 0 else "the process ended early"
 
+    def complaint(self, line):
+        """The error in a first answer, "" if there is none. Who wrote the line cannot be trusted with any shape."""
+        if not line:
+            return self.how_it_ended()
+        try:
+            return str(json.loads(line).get("error", ""))[:ERROR_LIMIT]
+        except (ValueError, AttributeError, RecursionError):
+            return "the answer is garbled"
+
 
 def run(code, limits=None, waive=(), deny=()):
     """Run a program -> Result."""
     with Worker({"code": code, "name": "__main__"}, limits, waive, deny) as worker:
-        answer = worker.receive()
+        line = worker.receive()
         seconds = worker.limits.seconds - worker.left()
-        error = _error(answer, worker)
+        error = worker.complaint(line)
         return Result(not error, worker.printed(), error, seconds)
 
 
 def call(code, name, *arguments, limits=None, waive=()):
     """name(*arguments) as `code` defines it -> (value, ""), or (None, what went wrong)."""
     with Worker({"code": code, "name": "candidate"}, limits, waive) as worker:
-        error = _error(worker.receive(), worker)
+        error = worker.complaint(worker.receive())
         if error:
             return None, error
         worker.send({"call": name, "arguments": encode(list(arguments))})
@@ -160,37 +186,31 @@ def call(code, name, *arguments, limits=None, waive=()):
         try:
             return decode(json.loads(line or b"null")["value"]), ""
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-            return None, _error(line, worker) or "it garbled its answer"
+            return None, worker.complaint(line) or "the answer is garbled"
 
 
 def grade(prompt, completion, test, entry_point, limits=None, waive=()):
     """Does prompt + completion pass HumanEval's check()? -> (passed, reason).
 
-    `test` and `prompt` run in a worker of their own, which only hears what the candidate answers to a call.
+    `test` and `prompt` run in a worker of their own, which sees no more of the candidate than its answers to calls.
     """
     with (Worker({"code": prompt + completion, "name": "candidate"}, limits, waive) as candidate,
           Worker({"code": prompt, "test": test, "entry_point": entry_point}, limits, waive) as tests):
-        if error := _error(candidate.receive(), candidate):
+        error = candidate.complaint(candidate.receive())
+        if error:
             return False, error
-        while line := tests.receive():
+        while True:
+            line = tests.receive()
+            if not line:
+                return False, tests.how_it_ended()
             message = json.loads(line)                     # by our own code, in a process that runs only the tests
             if "verdict" in message:
                 return message["verdict"] == "passed", message["verdict"]
             candidate.send(line)
-            if not (answer := candidate.receive()):
+            answer = candidate.receive()
+            if not answer:
                 return False, candidate.how_it_ended()
             tests.send(answer)
-        return False, tests.how_it_ended()
-
-
-def _error(line, worker):
-    """What a first answer complains of; the process that wrote it is not to be trusted with any shape."""
-    if not line:
-        return worker.how_it_ended()
-    try:
-        return str(json.loads(line).get("error", ""))[:500]
-    except (ValueError, AttributeError, RecursionError):
-        return "it garbled its answer"
 
 
 def active(waive=LAYERS, deny=()):
@@ -239,33 +259,70 @@ def decode(value):
     return {"tuple": tuple, "set": set, "frozenset": frozenset}[kind](map(decode, inner))
 
 
-# ---- the keeper: sets up the layers, waits, cleans up
+# ---- calls into the kernel
 
-CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER = 0x20000, 0x4000000, 0x8000000, 0x10000000
-CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
+# linux/sched.h, linux/mount.h, linux/prctl.h
+CLONE_NEWNS = 0x20000
+CLONE_NEWUTS = 0x4000000
+CLONE_NEWIPC = 0x8000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
-PR_SET_SECCOMP = 22
-PIVOT_ROOT, CAPSET = {"x86_64": (155, 126), "aarch64": (41, 91)}.get(platform.machine(), (None, None))
-# AUDIT_ARCH, clone, socket, and shmget, semget, msgget, ptrace, add_key, request_key, keyctl, unshare,
-# perf_event_open, process_vm_readv, process_vm_writev, bpf, userfaultfd, io_uring_setup: memory that counts against no
-# limit, the keys of whoever started us, and what most attacks on a kernel begin with
-CALLS = {"x86_64": (0xC000003E, 56, 41, (29, 64, 68, 101, 248, 249, 250, 272, 298, 310, 311, 321, 323, 425)),
-         "aarch64": (0xC00000B7, 220, 198, (194, 190, 186, 117, 217, 218, 219, 97, 241, 270, 271, 280, 282, 425))}
+MNT_DETACH = 2
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
+
+# {system call: (its number on x86_64, on aarch64)}: asm/unistd_64.h, asm-generic/unistd.h
+NUMBERS = {"clone": (56, 220), "clone3": (435, 435), "socket": (41, 198), "pivot_root": (155, 41), "capset": (126, 91),
+           "landlock_create_ruleset": (444, 444), "landlock_add_rule": (445, 445), "landlock_restrict_self": (446, 446)}
+# Refused altogether: memory that counts against no limit, the keys of whoever started us, and what most attacks on a
+# kernel begin with.
+REFUSED = {"shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "ptrace": (101, 117), "add_key": (248, 217),
+           "request_key": (249, 218), "keyctl": (250, 219), "unshare": (272, 97), "perf_event_open": (298, 241),
+           "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "bpf": (321, 280),
+           "userfaultfd": (323, 282), "io_uring_setup": (425, 425)}
+AUDIT_ARCH = (0xC000003E, 0xC00000B7)                      # linux/audit.h: what seccomp calls the two machines
+MACHINE = {"x86_64": 0, "aarch64": 1}.get(platform.machine())                    # column of the tables, or None
 
 
-def system(function, *arguments):
-    """A call into the C library, OSError where it fails."""
+def on_this_machine(numbers):
+    """One of (number on x86_64, number on aarch64); OSError on other machines."""
+    if MACHINE is None:
+        raise OSError(f"the numbers of system calls on {platform.machine()} are not known here")
+    return numbers[MACHINE]
+
+
+def library(function, *arguments):
+    """A call into the C library -> its result; OSError where it fails."""
     libc = ctypes.CDLL(None, use_errno=True)
+    # as long, since ctypes passes a plain int as 32 bits
     arguments = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
-    if (result := getattr(libc, function)(*arguments)) < 0:
+    result = getattr(libc, function)(*arguments)
+    if result < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return result
 
 
+def system(call, *arguments):
+    """A system call that the C library has no function for -> its result; OSError where it fails."""
+    return library("syscall", on_this_machine(NUMBERS[call]), *arguments)
+
+
 def mount(source, target, kind, flags, options=None):
-    system("mount", *(None if text is None else os.fsencode(text) for text in (source, target, kind)), flags,
-           options and options.encode())
+    texts = [None if text is None else os.fsencode(text) for text in (source, target, kind)]
+    library("mount", *texts, flags, options and options.encode())
+
+
+# ---- the layers, in the order in which the keeper sets them up
+
+def map_user():
+    """A user namespace in which we keep our own ids: what root may do outside, we may do inside."""
+    uid = os.geteuid()
+    gid = os.getegid()
+    library("unshare", CLONE_NEWUSER)
+    for file, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+        with open(f"/proc/self/{file}", "w") as f:
+            f.write(text)
 
 
 def python_folders():
@@ -277,36 +334,60 @@ def python_folders():
 
 def hide_files():
     """A new root: a tmpfs with Python and libraries bound into it, read-only, /dev/null and an empty /tmp as cwd."""
-    system("unshare", CLONE_NEWNS)                         # here: pivot_root would also move the keeper
-    mount(None, "/", None, MS_REC | MS_PRIVATE)
+    library("unshare", CLONE_NEWNS)                        # here: pivot_root would also move the keeper
+    mount(None, "/", None, MS_REC | MS_PRIVATE)            # what is mounted from here on stays in this namespace
     root = "/tmp"                                          # a place that exists everywhere; only this process sees it
+    # opened before the tmpfs covers /tmp, which may be on the way to them, and bound through their descriptors
     folders = {path: os.open(path, os.O_PATH) for path in python_folders()}
     devices = {path: os.open(path, os.O_PATH) for path in ("/dev/null", "/dev/urandom")}
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
-    for path, fd in {**folders, **devices}.items():        # through descriptors: /tmp may be on the way to them
-        os.makedirs(root + (path if path in folders else os.path.dirname(path)), exist_ok=True)
-        if path in devices:
-            os.close(os.open(root + path, os.O_CREAT, 0o666))
+    for path, fd in folders.items():
+        os.makedirs(root + path, exist_ok=True)
         mount(f"/proc/self/fd/{fd}", root + path, None, MS_BIND)
-        if path in folders:
-            mount(None, root + path, None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV)
+        mount(None, root + path, None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV)
+        os.close(fd)
+    for path, fd in devices.items():
+        os.makedirs(root + os.path.dirname(path), exist_ok=True)
+        os.close(os.open(root + path, os.O_CREAT, 0o666))  # a file to bind the device over
+        mount(f"/proc/self/fd/{fd}", root + path, None, MS_BIND)
         os.close(fd)
     os.mkdir(root + "/tmp")
     mount("tmpfs", root + "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "size=16m,nr_inodes=1k,mode=1777")
     mount(None, root, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
     os.chdir(root)
-    system("syscall", PIVOT_ROOT, b".", b".")              # the old root now lies over the new one
-    system("umount2", b".", 2)                             # MNT_DETACH
+    system("pivot_root", b".", b".")                       # the old root now lies over the new one
+    library("umount2", b".", MNT_DETACH)
     os.chdir("/tmp")
 
 
+def drop_root():
+    """Become nobody, in a user namespace of its own."""
+    os.setgroups([])
+    os.setresgid(NOBODY, NOBODY, NOBODY)
+    os.setresuid(NOBODY, NOBODY, NOBODY)
+    library("unshare", CLONE_NEWUSER)                      # so that the count of processes is this program's alone
+
+
 def set_limits(resource, limits):
-    for name, value in (("AS", limits["memory"]), ("CPU", limits["cpu"]), ("FSIZE", limits["file"]), ("CORE", 0),
-                        ("NOFILE", limits["files"]), ("NPROC", limits["processes"])):
+    """Soft and hard limits on each process. `resource` is the module, which can no longer be imported here."""
+    values = {"AS": limits["memory"], "CPU": limits["cpu"], "FSIZE": limits["file"], "CORE": 0,
+              "NOFILE": limits["files"], "NPROC": limits["processes"]}
+    for name, value in values.items():
         kind = getattr(resource, f"RLIMIT_{name}")
-        hard = resource.getrlimit(kind)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        _, hard = resource.getrlimit(kind)
+        if hard != resource.RLIM_INFINITY:                 # a hard limit that is lower already cannot be raised
+            value = min(value, hard)
         resource.setrlimit(kind, (value, value))
+
+
+# linux/landlock.h: rights below a folder, as bits
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1, 2, 4, 8
+MAKE_CHAR, MAKE_SOCK, MAKE_FIFO, MAKE_BLOCK = 1 << 6, 1 << 9, 1 << 10, 1 << 11
+ALL_RIGHTS = (1 << 16) - 1
+ALL_NET = 3                                                # bind and connect TCP
+ALL_SCOPES = 3                                             # abstract Unix sockets, signals
+CREATE_RULESET_VERSION = 1
+RULE_PATH_BENEATH = 1
 
 
 def landlock(workdir):
@@ -314,94 +395,124 @@ def landlock(workdir):
 
     Kernel documentation, userspace-api/landlock.rst: ABI 1 files, 2 refer, 3 truncate, 4 TCP, 5 ioctl, 6 scopes.
     """
-    abi = system("syscall", 444, None, 0, 1)
+    abi = system("landlock_create_ruleset", None, 0, CREATE_RULESET_VERSION)
     if abi < 6:
         raise OSError(f"the kernel has version {abi}, 6 is needed")
-    everything, read = (1 << 16) - 1, 1 | 4 | 8            # execute, read files, read folders
-    ruleset = system("syscall", 444, struct.pack("QQQ", everything, 3, 3), 24, 0)
-    allowed = [(path, read) for path in python_folders()] + [("/dev/urandom", 4), ("/dev/null", 2 | 4)]
-    for path, rights in [*allowed, (workdir, everything & ~(1 | 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11))]:
-        fd = os.open(path, os.O_PATH)                      # below workdir: all but execute and special files
-        system("syscall", 445, ruleset, 1, struct.pack("=Qi", rights, fd), 0)
+    # what is named here is forbidden, but for the rules below
+    handled = struct.pack("QQQ", ALL_RIGHTS, ALL_NET, ALL_SCOPES)
+    ruleset = system("landlock_create_ruleset", handled, len(handled), 0)
+    rules = [(path, EXECUTE | READ_FILE | READ_DIR) for path in python_folders()]
+    rules.append(("/dev/urandom", READ_FILE))
+    rules.append(("/dev/null", READ_FILE | WRITE_FILE))
+    rules.append((workdir, ALL_RIGHTS & ~(EXECUTE | MAKE_CHAR | MAKE_SOCK | MAKE_FIFO | MAKE_BLOCK)))
+    for path, rights in rules:
+        fd = os.open(path, os.O_PATH)
+        system("landlock_add_rule", ruleset, RULE_PATH_BENEATH, struct.pack("=Qi", rights, fd), 0)
         os.close(fd)
-    system("syscall", 446, ruleset, 0)
+    system("landlock_restrict_self", ruleset, 0)
     os.close(ruleset)
 
 
-def seccomp():
-    """EPERM for CALLS, a user namespace, and sockets beside Unix's and IP's: AF_VSOCK, say, talks to the hypervisor.
+def drop_capabilities():
+    version_3 = 0x20080522                                 # linux/capability.h; two sets of three words, all zero
+    system("capset", struct.pack("=II", version_3, 0), bytes(24))
 
-    seccomp(2). clone3 hides its flags from the filter, so it does not exist (ENOSYS) and the C library takes clone.
+
+# An instruction of the filter is (operation, skip if true, skip if false, constant): the skips are how many of the
+# next instructions a test jumps over. linux/bpf_common.h, linux/seccomp.h, seccomp(2).
+LOAD, RETURN = 0x20, 0x06                                  # load a word of struct seccomp_data; the verdict
+EQUAL, AT_LEAST, ANY_BIT = 0x15, 0x35, 0x45                # test the loaded word against the constant
+CALL, ARCH, ARGUMENT_0 = 0, 4, 16                          # offsets in struct seccomp_data, in bytes
+SECCOMP_MODE_FILTER = 2
+KILL, ALLOW = 0x80000000, 0x7FFF0000
+EPERM, ENOSYS = 0x50000 | 1, 0x50000 | 38                  # SECCOMP_RET_ERRNO | errno
+X32_CALLS = 1 << 30                                        # x86_64: a second set of numbers for the same calls
+AF_UNIX, AF_INET, AF_INET6 = 1, 2, 10
+
+
+def when(test, constant, verdict):
+    """Two instructions: the verdict, skipped unless the test holds."""
+    return [(test, 0, 1, constant), (RETURN, 0, 0, verdict)]
+
+
+def for_call(name, block):
+    """The block of instructions, skipped for all system calls but this one."""
+    return [(EQUAL, 0, len(block), on_this_machine(NUMBERS[name])), *block]
+
+
+def seccomp_filter():
+    """EPERM for REFUSED, for user namespaces, and for sockets other than Unix's and IP's; else ALLOW.
+
+    AF_VSOCK, say, talks to the hypervisor. clone3 hides its flags from the filter, so it does not exist (ENOSYS), and
+    the C library falls back on clone.
     """
-    arch, clone, socket, denied = CALLS.get(platform.machine(), (None,) * 4)
-    if arch is None:
-        raise OSError(f"its numbers of system calls on {platform.machine()} are not known here")
-    load, equal, at_least, any_bit, end = 0x20, 0x15, 0x35, 0x45, 0x06
-    rules = [(load, 0, 0, 4), (equal, 1, 0, arch), (end, 0, 0, 1 << 31), (load, 0, 0, 0),
-             (equal, 0, 1, 435), (end, 0, 0, 5 << 16 | 38), (at_least, len(denied) + 9, 0, 1 << 30)]   # x32
-    rules += [(equal, len(denied) + 8 - i, 0, number) for i, number in enumerate(denied)]
-    rules += [(equal, 0, 2, clone), (load, 0, 0, 16), (any_bit, 6, 5, CLONE_NEWUSER),                  # 16: argument 0
-              (equal, 0, 4, socket), (load, 0, 0, 16), (equal, 2, 0, 1), (equal, 1, 0, 2), (equal, 0, 1, 10),
-              (end, 0, 0, 0x7FFF0000), (end, 0, 0, 5 << 16 | 1)]
-    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
-    system("prctl", PR_SET_SECCOMP, 2, struct.pack("HP", len(rules), ctypes.addressof(code)), 0, 0)
+    program = [(LOAD, 0, 0, ARCH)]
+    program += [(EQUAL, 1, 0, on_this_machine(AUDIT_ARCH)), (RETURN, 0, 0, KILL)]      # numbers of another machine
+    program += [(LOAD, 0, 0, CALL)]
+    program += when(EQUAL, on_this_machine(NUMBERS["clone3"]), ENOSYS)
+    program += when(AT_LEAST, X32_CALLS, EPERM)
+    for numbers in REFUSED.values():
+        program += when(EQUAL, on_this_machine(numbers), EPERM)
+    # each block loads an argument in place of the number, so it must end in a verdict
+    flags = [(LOAD, 0, 0, ARGUMENT_0), *when(ANY_BIT, CLONE_NEWUSER, EPERM), (RETURN, 0, 0, ALLOW)]
+    program += for_call("clone", flags)
+    family = [(LOAD, 0, 0, ARGUMENT_0)]
+    for allowed in (AF_UNIX, AF_INET, AF_INET6):
+        family += when(EQUAL, allowed, ALLOW)
+    program += for_call("socket", [*family, (RETURN, 0, 0, EPERM)])
+    return [*program, (RETURN, 0, 0, ALLOW)]
+
+
+def seccomp():
+    program = seccomp_filter()
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in program))
+    pointer = struct.pack("HP", len(program), ctypes.addressof(code))                  # struct sock_fprog
+    library("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, pointer, 0, 0)
+
+
+# ---- the keeper: sets up the layers, waits, cleans up
+
+class Layers:
+    """Sets layers up one by one, and notes which of them this machine lacks."""
+
+    def __init__(self, deny):
+        self.deny = deny
+        self.missing = {}                                  # {layer: why}
+
+    def add(self, name, function, *arguments):
+        try:
+            if name in self.deny:
+                raise OSError("denied")
+            function(*arguments)
+        except (OSError, AttributeError, TypeError) as e:  # AttributeError, TypeError: the library lacks the function
+            reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
+            self.missing.setdefault(name, reason)
 
 
 def keeper():
     """Layers, then the program in a child, then the end of everything it started."""
-    import resource  # not on Windows; and not once the files are out of reach
+    import resource  # not on Windows; and here, since the child cannot load it once its files are hidden
 
-    requests, replies = os.dup(0), os.dup(1)
-    null = os.open("/dev/null", os.O_RDWR)
-    os.dup2(null, 0)
-    os.dup2(2, 1)
-    os.close(null)
+    requests, replies = take_pipes()
     start = json.loads(read_line(requests))
-    missing, deny = {}, start["deny"]
-
-    def layer(name, function, *arguments):
-        try:
-            if name in deny:
-                raise OSError("denied")
-            function(*arguments)
-        except (OSError, AttributeError, TypeError) as e:  # AttributeError, TypeError: not a Linux, not this machine
-            missing.setdefault(name, e.strerror if isinstance(e, OSError) and e.strerror else str(e))
-
-    root = os.geteuid() == 0
-    uid, gid = os.geteuid(), os.getegid()
-    layer("limits", system, "prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans come to the keeper, to be killed
-    layer("limits", system, "prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-
-    def map_self():
-        system("unshare", CLONE_NEWUSER)
-        for file, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
-            with open(f"/proc/self/{file}", "w") as f:
-                f.write(text)
-
-    if not root:                                           # what root may do, others may in a user namespace
-        layer("user", map_self)
-    layer("namespaces", system, "unshare", CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS)
-    layer("network", system, "unshare", CLONE_NEWNET)
+    is_root = os.geteuid() == 0
+    layers = Layers(start["deny"])
+    layers.add("limits", library, "prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)         # orphans come to the keeper
+    layers.add("limits", library, "prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    if not is_root:                                        # what root may do, others may in a user namespace
+        layers.add("user", map_user)
+    layers.add("namespaces", library, "unshare", CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS)
+    layers.add("network", library, "unshare", CLONE_NEWNET)
     workdir = tempfile.mkdtemp()                           # to work in where the program cannot have a root of its own
-    child = os.fork()
+    child = os.fork()                                      # the first process of the PID namespace
     if child == 0:
-        os.setsid()
-        layer("files", hide_files)
-        if "files" in missing:
-            os.chmod(workdir, 0o1777)
-            os.chdir(workdir)
-        if root:
-            layer("user", drop_root)
-        layer("limits", set_limits, resource, start["limits"])
-        layer("landlock", landlock, workdir if "files" in missing else "/tmp")
-        layer("user", system, "syscall", CAPSET, struct.pack("=II", 0x20080522, 0), bytes(24))
-        layer("limits", system, "prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
-        layer("limits", system, "prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        layer("seccomp", seccomp)
-        os.environ.clear()
-        os.write(replies, json.dumps({"missing": missing}).encode() + b"\n")
+        confine(layers, is_root, workdir, resource, start["limits"])
+        os.write(replies, json.dumps({"missing": layers.missing}).encode() + b"\n")
         try:
-            tests(start, requests, replies) if "test" in start else serve(start, requests, replies)
+            if "test" in start:
+                run_tests(start, requests, replies)
+            else:
+                run_program(start, requests, replies)
         finally:
             os._exit(0)
     os.close(replies)
@@ -414,11 +525,34 @@ def keeper():
     os._exit(0)
 
 
-def drop_root():
-    os.setgroups([])
-    os.setresgid(NOBODY, NOBODY, NOBODY)
-    os.setresuid(NOBODY, NOBODY, NOBODY)
-    system("unshare", CLONE_NEWUSER)                       # so that the count of processes is this program's alone
+def take_pipes():
+    """(requests, replies): our stdin and stdout under other numbers. In their place /dev/null, and stderr, a file."""
+    requests = os.dup(0)
+    replies = os.dup(1)
+    null = os.open("/dev/null", os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(2, 1)
+    os.close(null)
+    return requests, replies
+
+
+def confine(layers, is_root, workdir, resource, limits):
+    """The layers of the child alone. Their order matters: each needs what a later one takes away."""
+    os.setsid()
+    layers.add("files", hide_files)
+    has_own_root = "files" not in layers.missing
+    if not has_own_root:
+        os.chmod(workdir, 0o1777)
+        os.chdir(workdir)
+    if is_root:
+        layers.add("user", drop_root)
+    layers.add("limits", set_limits, resource, limits)
+    layers.add("landlock", landlock, "/tmp" if has_own_root else workdir)
+    layers.add("user", drop_capabilities)
+    layers.add("limits", library, "prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)                # nobody may read its memory
+    layers.add("limits", library, "prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # it ends with the keeper
+    layers.add("seccomp", seccomp)
+    os.environ.clear()
 
 
 def kill_all(child):
@@ -432,58 +566,67 @@ def kill_all(child):
             os.waitpid(-1, 0)
         except ProcessLookupError:
             continue
-        except ChildProcessError:
+        except ChildProcessError:                          # none is left
             return
 
 
-# ---- inside
+# ---- inside the sandbox
 
 def read_line(fd):
-    """A line, byte for byte through a descriptor: a buffer of Python's could take what is meant for the child."""
+    """A line, read through the descriptor: a buffer of Python's could swallow what is meant for the child."""
     line = b""
     while not line.endswith(b"\n"):
-        if not (block := os.read(fd, 1 << 16)):
+        block = os.read(fd, BLOCK)
+        if not block:
             os._exit(0)
         line += block
     return line
 
 
-def serve(start, requests, replies):
-    """Run the program, then answer calls of what it defines."""
-    def reply(message):
-        os.write(replies, json.dumps(message).encode() + b"\n")
+def write_line(fd, message):
+    os.write(fd, json.dumps(message).encode() + b"\n")
 
+
+def described(exception):
+    return f"{type(exception).__name__}: {exception}"[:ERROR_LIMIT]
+
+
+def run_program(start, requests, replies):
+    """Run the program; unless it is a main program, then answer calls of what it defines."""
     import io
-    sys.stdin, sys.stdout = io.StringIO(), open(1, "w", closefd=False)
+    sys.stdin = io.StringIO()
+    sys.stdout = open(1, "w", closefd=False)
     sys.stderr = sys.stdout
+    is_main = start["name"] == "__main__"
     namespace = {"__name__": start["name"]}
     try:
         try:
             exec(compile(start["code"], "program.py", "exec"), namespace)
-        except SystemExit as e:
-            if e.code or start["name"] != "__main__":
+        except SystemExit as e:                            # sys.exit() is a good end of a main program
+            if e.code or not is_main:
                 raise
         sys.stdout.flush()
-        reply({"ready": True})
+        write_line(replies, {"ready": True})
     except BaseException as e:
         sys.stdout.flush()
-        reply({"error": f"{type(e).__name__}: {e}"[:500]})
-    while start["name"] != "__main__":
+        write_line(replies, {"error": described(e)})
+    while not is_main:
         message = json.loads(read_line(requests))
         try:
-            reply({"value": encode(namespace[message["call"]](*decode(message["arguments"])))})
+            function = namespace[message["call"]]
+            value = function(*decode(message["arguments"]))
+            write_line(replies, {"value": encode(value)})
         except BaseException as e:
-            reply({"error": f"{type(e).__name__}: {e}"[:500]})
+            write_line(replies, {"error": described(e)})
 
 
-def tests(start, requests, replies):
-    """HumanEval's check() with a candidate that lives elsewhere."""
+def run_tests(start, requests, replies):
+    """HumanEval's check() with a candidate that lives in another worker."""
     def candidate(*arguments):
-        call = {"call": start["entry_point"], "arguments": encode(list(arguments))}
-        os.write(replies, json.dumps(call).encode() + b"\n")
+        write_line(replies, {"call": start["entry_point"], "arguments": encode(list(arguments))})
         answer = json.loads(read_line(requests))
         if "value" not in answer:
-            raise RuntimeError(str(answer.get("error"))[:500])
+            raise RuntimeError(str(answer.get("error"))[:ERROR_LIMIT])
         return decode(answer["value"])
 
     namespace = {"__name__": "tests"}
@@ -494,20 +637,34 @@ def tests(start, requests, replies):
         namespace["check"](candidate)
         verdict = "passed"
     except BaseException as e:
-        verdict = f"failed: {type(e).__name__}: {e}"[:500]
-    os.write(replies, json.dumps({"verdict": verdict}).encode() + b"\n")
+        verdict = f"failed: {described(e)}"
+    write_line(replies, {"verdict": verdict})
+
+
+# ---- the command
+
+def main(arguments):
+    if "--help" in arguments or "-h" in arguments:
+        print(__doc__.strip())
+        return
+    if len(arguments) > 1 or arguments and arguments[0].startswith("-"):
+        sys.exit(f"error: {' '.join(arguments)}: give one program to run, or none; see --help")
+    try:
+        works, missing = active()
+        print("layers:", ", ".join(works))
+        for layer, why in missing.items():
+            print(f"missing: {layer} ({why})")
+        for program in arguments:                          # one or none
+            with open(program, encoding="utf-8") as f:
+                result = run(f.read())
+            print(result.output, end="")
+            if result.error:
+                sys.exit(f"error: {result.error}")
+    except (OSError, SandboxError, UnicodeDecodeError) as e:
+        sys.exit(f"error: {e}")
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--worker"]:
         keeper()
-    try:
-        works, lacks = active()
-        print("layers:", ", ".join(works), *(f"\nmissing: {layer} ({why})" for layer, why in lacks.items()))
-        for program in sys.argv[1:]:
-            with open(program, encoding="utf-8") as f:
-                outcome = run(f.read())
-            print(outcome.output + (f"error: {outcome.error}" if outcome.error else ""))
-            sys.exit(not outcome.ok)
-    except (OSError, SandboxError) as e:
-        sys.exit(f"error: {e}")
+    main(sys.argv[1:])

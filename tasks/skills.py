@@ -1,46 +1,66 @@
-"""35 small skills, three questions each, every answer judged by a rule: the suite `skills` of evaluate.py.
+"""Skills: 35 kinds of questions, three of each, every answer judged by a rule.
 
-The categories are those of Elite-112M's test (35 prompts, judged by eye); the rules and the paraphrases are ours. The
-rules are such that no answer, and the question given back as the answer, earn next to nothing: where a question names
-two things, the wrong one comes first.
+The kinds are those of Elite-112M's test (35 prompts, judged by eye); the rules and the paraphrases are ours. The rules
+are such that an empty answer, or the question repeated as the answer, scores close to zero: where a question names two
+things, the wrong one comes first.
 """
 import ast
 import re
 
+import numpy as np
+
 from tasks import sandbox
+from tasks.problems import mean
 
 SHORT, LONG = 32, 150                                      # tokens of an answer, at most
 
+
+# ---- rules: answer -> whether it is right
 
 def words(text):
     return re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text.lower())
 
 
 def numbers(text):
-    return [float(n.replace(",", "")) for n in re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)]
+    """Every number in the text, as a float; a comma separates thousands."""
+    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return [float(number.replace(",", "")) for number in found]
 
 
 def has(*options):
-    """One of the options is there, as a word."""
+    """One of the options occurs, as a whole word."""
     return lambda text: any(option in words(text) for option in options)
 
 
 def last_number(n):
-    """Of the answer, or of its first paragraph: some explain themselves afterwards."""
-    return lambda text: [n] in (numbers(text)[-1:], numbers(text.strip().partition("\n\n")[0])[-1:])
+    """n is the last number of the answer, or of its first paragraph: some explain themselves afterwards."""
+    def rule(text):
+        first_paragraph = text.strip().partition("\n\n")[0]
+        return numbers(text)[-1:] == [n] or numbers(first_paragraph)[-1:] == [n]
+
+    return rule
 
 
 def first(right, wrong):
     """`right` is named before `wrong` is."""
-    return lambda text: [w for w in words(text) if w in (right, wrong)][:1] == [right]
+    def rule(text):
+        named = [word for word in words(text) if word in (right, wrong)]
+        return named[:1] == [right]
+
+    return rule
 
 
-def topics(least, *options):
-    """At least so many of the options (beginnings of words) occur."""
-    return lambda text: sum(any(w.startswith(o) for w in words(text)) for o in options) >= least
+def topics(least, *stems):
+    """At least `least` of the stems (beginnings of words) occur."""
+    def rule(text):
+        found = [stem for stem in stems if any(word.startswith(stem) for word in words(text))]
+        return len(found) >= least
+
+    return rule
 
 
 def says_yes(least=1):
+    """The answer begins with yes and has at least `least` words."""
     return lambda text: words(text)[:1] == ["yes"] and len(words(text)) >= least
 
 
@@ -54,39 +74,58 @@ def one_sentence(text):
 
 def syllables(line):
     """Groups of vowels, without a silent e at the end: right for most English words."""
-    return sum(max(1, len(re.findall(r"[aeiouy]+", w)) - (w.endswith("e") and not w.endswith(("le", "ee"))))
-               for w in words(line))
+    total = 0
+    for word in words(line):
+        groups = len(re.findall(r"[aeiouy]+", word))
+        ends_in_silent_e = word.endswith("e") and not word.endswith(("le", "ee"))
+        total += max(1, groups - ends_in_silent_e)
+    return total
 
 
 def haiku(text):
+    """Three lines of 5, 7 and 5 syllables; each may be one off, since the count is a guess."""
     lines = [line for line in text.strip().splitlines() if words(line)]
-    return len(lines) == 3 and all(abs(syllables(line) - n) <= 1 for line, n in zip(lines, (5, 7, 5), strict=True))
+    if len(lines) != 3:
+        return False
+    return all(abs(syllables(line) - n) <= 1 for line, n in zip(lines, (5, 7, 5), strict=True))
 
+
+# ---- rules that run the answer
 
 def code_in(text):
-    """The first fenced block, or all of it."""
+    """The first fenced block, or the whole text if there is none."""
     block = re.search(r"```[a-zA-Z]*\n(.*?)(```|$)", text, re.DOTALL)
     return block[1] if block else text
 
 
-def prints_hello(text, **kwargs):
-    result = sandbox.run(code_in(text), **kwargs)
+def prints_hello(text, waive=()):
+    result = sandbox.run(code_in(text), waive=waive)
     return result.ok and words(result.output) == ["hello", "world"]
 
 
-def adds(text, **kwargs):
+def adds(text, waive=()):
+    """The first function in the answer, whatever its name, adds its two arguments."""
+    code = code_in(text)
     try:
-        functions = [n for n in ast.parse(code_in(text)).body if isinstance(n, ast.FunctionDef)]
+        functions = [node for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)]
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
-    return bool(functions) and sandbox.call(code_in(text), functions[0].name, 2, 3, **kwargs)[0] == 5
+    if not functions:
+        return False
+    value, _ = sandbox.call(code, functions[0].name, 2, 3, waive=waive)
+    return value == 5
 
 
-CODE = (prints_hello, adds)                                # rules that run the answer
+RUNS_CODE = (prints_hello, adds)                           # these take `waive` too
+
+
+# ---- questions
+
+# where a cat may sit; the sentence has no single right end
 PLACES = ("mat", "rug", "carpet", "sofa", "couch", "floor", "bed", "chair", "roof", "table", "wall", "windowsill",
           "fence", "lap", "porch", "bench", "pillow", "shelf", "stairs", "step", "ground", "grass", "cushion", "box")
 
-# (group, category, rule, tokens, questions)
+# (group, category, rule, longest answer in tokens, three ways to ask)
 SKILLS = [
     ("factual", "geography", has("paris"), SHORT, (
         "What is the capital of France?", "Which city is the capital of France?", "Name the French capital.")),
@@ -186,3 +225,26 @@ SKILLS = [
         "Botanically, is a tomato a vegetable or a fruit?", "Vegetable or fruit: what is a tomato to a botanist?",
         "To a scientist, is the tomato a vegetable or a fruit?")),
 ]
+
+
+def run(speaker, cfg):
+    """The share of right answers: of all kinds, of each group of kinds, and of each kind.
+
+    The standard error counts kinds, not questions: three paraphrases succeed or fail together.
+    """
+    kinds = {}
+    by_group = {}
+    for group, category, rule, max_new_tokens, questions in SKILLS:
+        right = []
+        for question in questions:
+            answer = speaker.answer(question, max_new_tokens)
+            if rule in RUNS_CODE:
+                right.append(bool(rule(answer, waive=cfg.waive)))
+            else:
+                right.append(bool(rule(answer)))
+        share = np.mean(right)
+        kinds[f"{group}: {category}"] = (share, 0.0, len(right))
+        by_group.setdefault(group, []).append(share)
+    everything = [share for shares in by_group.values() for share in shares]
+    groups = {group: mean(shares) for group, shares in by_group.items()}
+    return {"all 35": mean(everything)} | groups | kinds

@@ -1,3 +1,4 @@
+import itertools
 import os
 import random
 import sys
@@ -7,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")          # the suite is about a CPU, and must give the same anywhere
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the suite is about a CPU, and must give the same anywhere
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +20,51 @@ def toy(tmp_path_factory):
     words = "the cat dog sat ran on under a mat tree and slept".split()
     text = "\n".join(" ".join(rng.choices(words, k=8)) + "." for _ in range(600))
     return prepare(lambda: iter([text]), "toy", "made by the tests", "byte", data_dir=tmp_path_factory.mktemp("data"))
+
+
+def prose(n_words, seed=0):
+    """Words of 300 made-up ones, in lines and sentences."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("aeioustrnl", k=rng.randint(1, 8))) for _ in range(300)]
+    return "".join(rng.choice(words) + rng.choice("     \n.") for _ in range(n_words))
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """Two untrained models over one text, one of bytes and one of a BPE; folder of both."""
+    from dataclasses import asdict
+
+    import torch
+
+    import model
+    from prepare.text import prepare
+    from thimble import checkpoint
+    from thimble.tokenizer import load_tokenizer
+
+    root = tmp_path_factory.mktemp("runs")
+    text = "\n".join(f"the {a} {b} sat on a {c}." for a, b, c in itertools.product(
+        "big red old wet".split(), "cat dog hen fox".split(), "mat hat bed".split()))
+    (root / "text.txt").write_text(text)
+    for name, kind in (("byte", "byte"), ("bpe", "bpe")):
+        folder = prepare(lambda: iter([text]), name, "tests", kind, vocab_size=300, data_dir=root / "data")
+        tokenizer = load_tokenizer(folder)
+        torch.manual_seed(0)
+        m = model.Model(model.Config(n_layer=1, n_head=2, n_embd=16, vocab_size=tokenizer.vocab_size, block_size=32))
+        with torch.no_grad():
+            for p in m.parameters():
+                p += 0.1 * torch.randn_like(p)
+        meta = {"arch": "model", "model_config": asdict(m.config), "dataset": {"path": str(folder)}}
+        for step in (0, 5):
+            checkpoint.save(root / name, step, m.state_dict(), None, meta, folder / "tokenizer.json", best=step == 5)
+    return root
+
+
+@pytest.fixture(scope="session")
+def floors(runs):
+    """The four speakers that know nothing, beside the BPE model of `runs`."""
+    from evaluate import Config, training_text
+    from tasks.speaker import Speaker
+    from tasks.speaker import floors as floors_beside
+
+    speaker = Speaker(runs / "bpe", Config())
+    return floors_beside(speaker, training_text(speaker, Config()))

@@ -173,7 +173,7 @@ def test_the_wiring_is_in_the_checkpoint_and_comes_back(toy, tmp_path, monkeypat
     monkeypatch.setattr(cerebros, "draw_wiring", None)     # another Python may draw differently: nothing is drawn anew
     model = checkpoint.load_model(saved)
     autocast = torch.autocast("cpu", enabled=False)
-    assert train.evaluate(model, train.open_dataset(cfg), torch.device("cpu"), autocast)["val_loss"] == \
+    assert train.evaluate(model, train.open_dataset(cfg), autocast)["val_loss"] == \
         record["val_loss"]
     stored = json.loads(Path("run/config.json").read_text())
     again = train.train(configurator.load(train.Config, **stored | {"resume": True, "max_steps": 6}))

@@ -2,8 +2,6 @@
 
 SIGKILL never loses the page cache, so durability against power loss rests on test_order_of_calls alone.
 """
-
-import builtins
 import errno
 import hashlib
 import json
@@ -20,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fate import Fate, Killed
 
 from thimble import checkpoint
 from thimble.files import UserError
@@ -73,7 +72,6 @@ def refused(function, *args, **options):
 
 
 # ---- round trip
-
 def test_round_trip_bits(tmp_path):
     torch.manual_seed(0)
     tensors = {
@@ -152,7 +150,8 @@ def test_load_takes_a_folder_a_run_or_nothing(tmp_path, monkeypatch):
     assert "'newest'" in refused(checkpoint.load, "runs/a", "newest")
     os.makedirs("runs/empty")
     assert "python train.py" in refused(checkpoint.load, "runs/empty")
-    assert "python train.py" in refused(checkpoint.find, "runs/empty")
+    assert "python train.py" in refused(checkpoint.load_run, "runs/empty")
+    assert "'newest'" in refused(checkpoint.load_run, "runs/a", "newest")
     os.symlink(tmp_path / "runs/a/step_000001", "elsewhere")
     assert check(checkpoint.load("elsewhere")) == 1
 
@@ -170,7 +169,6 @@ def test_umask(tmp_path):
 
 
 # ---- dying
-
 def test_sigkill_at_random_times(tmp_path):
     clock, run = random.Random(0), tmp_path / "run"
     newest = 0
@@ -191,62 +189,11 @@ def test_sigkill_at_random_times(tmp_path):
             newest = check(checkpoint.load_run(run, optimizer=True))
             assert newest == named
         if (run / "best").exists():
-            assert check(checkpoint.load(checkpoint.find(run, "best"))) % 5 == 0
+            best = checkpoint.load_run(run, "best")
+            assert check(best) % 5 == 0 and best.path.name == (run / "best").read_text()
     assert newest > 15  # else nothing was tested
     put(run, newest + 1)
     assert not hidden(run)
-
-
-class Killed(BaseException):
-    pass
-
-
-class Fate:
-    """Counts the calls that change the disk; at number `at`, `strike` happens instead (from then on if `lasting`)."""
-
-    def __init__(self, monkeypatch, at=None, strike=Killed, lasting=True):
-        self.at, self.strike, self.lasting, self.calls, self.struck = at, strike, lasting, [], False
-        for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir"):
-            monkeypatch.setattr(os, name, self.wrap(name, getattr(os, name)))
-        monkeypatch.setattr(checkpoint, "open", self.open, raising=False)
-
-    def wrap(self, name, call):
-        def wrapped(*args, **options):
-            what = os.readlink(f"/proc/self/fd/{args[0]}") if name == "fsync" else " ".join(str(a) for a in args)
-            self.count(name, what)
-            return call(*args, **options)
-
-        return wrapped
-
-    def count(self, name, what):
-        self.calls.append((name, what))
-        now = len(self.calls) - 1
-        if self.at is not None and (now == self.at or (self.lasting and now > self.at)):
-            self.struck = True
-            raise self.strike() if self.strike is Killed else OSError(self.strike, os.strerror(self.strike))
-
-    def open(self, path, mode="r"):
-        if "w" not in mode:
-            return builtins.open(path, mode)
-        self.count("open", path)
-        file, fate = builtins.open(path, mode, buffering=0), self
-
-        class Half:
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *_):
-                file.close()
-
-            def write(self, data):
-                file.write(data[: len(data) // 2])
-                fate.count("write", path)
-                file.write(data[len(data) // 2 :])
-
-            def __getattr__(self, name):
-                return getattr(file, name)
-
-        return Half()
 
 
 def three(run):
@@ -303,7 +250,7 @@ def test_die_at_every_system_call(tmp_path, capsys, scene, strike, lasting):
             assert step == after if after else step in (before, int((run / "latest").read_text()[5:]))
             for which in ("latest", "best"):
                 if (run / which).exists():
-                    check(checkpoint.load(checkpoint.find(run, which)))
+                    check(checkpoint.load_run(run, which))
                     if not lasting:  # else the end may fall between the two renames of `again`
                         assert (run / (run / which).read_text()).is_dir()
         if strike == Killed:
@@ -325,15 +272,14 @@ def test_order_of_calls(tmp_path, monkeypatch):
     files = [("fsync", f"{temp}/{name}") for name in ("model.safetensors", "optimizer.safetensors", "meta.json")]
     pointers = []
     for which in ("best", "latest"):
-        pointers += [("fsync", f"{tmp_path}/.{which}.tmp"), ("replace", f"{tmp_path}/.{which}.tmp {tmp_path}/{which}")]
-        pointers += [("fsync", str(tmp_path))]
+        pointer, pointer_temp = tmp_path / which, tmp_path / f".{which}.tmp-{os.getpid()}"
+        pointers += [("fsync", str(pointer_temp)), ("replace", f"{pointer_temp} {pointer}"), ("fsync", str(tmp_path))]
     expected = files + [("fsync", temp), ("rename", f"{temp} {final}"), ("fsync", str(tmp_path))] + pointers
     assert calls[: len(expected)] == expected
     assert calls[len(expected) :] == [("rename", f"{tmp_path}/step_000001 {tmp_path}/.trash-step_000001")]
 
 
 # ---- damage
-
 def flip(path, at):
     data = bytearray(path.read_bytes())
     data[int(at * (len(data) - 1))] ^= 4
@@ -409,14 +355,14 @@ def test_every_bit_of_meta_counts(tmp_path):
 META = [
     "", "{", "[]", "null", "3", '"x"', '{"a": NaN}', '{"a": -Infinity}', "[" * 100_000,
     b"\xff\xfe", "9" * 10_000, '{"files": {}}', '{"a": 1e999}',
-]  # fmt: skip
+]
 MANIFEST = [
     {"format_version": 2}, {"format_version": "1"}, {"format_version": True}, {"format_version": "DELETE"},
     {"format_version": 0}, {"step": "DELETE"}, {"step": "6"}, {"step": -1}, {"step": 1e308}, {"step": True},
     {"files": "DELETE"}, {"files": []},
     {"files": {}}, {"files": {"model.safetensors": 3}}, {"files": {"model.safetensors": {"size": "1", "sha256": "0"}}},
     {"files": {"model.safetensors": {"size": 1}}},
-]  # fmt: skip
+]
 NAMES = ["../x", "/etc/passwd", "a/b", "..", ".", "", "a\0b", "a\nb", "C:\\x", "x" * 300]
 
 
@@ -446,18 +392,18 @@ def test_pointers_are_plain_names(tmp_path, capsys):
         absolute = str(tmp_path / "other/step_000005")
         for text in ("../other/step_000005", absolute, "step_000001\0", "..", ".trash-step_000001"):
             (run / which).write_text(text)
-            assert str(run / which) in refused(checkpoint.find, run, which)
+            assert str(run / which) in refused(checkpoint.load_run, run, which)
         (run / which).unlink()
         (run / which).symlink_to(run / "step_000001/meta.json")
-        assert "not a plain file" in refused(checkpoint.find, run, which)
+        assert "not a plain file" in refused(checkpoint.load_run, run, which)
         (run / which).unlink()
         for text in (None, "", "step_000009", "step_000009\n"):
             if text is not None:
                 (run / which).write_text(text)
-            assert checkpoint.find(run, which) == run / "step_000002"  # missing, torn or dangling: the highest
-            assert check(checkpoint.load_run(run, which)) == 2
+            loaded = checkpoint.load_run(run, which)  # missing, torn or dangling: the highest
+            assert loaded.path == run / "step_000002" and check(loaded) == 2
         (run / which).write_text("step_000001\n")
-        assert checkpoint.find(run, which) == run / "step_000001"
+        assert checkpoint.load_run(run, which).path == run / "step_000001"
         if which == "latest":
             (run / which).write_text("step_000002")
     put(run, 3, keep_last=1)
@@ -546,7 +492,6 @@ def test_random_mutations_with_a_true_manifest(tmp_path):
 
 
 # ---- retention and disk
-
 def test_retention_under_random_histories(tmp_path, capsys):
     for seed in range(25):
         dice, run = random.Random(seed), tmp_path / str(seed)
@@ -575,8 +520,9 @@ def test_retention_under_random_histories(tmp_path, capsys):
                 assert step in whole and not hidden(run)
                 assert keep == 0 or len(whole) <= keep + 1
                 if best is not None and (run / f"step_{best:06d}/model.safetensors").exists():
-                    assert best in whole and checkpoint.find(run, "best").name == f"step_{best:06d}"
-                assert check(checkpoint.load_run(run)) == step == check(checkpoint.load(checkpoint.find(run)))
+                    assert best in whole and checkpoint.load_run(run, "best").path.name == f"step_{best:06d}"
+                latest = checkpoint.load_run(run)
+                assert check(latest) == step and latest.path.name == f"step_{step:06d}"
     capsys.readouterr()
 
 
@@ -643,7 +589,6 @@ def test_unwritable_places(tmp_path, monkeypatch):
 
 
 # ---- load_model
-
 ARCH = """
 import dataclasses, torch
 
@@ -731,7 +676,7 @@ BAD_CONFIG = [
     ("vocab_size", 60_000), ("n_embd", 50_000),
     ("vocab_size", 2**63), ("vocab_size", -1), ("block_size", 10**12), ("block_size", -1), ("theta", "1"), ("bias", 1),
     ("name", 3), ("wiring", 3), ("wiring", {}), ("wiring", "ab"), ("unknown", 1),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("arch", ["tiny_arch", "eager_arch"])
@@ -773,34 +718,54 @@ def test_load_model_refuses_a_bad_arch(trained):
 
 
 # ---- random states
+def drawn():
+    return torch.randn(40).tolist() + torch.rand(20).tolist()
+
+
+def as_json(state):
+    return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
 
 def test_random_state_is_exact(tmp_path):
-    random.seed(1), np.random.seed(2), torch.manual_seed(3)
-    random.gauss(0, 1), np.random.randn(), torch.randn(3)  # leaves half-used pairs behind
+    torch.manual_seed(3)
+    torch.randn(3)  # leaves a half-used pair behind
     path = checkpoint.save(tmp_path, 1, state(1), {"exp_avg.w": torch.zeros(2), **checkpoint.random_state()}, {})
-
-    def draw():
-        numbers = [random.gauss(0, 1), random.random(), random.getrandbits(64), *np.random.randn(3)]
-        return numbers + torch.randn(40).tolist() + torch.rand(20).tolist()
-
-    expected = draw()
-    draw()
+    expected = drawn()
+    drawn()
     saved = checkpoint.load(path, optimizer=True).optimizer
-    assert all(value.dtype == torch.uint8 for name, value in saved.items() if name.startswith("random."))
+    assert saved.keys() == {"exp_avg.w", "random.torch"} and saved["random.torch"].dtype == torch.uint8
     checkpoint.set_random_state(saved)
-    assert draw() == expected
+    assert drawn() == expected
+
+
+def test_older_checkpoints_with_the_states_of_python_and_numpy_load(tmp_path):
+    kind, words, *rest = np.random.get_state()
+    older = {"random.python": as_json(random.getstate()), "random.numpy": as_json((kind, words.tolist(), *rest))}
+    path = checkpoint.save(tmp_path, 1, state(1), {**older, **checkpoint.random_state()}, {})
+    expected = drawn()
+    saved = checkpoint.load(path, optimizer=True).optimizer
+    assert older.keys() < saved.keys()
+    random.seed(1)
+    np.random.seed(2)
+    ahead = random.getstate(), np.random.get_state()[1].tolist()
+    checkpoint.set_random_state(saved)
+    assert drawn() == expected
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == ahead  # ignored, damaged or not
+    checkpoint.set_random_state(saved | dict.fromkeys(older, torch.zeros(5)))
 
 
 def test_random_state_of_the_wrong_kind():
     good = checkpoint.random_state()
-    for name in ("random.python", "random.numpy", "random.torch"):
-        zeros = torch.zeros(5, dtype=torch.uint8)
-        for bad in (good[name][:-3], good[name][:0], zeros, zeros.float(), torch.tensor(1)):
-            assert name in refused(checkpoint.set_random_state, good | {name: bad})
-    for text in ("[3, [1, 2], null]", "[3]", "{}", "null", "[" * 10_000, '[3, "abc", null]'):
-        bad = torch.tensor(list(text.encode()), dtype=torch.uint8)
-        assert "random.python" in refused(checkpoint.set_random_state, good | {"random.python": bad})
-        assert "random.numpy" in refused(checkpoint.set_random_state, good | {"random.numpy": bad})
-    assert "random.torch" in refused(checkpoint.set_random_state, {"random.python": good["random.python"]})
-    assert "random.cuda.x" in refused(checkpoint.set_random_state, good | {"random.cuda.x": good["random.torch"]})
+    zeros = torch.zeros(5, dtype=torch.uint8)
+    state = good["random.torch"]
+    for bad in (state[:-3], state[:0], zeros, zeros.float(), torch.tensor(1)):
+        assert "random.torch" in refused(checkpoint.set_random_state, good | {"random.torch": bad})
+    assert "random.torch" in refused(checkpoint.set_random_state, {"random.python": zeros})
+    assert "random.cuda.x" in refused(checkpoint.set_random_state, good | {"random.cuda.x": state})
     checkpoint.set_random_state(good)
+
+
+def test_the_state_of_a_missing_device_is_one_warning(capsys):
+    good = checkpoint.random_state()
+    checkpoint.set_random_state(good | {"random.cuda.99": good["random.torch"]})
+    assert capsys.readouterr().err.startswith("warning: random.cuda.99 was saved")

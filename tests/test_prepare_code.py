@@ -34,7 +34,7 @@ def test_mix_is_a_third_of_each_and_ends_are_not_counted(mix):
         assert (counted[:, 2:] == 1).all() and (counted[:, :2] == 0).all()
         kinds = [kind(row[1:]) for row in rows]
         assert [kinds.count(name) for name in ("constant", "counting", "random")] == [n // 3] * 3
-        assert len(set(kinds[:10])) > 1                    # shuffled
+        assert len(set(kinds[:10])) > 1  # shuffled
     assert not set(np.asarray(mix.train)[1::258][:12]) >= set(np.asarray(mix.val)[1::258])
 
 
@@ -64,7 +64,7 @@ def test_functions_are_valid_different_and_run():
     arguments = {"int": 17, "str": "the quick brown fox", "list[int]": [3, 4, 50, 0, 7], "list[str]": ["fig", "pear"]}
     for source in made:
         tree, names = ast.parse(source), {}
-        exec(compile(tree, "made", "exec"), names)         # ours, from the grammar: nothing else is ever run here
+        exec(compile(tree, "made", "exec"), names)  # ours, from the grammar: nothing else is ever run here
         for node in tree.body:
             kinds = [ast.unparse(arg.annotation) if arg.annotation else None for arg in node.args.args]
             if all(kinds):
@@ -89,7 +89,7 @@ def test_python_code_takes_what_a_person_would_read(tmp_path, monkeypatch):
         (library / name).parent.mkdir(parents=True, exist_ok=True)
         (library / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     found = [str(path) for path, _ in python_code.library(library)]
-    assert found == ["copy.py", "deep/also.py"]            # good.py is copy.py again
+    assert found == ["copy.py", "deep/also.py"]  # good.py is copy.py again
     monkeypatch.setattr(python_code.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
     python_code.main(python_code.Config(tokenizer="byte", data_dir=str(tmp_path)))
     assert ", 2 files, " in data.load(tmp_path / "python_byte").meta["source"]

@@ -184,6 +184,41 @@ def test_daemons_die_without_a_pid_namespace(outside):
     assert workers() <= before
 
 
+def verdict(program, arch, call, argument):
+    """What the kernel makes of a seccomp filter, for the operations that ours uses."""
+    at, word = 0, None
+    while True:
+        operation, if_true, if_false, constant = program[at]
+        if operation == sandbox.RETURN:
+            return constant
+        if operation == sandbox.LOAD:
+            word = {sandbox.ARCH: arch, sandbox.CALL: call, sandbox.ARGUMENT_0: argument}[constant]
+            at += 1
+            continue
+        holds = {sandbox.EQUAL: word == constant, sandbox.AT_LEAST: word >= constant,
+                 sandbox.ANY_BIT: bool(word & constant)}[operation]
+        at += 1 + (if_true if holds else if_false)
+
+
+@pytest.mark.parametrize("machine", [0, 1])
+def test_seccomp_filter(machine, monkeypatch):
+    """The verdict on every system call, on x86_64 and aarch64, instruction by instruction."""
+    monkeypatch.setattr(sandbox, "MACHINE", machine)
+    program, arch = sandbox.seccomp_filter(), sandbox.AUDIT_ARCH[machine]
+    refused = {numbers[machine] for numbers in sandbox.REFUSED.values()}
+    special = {name: sandbox.NUMBERS[name][machine] for name in ("clone", "clone3", "socket")}
+    assert len(refused) == 14 and not refused & set(special.values())
+    for call in range(600):
+        assert verdict(program, sandbox.AUDIT_ARCH[1 - machine], call, 0) == sandbox.KILL
+        if call not in special.values():
+            assert verdict(program, arch, call, 1 << 28) == (sandbox.EPERM if call in refused else sandbox.ALLOW)
+        assert verdict(program, arch, call + (1 << 30), 1) == sandbox.EPERM
+    assert verdict(program, arch, special["clone3"], 0) == sandbox.ENOSYS
+    assert verdict(program, arch, special["clone"], 1 << 28 | 17) == sandbox.EPERM
+    assert verdict(program, arch, special["clone"], 0x1200011) == sandbox.ALLOW               # a fork
+    assert [n for n in range(50) if verdict(program, arch, special["socket"], n) == sandbox.ALLOW] == [1, 2, 10]
+
+
 @pytest.mark.parametrize("layer", sandbox.LAYERS)
 def test_refuses_without_a_layer(layer):
     with pytest.raises(sandbox.SandboxError, match=layer):
@@ -260,3 +295,7 @@ def test_command_line(tmp_path):
     assert out.returncode == 0 and "landlock" in out.stdout and "hello" in out.stdout
     out = subprocess.run([sys.executable, ROOT / "tasks" / "sandbox.py", "nosuch.py"], capture_output=True, text=True)
     assert out.returncode == 1 and "nosuch.py" in out.stderr and "Traceback" not in out.stderr
+    out = subprocess.run([sys.executable, ROOT / "tasks" / "sandbox.py", "--help"], capture_output=True, text=True)
+    assert out.returncode == 0 and "python tasks/sandbox.py program.py" in out.stdout
+    out = subprocess.run([sys.executable, ROOT / "tasks" / "sandbox.py", "--nope"], capture_output=True, text=True)
+    assert out.returncode == 1 and "--help" in out.stderr and "Traceback" not in out.stderr

@@ -36,26 +36,35 @@ def config(toy, **changes):
     return configurator.load(search.Config, **(LOOP | {"dataset": str(toy), "space": SPACE, "n_trials": 6} | changes))
 
 
+def typed(cfg, line="search.py"):
+    """The command that `cfg` would come from."""
+    return configurator.Command(line, [], {}, configurator.changed(cfg))
+
+
+def run(cfg, folder="study"):
+    return search.search(cfg, Path(folder), typed(cfg))
+
+
 def table(folder):
     with open(f"{folder}/trials.csv", newline="") as f:
         return list(csv.DictReader(f))
 
 
 def test_what_it_reports_is_what_the_checkpoints_score(toy):
-    best = search.search(config(toy), Path("study"))
+    best = run(config(toy))
     rows = table("study")
     assert [int(row["trial"]) for row in rows] == list(range(6))
     assert {row["state"] for row in rows} == {"COMPLETE", "PRUNED"}
     autocast = torch.autocast("cpu", enabled=False)
     for row in rows:
-        run = f"study/trial_{int(row['trial']):04d}"
-        model = checkpoint.load_model(checkpoint.load(run, which="best"))
-        again = train.evaluate(model, data.load(toy), torch.device("cpu"), autocast)
+        folder = f"study/trial_{int(row['trial']):04d}"
+        model = checkpoint.load_model(checkpoint.load(folder, which="best"))
+        again = train.evaluate(model, data.load(toy), autocast)
         assert again["val_bpb"] == float(row["val_bpb"])
         assert sum(p.numel() for p in model.parameters()) == int(row["parameters"])
         assert model.config.n_layer == int(row["n_layer"]) and model.config.mlp == row["mlp"]
         assert str(model.config.tie_embeddings) == row["tie_embeddings"]
-        assert json.loads(Path(run, "config.json").read_text())["lr"] == float(row["lr"])
+        assert json.loads(Path(folder, "config.json").read_text())["lr"] == float(row["lr"])
         assert (row["state"] == "PRUNED") == (int(row["steps"]) < 9)
     done = [row for row in rows if row["state"] == "COMPLETE"]
     assert best.number == int(min(done, key=lambda row: float(row["val_bpb"]))["trial"])
@@ -65,21 +74,21 @@ def test_what_it_reports_is_what_the_checkpoints_score(toy):
     assert record["step"] == 9
 
 
-def test_the_same_command_finds_the_same_and_then_has_nothing_to_do(toy, capsys):
+def test_the_same_command_finds_the_same_and_is_then_done(toy, capsys):
     for folder in ("one", "two"):
-        search.search(config(toy, n_trials=3), Path(folder))
+        run(config(toy, n_trials=3), folder)
     same = [[{k: v for k, v in row.items() if k not in ("worker", "seconds", "train_seconds", "ms_per_token")}
              for row in table(folder)] for folder in ("one", "two")]
     assert same[0] == same[1]
-    search.search(config(toy, n_trials=3), Path("one"))
-    search.search(config(toy, n_trials=4), Path("one"))    # and one more
+    run(config(toy, n_trials=3), "one")
+    run(config(toy, n_trials=4), "one")                    # and one more
     assert len(table("one")) == 4
     with pytest.raises(UserError, match="n_head"):
-        search.search(config(toy, n_head=4), Path("one"))
+        run(config(toy, n_head=4), "one")
 
 
 def test_several_objectives_give_a_pareto_set(toy):
-    search.search(config(toy, n_trials=4, max_steps=2, objectives=("val_bpb", "parameters")), Path("study"))
+    run(config(toy, n_trials=4, max_steps=2, objectives=("val_bpb", "parameters")))
     rows = table("study")
     assert {row["state"] for row in rows} == {"COMPLETE"} and Path("study/pareto.png").exists()
     study = optuna.load_study(study_name="study", storage=optuna.storages.JournalStorage(
@@ -95,14 +104,14 @@ def test_a_wiring_is_searched_and_drawn(toy):
     loop = {k: LOOP[k] for k in ("batch_size", "eval_every", "device", "dtype")}
     cfg = configurator.load(search.Config, **loop, **shape, dataset=str(toy), max_steps=2, n_trials=2,
                             space=("wiring_seed=0..99",))
-    search.search(cfg, Path("study"))
+    run(cfg)
     wirings = [row["wiring"] for row in table("study")]
     assert len(set(wirings)) == 2 and all(json.loads(w)[-1][0]["neurons"] == 8 for w in wirings)
     assert Path("study/wiring.png").exists()
 
 
-def test_a_shape_that_cannot_be_is_a_failed_trial_and_not_the_end(toy):
-    search.search(config(toy, n_trials=4, max_steps=1, space=("n_head=2|3",), sampler="random"), Path("study"))
+def test_an_impossible_shape_fails_its_trial_and_not_the_search(toy):
+    run(config(toy, n_trials=4, max_steps=1, space=("n_head=2|3",), sampler="random"))
     rows = table("study")
     assert len(rows) == 4
     for row in rows:
@@ -110,7 +119,7 @@ def test_a_shape_that_cannot_be_is_a_failed_trial_and_not_the_end(toy):
 
 
 def test_a_budget_of_seconds_sets_the_steps(toy):
-    search.search(config(toy, n_trials=1, seconds=1.0, n_evals=2, max_steps=10**6), Path("study"))
+    run(config(toy, n_trials=1, seconds=1.0, n_evals=2, max_steps=10**6))
     row = table("study")[0]
     assert 1 < int(row["steps"]) < 10_000
     assert json.loads(Path("study/trial_0000/config.json").read_text())["max_steps"] == int(row["steps"])
@@ -127,26 +136,33 @@ def test_mistakes_in_the_space_are_named(toy, space, word):
     assert "\n" not in str(e.value)
 
 
+def test_an_objective_that_does_not_exist_is_named(toy):
+    for objectives, word in ((("val_loss",), "not one of val_bpb, parameters, ms_per_token"), ((), "at least one"),
+                             (("val_bpb", "val_bpb"), "each once")):
+        with pytest.raises(UserError, match=word):
+            config(toy, objectives=objectives)
+
+
 def test_without_optuna_one_line_says_what_to_install(toy, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(UserError, match="pip install -r requirements-search.txt"):
-        search.search(config(toy), Path("study"))
+        run(config(toy))
 
 
 def test_a_database_that_is_not_there_is_one_line_without_the_password(toy):
     with pytest.raises(UserError) as e:
-        search.search(config(toy, storage="mysterysql://me:secret@host/db"), Path("study"))
+        run(config(toy, storage="mysterysql://me:secret@host/db"))
     assert "secret" not in str(e.value) and "\n" not in str(e.value)
 
 
-def test_a_journal_whose_last_line_was_cut_off_goes_on(toy):
-    """As a full disk leaves it: what comes after half a line could never be read again."""
+def test_a_journal_whose_last_line_was_cut_off_is_repaired(toy):
+    """As a full disk leaves it: Optuna cannot read past half a line."""
     cfg = config(toy, n_trials=2, max_steps=2, prune=False)
-    search.search(cfg, Path("study"))
+    run(cfg)
     journal = Path("study/journal.log")
     journal.write_bytes(journal.read_bytes()[:-20])        # into the line that ends trial 1
     for n_trials in (2, 3):
-        search.search(config(toy, n_trials=n_trials, max_steps=2, prune=False), Path("study"))
+        run(config(toy, n_trials=n_trials, max_steps=2, prune=False))
     rows = table("study")
     assert [row["state"] for row in rows] == ["COMPLETE", "DIED", "COMPLETE", "COMPLETE"]
     assert rows[1]["lr"] == rows[2]["lr"] and rows[1]["val_bpb"] == rows[2]["val_bpb"]
@@ -156,16 +172,30 @@ def test_a_full_disk_ends_the_worker_and_not_the_trials(toy, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(checkpoint, "_free", lambda _: 0)
         with pytest.raises(UserError, match="disk full"):
-            search.search(config(toy, n_trials=2, max_steps=1), Path("study"))
-    search.search(config(toy, n_trials=2, max_steps=1), Path("study"))
+            run(config(toy, n_trials=2, max_steps=1))
+    run(config(toy, n_trials=2, max_steps=1))
     assert [row["state"] for row in table("study")] == ["DIED", "COMPLETE", "COMPLETE"]
 
 
-def test_the_password_is_in_no_file(toy, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["search.py", "--storage=postgresql://me:secret@host/db"])
-    search.main(config(toy, n_trials=1, max_steps=1, out_dir="study"))
+def test_the_password_is_in_no_file(toy):
+    cfg = config(toy, n_trials=1, max_steps=1, out_dir="study")
+    url = "postgresql://me:my secret@host/db"
+    command = typed(cfg, f"search.py '--storage={url}' --seed=1")
+    command.given["storage"] = url
+    search.main(cfg, command)
     files = [path.read_bytes() for path in Path("study").rglob("*") if path.is_file()]
     assert any(b"//host/db" in file for file in files) and not any(b"secret" in file for file in files)
+
+
+@pytest.mark.parametrize("url, shown", [
+    ("sqlite:////tmp/study.db", "sqlite:////tmp/study.db"),
+    ("postgresql://me:secret@host/db", "postgresql://host/db"),
+    ("postgresql://me:se/cret@secret@host/db", "postgresql://host/db"),
+    ("postgresql://host/db?user=me&password=secret&x=1", "postgresql://host/db?user=me&password=...&x=1"),
+])
+def test_a_password_is_redacted_wherever_it_stands(url, shown):
+    assert search.redact(url) == shown
+    assert search.redact(f"--storage={url}") == f"--storage={shown}"
 
 
 def test_a_database_that_goes_away_is_one_line(toy, tmp_path, monkeypatch):
@@ -173,29 +203,29 @@ def test_a_database_that_goes_away_is_one_line(toy, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(search, "run_trial", lambda *_: Path("study.db").write_bytes(b""))
         with pytest.raises(UserError, match="study.db: .*no such table") as e:
-            search.search(cfg, Path("study"))
+            run(cfg)
     assert "\n" not in str(e.value)
 
 
 def test_a_wrong_start_uses_up_no_trials(toy):
     with pytest.raises(UserError, match="no checkpoint or run folder none"):
-        search.search(config(toy, init_from="none"), Path("study"))
+        run(config(toy, init_from="none"))
     assert not Path("study").exists()
     with pytest.raises(UserError, match="without --resume"):
         config(toy, resume=True)
 
 
 def test_the_best_of_another_machine_is_not_mistaken_for_ours(toy):
-    search.search(config(toy, n_trials=2, max_steps=1), Path("study"))
+    run(config(toy, n_trials=2, max_steps=1))
     shutil.rmtree(Path("study", os.readlink("study/best")))
-    search.search(config(toy, n_trials=2, max_steps=1), Path("study"))
+    run(config(toy, n_trials=2, max_steps=1))
     assert not os.path.lexists("study/best")
 
 
 # ---- several workers, on a cheap trial
 
-def cheap_trial(study, trial, space, dataset):
-    """Like search.run_trial, but what begins and ends is written down, and the loss is a parabola."""
+def cheap_trial(study, trial, space, dataset, command):
+    """Like search.run_trial, but beginnings and ends are written to files, and the loss is a parabola."""
     params = {key: suggest(trial) for key, suggest in space.items()}
     with open("begun", "a") as f:
         f.write(f"{trial.number}\n")
@@ -211,7 +241,7 @@ def cheap_trial(study, trial, space, dataset):
 def worker(cfg):
     search.run_trial, search.plot_search = cheap_trial, lambda *_: None
     with open(os.devnull, "w") as sys.stdout:
-        search.search(cfg, Path("study"))
+        run(cfg)
     os._exit(0)
 
 

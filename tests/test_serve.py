@@ -1,10 +1,8 @@
 """The server as its clients see it: the official openai client, raw sockets, and the model itself as the reference."""
 import asyncio
 import http.client
-import importlib
 import json
 import os
-import random
 import re
 import signal
 import socket
@@ -21,28 +19,13 @@ import openai
 import pytest
 import torch
 from conftest import ROOT
+from test_engine import KINDS, TOKENIZER, prompts, tiny
 
 import serve
 from thimble import chat, checkpoint
+from thimble.files import UserError
 from thimble.generate import generate
-from thimble.load import deployed
-from thimble.tokenizer import byte_tokenizer
-
-TOKENIZER = byte_tokenizer()
-BASE = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": TOKENIZER.vocab_size, "block_size": 96}
-KINDS = {"dense": ("model", {"n_kv_head": 2}), "ternary": ("ternary", {}), "hybrid": ("hybrid_ssm", {"ssm": "mamba2"}),
-         "mamba1": ("hybrid_ssm", {"ssm": "mamba1"})}
-
-
-def tiny(kind="dense", **extra):
-    arch, more = KINDS[kind]
-    module, generator = importlib.import_module(arch), torch.Generator().manual_seed(1)
-    torch.manual_seed(0)
-    m = module.Model(module.Config(**BASE | more | extra)).eval()
-    with torch.no_grad():
-        for p in m.parameters():
-            p += 0.2 * torch.randn(p.shape, generator=generator)
-    return deployed(m)
+from thimble.load import Loaded
 
 
 class Script:
@@ -66,11 +49,16 @@ class Script:
         return logits, cache
 
 
+def loaded(model, name="tiny"):
+    stop_ids = {TOKENIZER.eot}
+    return Loaded(Path(name), name, {}, model, TOKENIZER, "elite", stop_ids, stop_ids)
+
+
 @contextmanager
 def running(model, **settings):
     """A server in a thread -> (port, Server)."""
     cfg = serve.Config(port=0, log=False, **settings)
-    ours = serve.Server(cfg, model, TOKENIZER, SimpleNamespace(path=Path("tiny"), meta={}))
+    ours = serve.Server(cfg, loaded(model))
     theirs = serve.Uvicorn(cfg, ours)
     ours.connections = theirs.server_state.connections
     thread = threading.Thread(target=theirs.run)
@@ -128,25 +116,19 @@ def until(condition, seconds=5.0):
     return condition()
 
 
-def prompts(n, longest=40):
-    generator = torch.Generator().manual_seed(2)
-    return [[int(i) for i in torch.randint(97, 123, (1 + k * 7 % longest,), generator=generator)] for k in range(n)]
-
-
 # ---- what is written
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_writes_what_each_would_alone(kind):
     model = tiny(kind)
     alone = [list(generate(model, ids, 1 + 5 * k % 40, None, (TOKENIZER.eot,), TOKENIZER.vocab_size,
-                                  temperature=0)) for k, ids in enumerate(prompts(20))]
+                           temperature=0)) for k, ids in enumerate(prompts(20))]
     with running(model, max_batch=6) as (port, ours):
         def one(k):
             return ask(port, "/v1/completions", {"prompt": prompts(20)[k], "max_tokens": 1 + 5 * k % 40,
                                                  "temperature": 0, "stream": k % 2 == 1})
-        with ThreadPoolExecutor(10) as pool:               # more clients than rows, which join and leave
+        with ThreadPoolExecutor(10) as pool:  # more clients than rows, which join and leave
             answers = list(pool.map(one, range(20)))
-        assert not ours.engine.n and not ours.engine.filling and not ours.engine.waiting
+        assert not ours.engine.n_running and not ours.engine.filling and not ours.engine.waiting
         assert ours.engine.counts["steps"] < sum(map(len, alone)), "nothing was batched"
     for k, (status, body, _) in enumerate(answers):
         text = body["choices"][0]["text"] if k % 2 == 0 else "".join(
@@ -219,7 +201,7 @@ def test_logprobs_are_those_of_a_forward_pass(served):
             assert token.startswith("bytes:") or text[offset:].startswith(token)
 
 
-def test_chats_go_on_from_what_a_row_holds():
+def test_chats_continue_from_what_a_row_holds():
     for kind in ("dense", "hybrid"):
         model, ids = tiny(kind), prompts(1)[0] * 30
         with running(model, max_batch=2) as (port, ours):
@@ -235,71 +217,6 @@ def test_chats_go_on_from_what_a_row_holds():
             assert ours.engine.counts["prompt_tokens_reused"] > 60
 
 
-def test_only_keys_and_values_of_the_whole_context_are_cut():
-    model = tiny()
-    init_cache = model.init_cache
-    for layout, cuttable in ((lambda t: t, True), (lambda t: t.transpose(1, 2), False), (lambda t: t[:, :, :9], False)):
-        def changed(*size, layout=layout):
-            cache = init_cache(*size)
-            return cache | {"layers": [{k: layout(t) for k, t in layer.items()} for layer in cache["layers"]]}
-        model.init_cache = changed
-        model.step = lambda idx, cache: (torch.zeros(len(idx), 257), cache)
-        assert serve.Engine(model, TOKENIZER, set(), 2).cuttable == cuttable
-    assert not serve.Engine(tiny("hybrid"), TOKENIZER, set(), 2).cuttable
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS)
-def test_whoever_comes_and_leaves_the_others_write_what_they_would_alone(kind, monkeypatch):
-    """Turn by turn, without a network: prompts that share beginnings, filled in parts; clients that leave at any time;
-    a model that fails now and then. The rows stay in order, and no text or log-probability differs.
-    """
-    monkeypatch.setattr(serve, "CHUNK", 7)
-    model, draw = tiny(kind), random.Random(0)
-    engine = serve.Engine(model, TOKENIZER, {TOKENIZER.eot}, 4)
-    known, waiting, finished = prompts(4), [], 0
-    for _ in range(500):
-        if draw.random() < 0.25:
-            begin = draw.choice(known[:4] + known[-6:])
-            ids = (begin[:draw.randrange(1, 97)] + draw.choice(prompts(9, 12)))[:96]
-            room = draw.choice([1, 3, 20, 97 - len(ids)])
-            asked = serve.Completion(prompt=ids, temperature=0)
-            echo = draw.choice([None, None, TOKENIZER.decode(ids)])
-            sequence = serve.Sequence(asked, ids, echo, min(room, 97 - len(ids)), draw.choice([None, 2]), 1,
-                                      TOKENIZER.stream(), None, [])    # its index: what came of it
-            waiting += [sequence] if engine.submit([sequence], 6) else []
-        if waiting and draw.random() < 0.1:
-            engine.cancel([waiting.pop(draw.randrange(len(waiting)))])
-        if not (engine.waiting or engine.n or engine.filling):
-            continue
-        if draw.random() < 0.02:
-            running = [row.sequence for row in engine.rows if row.sequence]
-            waiting = [s for s in waiting if s not in running]
-            engine.reset()
-        engine.turn()
-        for i, row in enumerate(engine.rows):
-            assert (row.sequence is not None) == (i < engine.n or row is engine.filling)
-            assert row is not engine.filling or i == engine.n
-        for s, _, entries, finish in engine.events:
-            s.index.extend(logp for _, _, logp, _ in entries)
-            if not finish or s.cancelled:
-                continue
-            new = list(generate(model, s.prompt, s.room, None, (TOKENIZER.eot,), TOKENIZER.vocab_size,
-                                       temperature=0))
-            assert [i for i in s.out if i != TOKENIZER.eot] == new
-            text = s.prompt + s.out
-            logp = model(torch.tensor([text[:96]]))[0][0].log_softmax(-1)
-            expected = [logp[i - 1, token].item() for i, token in enumerate(text)][0 if s.echo else len(s.prompt):]
-            if s.top is not None:                          # ternary: where rounding tips over, more
-                if s.echo:
-                    assert s.index.pop(0) is None and expected.pop(0)
-                assert s.index == pytest.approx(expected, abs=0.2 if kind == "ternary" else 2e-4)
-            waiting, finished = [w for w in waiting if w is not s], finished + 1
-            known.append(text)
-        engine.events = []
-    assert finished > 20 and engine.counts["prompt_tokens_reused"] > 0
-
-
 def test_n_and_seed(served):
     how = {"model": "tiny", "prompt": ["abc", "de"], "n": 3, "seed": 5, "max_tokens": 10, "temperature": 1.5}
     first, again = (served.api.completions.create(**how) for _ in range(2))
@@ -307,7 +224,7 @@ def test_n_and_seed(served):
     assert texts == [c.text for c in sorted(again.choices, key=lambda c: c.index)]
     assert len(texts) == 6 and len(set(texts)) > 3
     alone = served.api.completions.create(**how | {"prompt": "de", "n": 1, "seed": 6}).choices[0].text
-    assert alone == texts[4]                               # whatever else is in the batch
+    assert alone == texts[4]  # whatever else is in the batch
 
 
 def test_sampling_settings(served):
@@ -322,7 +239,7 @@ def test_sampling_settings(served):
 
 
 def test_penalties_and_bias_by_hand():
-    with running(Script("a" * 99)) as (port, _):           # log-odds of a: 9, all others: -9
+    with running(Script("a" * 99)) as (port, _):  # log-odds of a: 9, all others: -9
         def text(**how):
             body = {"prompt": "x", "max_tokens": 8, "temperature": 0, "logit_bias": {"98": 17}, **how}  # b: 8
             return ask(port, "/v1/completions", body)[1]["choices"][0]["text"]
@@ -333,7 +250,6 @@ def test_penalties_and_bias_by_hand():
 
 
 # ---- text
-
 @pytest.mark.parametrize("stream", [False, True])
 def test_characters_and_stop_texts_across_tokens(stream):
     with running(Script("a🎉b né STOPPED")) as (port, _):
@@ -344,7 +260,7 @@ def test_characters_and_stop_texts_across_tokens(stream):
             assert not any("\ufffd" in part["text"] for part in parts[:-1])
             return "".join(part["text"] for part in parts), parts[-1]["finish_reason"]
 
-        assert text() == ("a🎉b né STOPPED", "stop")       # by the end-of-text token
+        assert text() == ("a🎉b né STOPPED", "stop")  # by the end-of-text token
         assert text(max_tokens=3) == ("a\ufffd", "length")  # half of a character
         assert text(stop="STOP") == ("a🎉b né ", "stop")
         assert text(stop=["nothing", "né S", "STOP"]) == ("a🎉b ", "stop")
@@ -355,7 +271,6 @@ def test_characters_and_stop_texts_across_tokens(stream):
 
 
 # ---- limits
-
 HOSTILE = [
     b"", b"{", b"[]", b"null", b"1", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"prompt":' * 5000, b'{"prompt": NaN}',
     b'{"prompt": "a", "temperature": NaN}', b'{"prompt": "a", "temperature": 1e999}',
@@ -406,7 +321,7 @@ HOSTILE_CHAT = [
                          [("/tokenize", {}), ("/tokenize", {"prompt": "\ud800"}), ("/detokenize", {"tokens": [999]}),
                           ("/detokenize", {"tokens": "a"}), ("/detokenize", {"tokens": [-1]})],
                          ids=lambda b: str(b)[:40])
-def test_a_hostile_request_gets_a_clear_no(served, path, body):
+def test_a_hostile_request_gets_a_clear_error(served, path, body):
     status, answer, _ = ask(served.port, path, body)
     other_model = isinstance(body, dict) and body.get("model") == "b"
     assert status == (404 if other_model else 400)
@@ -425,7 +340,7 @@ def test_hostile_http(served):
                  post + b"Content-Length: 3\r\nTransfer-Encoding: gzip\r\n\r\nabc"):
         try:
             answer = raw(served.port, sent)
-        except ConnectionError:                            # closed while we were still sending
+        except ConnectionError:  # closed while we were still sending
             continue
         assert re.match(rb"HTTP/1.1 (4\d\d|501) ", answer) and b'{"error"' in answer, (sent[:80], answer[:80])
     assert ask(served.port, "/v1/completions", b'{"prompt": "a"}', Content_Type="text/plain")[0] == 415
@@ -458,9 +373,9 @@ def test_only_the_health_and_the_page_need_no_key(monkeypatch):
                     assert status == 401
         with client(port, "nix") as api, pytest.raises(openai.AuthenticationError):
             api.models.list()
-    with pytest.raises(serve.UserError, match="API key"):
+    with pytest.raises(UserError, match="API key"):
         monkeypatch.delenv("THIMBLE_API_KEY")
-        serve.Server(serve.Config(host="0.0.0.0"), tiny(), TOKENIZER, SimpleNamespace(path=Path("tiny"), meta={}))
+        serve.Server(serve.Config(host="0.0.0.0"), loaded(tiny()))
 
 
 def test_other_names_and_other_pages_are_refused(served):
@@ -474,7 +389,7 @@ def test_other_names_and_other_pages_are_refused(served):
     assert "access-control-allow-origin" not in ask(served.port, "/v1/models", Origin=f"http://{here}")[2]
 
 
-def test_who_finds_the_queue_full_is_told_at_once():
+def test_a_full_queue_refuses_at_once():
     with running(Script("a" * 5000, 0.002), max_batch=2, max_queue=3) as (port, ours):
         body = {"prompt": "x", "max_tokens": 100}
         with ThreadPoolExecutor(20) as pool:
@@ -500,7 +415,7 @@ def post(port, **body):
 def test_a_client_that_leaves_frees_its_place_in_the_queue():
     with running(Script("a" * 9000, 0.002), max_batch=1, max_queue=2) as (port, ours):
         with post(port, prompt="x", max_tokens=9000):
-            assert until(lambda: ours.engine.n == 1)
+            assert until(lambda: ours.engine.n_running == 1)
             with post(port, prompt="x"), post(port, prompt="x"):
                 assert until(lambda: len(ours.engine.waiting) == 2)
                 assert ask(port, "/v1/completions", {"prompt": "x"})[0] == 429
@@ -510,9 +425,9 @@ def test_a_client_that_leaves_frees_its_place_in_the_queue():
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_does_not_read_is_cut_off(stream, capfd):
     with running(Script("a" * 9000), client_seconds=0.5, max_batch=4) as (port, ours):
-        with post(port, prompt="x", max_tokens=3000, n=4, logprobs=20, stream=stream):         # some 6 MB
+        with post(port, prompt="x", max_tokens=3000, n=4, logprobs=20, stream=stream):  # some 6 MB
             assert until(lambda: ours.connections) and until(lambda: not ours.connections, 20)
-            assert until(lambda: not ours.engine.n)
+            assert until(lambda: not ours.engine.n_running)
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -520,8 +435,8 @@ def test_a_client_that_does_not_read_is_cut_off(stream, capfd):
 def test_a_client_that_leaves_frees_its_row(stream):
     with running(Script("a" * 9000, 0.001), max_batch=4) as (port, ours):
         with post(port, prompt="x", max_tokens=9000, stream=stream, n=3):
-            assert until(lambda: ours.engine.n == 3)
-        assert until(lambda: ours.engine.n == 0, 0.5)
+            assert until(lambda: ours.engine.n_running == 3)
+        assert until(lambda: ours.engine.n_running == 0, 0.5)
         assert ours.engine.counts["generated_tokens"] < 3000
 
 
@@ -529,10 +444,9 @@ def test_a_model_that_cannot_step_rows_of_different_lengths_is_refused_at_once()
     model = tiny()
     step = model.step
     model.step = lambda idx, cache: step(idx, cache | {"pos": torch.tensor(int(cache["pos"]))})
-    loaded = SimpleNamespace(path=Path("Some-1.5B"), meta={})
-    with pytest.raises(serve.UserError, match="--max_batch=1 asks the least"):
-        serve.Server(serve.Config(), model, TOKENIZER, loaded)
-    assert serve.Server(serve.Config(max_batch=1), model, TOKENIZER, loaded).name == "Some-1.5B"
+    with pytest.raises(UserError, match="--max_batch=1 needs the least"):
+        serve.Server(serve.Config(), loaded(model))
+    assert serve.Server(serve.Config(max_batch=1), loaded(model, "Some-1.5B")).name == "Some-1.5B"
 
 
 def test_slow_clients_are_closed():
@@ -553,13 +467,13 @@ def test_an_answer_has_a_deadline():
         assert ask(port, "/v1/completions", body)[0] == 408
         text = ask(port, "/v1/completions", body | {"stream": True})[1]
         assert json.loads(text.strip().rpartition("data: ")[2])["error"]["code"] == "timeout"
-        assert until(lambda: ours.engine.n == 0)
+        assert until(lambda: ours.engine.n_running == 0)
 
 
-def test_a_failure_of_the_model_is_told_and_over(capfd):
+def test_a_failure_of_the_model_is_reported_and_over(capfd):
     script = Script("abc")
     with running(script) as (port, ours):
-        script.ids, ids = [10**6], script.ids              # an index out of range
+        script.ids, ids = [10**6], script.ids  # an index out of range
         assert ask(port, "/v1/completions", {"prompt": "x"})[0] == 500
         script.ids = ids
         assert ask(port, "/v1/completions", {"prompt": "x"})[1]["choices"][0]["text"] == "abc"
@@ -569,10 +483,10 @@ def test_a_failure_of_the_model_is_told_and_over(capfd):
 
 def test_the_log_has_no_prompt_and_cannot_be_forged(capfd):
     cfg = serve.Config(port=0)
-    ours = serve.Server(cfg, tiny(), TOKENIZER, SimpleNamespace(path=Path("tiny"), meta={}))
+    ours = serve.Server(cfg, loaded(tiny()))
 
     async def drive():
-        ours.engine.run(asyncio.get_running_loop())
+        ours.engine.start(asyncio.get_running_loop())
         scope = {"type": "http", "method": "POST", "path": "/x\n12:00:00 forged\x1b[31m", "headers": [
             (b"host", b"localhost")], "query_string": b"", "client": ("1.2.3.4", 5)}
         async def send(message):

@@ -103,7 +103,7 @@ def test_records():
     for bad in ({}, {"messages": 5}, {"messages": cat}, {"messages": []},
                 {"conversations": [{"from": "tool", "value": "x"}]}, [1], {"instruction": "a", "output": None},
                 {"question": "a", "answer": "\ud800"}):
-        with pytest.raises(UserError, match="line 7 is no conversation"):
+        with pytest.raises(UserError, match="line 7 is not a conversation"):
             sft.conversation(bad, "line 7")
 
 
@@ -213,7 +213,7 @@ def test_the_terminal_asks_as_training_did(rows, tmp_path, monkeypatch, capsys):
     assert counts[len(asked[1][0])] and asked[1][1:] == (7, 0.5, {tokenizer.eot})
     assert asked[2][0] == tokenizer.encode("User: Hi\nAssistant:")
     shown = capsys.readouterr()
-    assert shown.out.count("Fine.") == 3 and "/temp x" in shown.err and "/what is none of" in shown.err
+    assert shown.out.count("Fine.") == 3 and "/temp x" in shown.err and "/what is not a command" in shown.err
     sample.main(sample.Config(checkpoint=str(tmp_path / "run"), chat=True, prompt="Hi"))
     assert asked[3][0] == asked[2][0] and capsys.readouterr().out.strip() == "Fine."
 

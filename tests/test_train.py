@@ -25,6 +25,7 @@ import search
 import train
 from optim import lr_scale
 from thimble import checkpoint, configurator, data, files
+from thimble.tokenizer import Tokenizer
 
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 8, "max_steps": 12, "eval_every": 6,
         "log_every": 1, "dropout": 0.1, "device": "cpu"}
@@ -39,6 +40,11 @@ def config(toy, out="run", **changes):
     return configurator.load(train.Config, **(TINY | {"dataset": str(toy), "out_dir": out} | changes))
 
 
+def typed(keys):
+    """The Command of a command line with these keys."""
+    return configurator.Command("train.py ...", [], keys, keys)
+
+
 def lines(run):
     return [json.loads(line) for line in Path(f"{run}/metrics.jsonl").read_text().splitlines()]
 
@@ -49,7 +55,7 @@ def steps(run):
 
 def digest(run):
     """sha256 of the newest weights and of all that the next step depends on."""
-    folder = checkpoint.find(run)
+    folder = checkpoint.load_run(run).path
     state = json.loads((folder / "meta.json").read_text())["state"]
     seconds = ("seconds", "record")                        # clocks differ
     files = [folder / "model.safetensors", folder / "optimizer.safetensors"]
@@ -77,14 +83,14 @@ def test_the_reported_score_is_that_of_the_reloaded_checkpoint(toy):
     m = checkpoint.load_model(checkpoint.load("run", which="latest"))
     dtype = getattr(torch, checkpoint.load("run").meta["environment"]["dtype"])
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
-    assert train.evaluate(m, data.load(toy), torch.device("cpu"), autocast)["val_loss"] == record["val_loss"]
+    assert train.evaluate(m, data.load(toy), autocast)["val_loss"] == record["val_loss"]
 
 
 def test_evaluation_counts_every_token_once_for_any_batch_size(toy):
     dataset = data.load(toy)
     torch.manual_seed(0)
     m = model.Model(model.Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257, block_size=32))
-    got = train.evaluate(m, dataset, torch.device("cpu"), torch.autocast("cpu", enabled=False))
+    got = train.evaluate(m, dataset, torch.autocast("cpu", enabled=False))
     nats, ids = [], torch.from_numpy(np.array(dataset.val)).long()
     for start in range(0, len(ids) - 1, 32):               # one window at a time
         window = ids[start:start + 33]
@@ -124,7 +130,7 @@ def test_micro_batches_are_weighed_by_tokens(toy, monkeypatch):
     test_micro_batches_change_nothing(toy)
 
 
-def test_a_model_with_more_rows_than_words_trains_and_samples(toy):
+def test_a_model_with_more_ids_than_its_tokenizer_trains_and_samples(toy):
     assert train.train(config(toy, vocab_size=4000, max_steps=2, eval_every=1, prompts=("the",)))["step"] == 2
 
 
@@ -149,7 +155,7 @@ def test_a_parameter_that_does_nothing_is_named(toy, tmp_path, monkeypatch):
                                       "    def param_groups(self):\n        groups = super().param_groups()\n"
                                       "        return groups | {'vector': groups['vector'] + [self.extra.weight]}\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(files.UserError, match="no gradient reaches extra.weight"):
+    with pytest.raises(files.UserError, match="idle.py: no gradient reaches extra.weight"):
         train.train(config(toy, arch="idle"))
 
 
@@ -168,7 +174,7 @@ def test_a_failing_compiler_is_not_fatal(toy, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", broken)
     assert train.train(config(toy, "compiled", compile=True))["val_loss"] == plain["val_loss"]
     out = capsys.readouterr().out
-    assert "torch.compile does not work here (no compiler)" in out and "threads, compiled" not in out
+    assert "torch.compile does not work here (no compiler second line)" in out and "threads, compiled" not in out
     assert lines("compiled")[0]["compile"] is False        # what came of it
     assert checkpoint.load("compiled").meta["environment"]["compile"] is False
     train.train(config(toy, "compiled", compile=True, resume=True))
@@ -362,7 +368,7 @@ def test_resume_never_passes_max_steps(toy):
 def test_a_flag_at_its_default_counts_on_resume(toy, monkeypatch):
     train.train(config(toy, patience=7))
     monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--out_dir=run", "--patience=0", "--max_steps=14"])
-    configurator.run(train.main, train.Config)
+    configurator.run(train.main, train.Config, with_command=True)
     assert checkpoint.load("run").meta["config"]["patience"] == 0
 
 
@@ -510,7 +516,7 @@ def test_three_bad_steps_go_back_to_the_last_good_state_with_half_the_rate(toy, 
     poison.BAD = {8, 9, 10}                                # after the checkpoint of step 6
     cfg = config(toy, arch="poison", schedule="constant")
     train.train(cfg)
-    assert "back to step 6 with half the rate" in capsys.readouterr().out
+    assert "back to step 6 with half the learning rate" in capsys.readouterr().out
     assert [r["step"] for r in steps("run")] == list(range(1, 13))       # the second pass alone
     assert [r["step"] for r in lines("run") if "event" in r] == [0, 8, 9, 10, 6]
     rates = {r["step"]: r["lr"] for r in steps("run")}
@@ -548,14 +554,15 @@ def test_every_recipe_loads_and_starts_at_ln_v(path):
     assert abs(loss.item() - math.log(vocab_size)) < 0.02 * math.log(vocab_size)
 
 
-def test_a_vocabulary_of_128260_words_is_uint32_and_trains(tmp_path):
-    from tokenizers import Tokenizer, models, pre_tokenizers
+def test_a_vocabulary_of_128260_tokens_is_uint32_and_trains(tmp_path):
+    import tokenizers
+    from tokenizers import models, pre_tokenizers
     words = {f"w{i}": i for i in range(128_259)} | {"<|endoftext|>": 128_259}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
+    hf = tokenizers.Tokenizer(models.WordLevel(words, unk_token="w0"))
+    hf.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    hf.add_special_tokens(["<|endoftext|>"])
     rng = np.random.default_rng(0)
-    with data.Writer(tmp_path / "wide", Tokenizer(tokenizer), "random words") as out:
+    with data.Writer(tmp_path / "wide", Tokenizer(hf), "random words") as out:
         for split, n in (("train", 2000), ("val", 200)):
             out.append(split, rng.integers(128_260, size=n), n_bytes=7 * n, documents=1)
         out.meta["baselines"] = {"uniform": 8.0, "unigram": 8.0, "bigram": 8.0, "trigram": 8.0}
@@ -592,12 +599,12 @@ def test_fine_tuning_starts_from_a_run(toy):
 def test_fine_tuning_takes_or_refuses_model_flags(toy, tmp_path, monkeypatch):
     train.train(config(toy, "base"))
     for out, changes in (("a", {"dropout": 0.0}), ("b", {"dropout": 0.3, "block_size": 16})):
-        train.train(config(toy, out, init_from="base", **changes))
+        train.train(config(toy, out, init_from="base", **changes), command=typed(changes))
         was = checkpoint.load("base").meta["model_config"]
         assert checkpoint.load(out).meta["model_config"] == was | changes
     for changes, message in (({"n_embd": 64}, r"n_embd=64 \(it has 32\)"), ({"n_layer": 4}, r"n_layer=4 \(it has 1\)")):
-        with pytest.raises(files.UserError, match=message):       # 4 is the default
-            train.train(config(toy, "c", init_from="base", **changes))
+        with pytest.raises(files.UserError, match=message):        # 4 is the default, and was typed all the same
+            train.train(config(toy, "c", init_from="base", **changes), command=typed(changes))
     (tmp_path / "placed.py").write_text("from model import *\nfrom model import Model as Plain\n\n"
                                         "class Model(Plain):\n    def __init__(self, config):\n"
                                         "        super().__init__(config)\n"
@@ -660,7 +667,7 @@ def test_mistakes_end_in_one_clear_line(toy, args, reason, tmp_path, monkeypatch
     given = [f"--{k}={v}" for k, v in (TINY | {"dataset": toy}).items()]
     monkeypatch.setattr(sys, "argv", ["train.py", *given, *(arg.format(**places) for arg in args)])
     with pytest.raises(SystemExit) as end:
-        configurator.run(train.main, train.Config)
+        configurator.run(train.main, train.Config, with_command=True)
     err = capsys.readouterr().err
     assert end.value.code == 1 and reason.format(**places) in err and len(err.strip().splitlines()) == 1
 
@@ -670,7 +677,7 @@ def test_runs_are_named_after_their_recipe_and_never_collide(toy, tmp_path, monk
 
     def call(*args):
         monkeypatch.setattr(sys, "argv", ["train.py", *args])
-        configurator.run(train.main, train.Config)
+        configurator.run(train.main, train.Config, with_command=True)
     call("mine.py")
     call("mine.py", "--seed=2")
     assert sorted(os.listdir("runs")) == ["mine", "mine-2"]
@@ -687,13 +694,13 @@ def test_a_typed_dataset_is_not_made_by_the_recipes_script(toy, tmp_path, monkey
                          ([], "could not prepare the dataset recipe")):
         monkeypatch.setattr(sys, "argv", ["train.py", "mine.py", *args])
         with pytest.raises(SystemExit):
-            configurator.run(train.main, train.Config)
+            configurator.run(train.main, train.Config, with_command=True)
         assert reason in capsys.readouterr().err
 
 
 def test_a_flag_whose_value_ends_like_a_file_counts_on_resume(toy, monkeypatch):
     train.train(config(toy, "runs/a"))
     monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--prepare", "x.py", "--max_steps", "14"])
-    configurator.run(train.main, train.Config)
+    configurator.run(train.main, train.Config, with_command=True)
     assert checkpoint.load("runs/a").meta["config"]["prepare"] == "x.py"
     assert checkpoint.load("runs/a").meta["step"] == 14

@@ -9,130 +9,151 @@ A dataset is a folder that any of the scripts in prepare/ writes:
     train.bin, val.bin              flat little-endian uint16, or uint32 when the vocabulary exceeds 65,535
     train.mask.bin, val.mask.bin    optional, uint8: 1 where a token counts in the loss
     tokenizer.json                  a Hugging Face `tokenizers` file, whatever the kind of tokenizer
-    meta.json                       everything else; written last. With a row_length, each row is an example of its own
+    meta.json                       everything else; written last. With a row_length, each row is a separate example
 """
-
+import contextlib
 import errno
 import functools
 import glob
 import hashlib
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from thimble.configurator import hint
-from thimble.files import UserError, remove, replace_folder
+from thimble.files import UserError, remove, replace_folder, write_synced
 from thimble.tokenizer import load_tokenizer
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
+DATA_DIR = Path(__file__).resolve().parent.parent / "data"  # where datasets live, unless told otherwise
 MB = 1 << 20
-FULL_HASH_LIMIT = 64 * MB  # beyond this, loading hashes only the first and the last MB of a file, to stay instant
-# every key of meta.json and the type of its value; a dict stands for {split: int}
-META_KEYS = {
-    "format_version": int, "dtype": str, "vocab_size": int, "tokens": dict, "bytes": dict, "documents": dict,
-    "source": str, "tokenizer": str, "baselines": dict, "options": dict, "files": dict,
-}  # fmt: skip
+FULL_HASH_LIMIT = 64 * MB  # of a larger file, loading hashes only the first and the last MB, to stay instant
 
-# ----------------------------------------------------------------------------------------------------------------------
-# loading
+# what meta.json must hold, and the type of each value
+META_TYPES = {"format_version": int, "dtype": str, "vocab_size": int, "source": str, "tokenizer": str, "files": dict,
+              "tokens": dict, "bytes": dict, "documents": dict, "baselines": dict, "options": dict}
+REQUIRED_FILES = {"train.bin", "val.bin", "tokenizer.json"}
+MASK_FILES = {"train.mask.bin", "val.mask.bin"}
 
 
+# ---- loading
 @dataclass(frozen=True)
 class Dataset:
-    path: Path
-    meta: dict
-    vocab_size: int
-    train: np.ndarray  # (n,) read-only memmap of token ids
-    val: np.ndarray
-    train_mask: np.ndarray | None
-    val_mask: np.ndarray | None
-
-    @property
-    def val_bytes(self):
-        """Bytes of UTF-8 text that the val tokens stand for (an end-of-text token stands for none)."""
-        return self.meta["bytes"]["val"]
+    path: Path                      # the folder
+    meta: dict                      # what its meta.json says
+    vocab_size: int                 # of the tokenizer, the end-of-text token included
+    train: np.ndarray               # (n,) token ids, a read-only memmap
+    val: np.ndarray                 # (n,) likewise
+    train_mask: np.ndarray | None   # (n,) uint8; None: every token counts in the loss
+    val_mask: np.ndarray | None     # (n,) likewise
 
     @property
     def row_length(self):
-        """Tokens of a row, where each row is an example of its own and batches must not cut across; 0: running text."""
+        """Tokens in a row, where each row is a separate example that no batch may cut across; 0: running text."""
         return self.meta.get("row_length", 0)
 
     def bytes_per_token(self, split):
-        """Of UTF-8 text, per token that counts in the loss (an end-of-text token stands for no byte)."""
+        """Bytes of UTF-8 text per token that counts in the loss (an end-of-text token stands for no byte)."""
         mask = getattr(self, f"{split}_mask")
         n = self.meta["tokens"][split] if mask is None else np.count_nonzero(mask)
         return self.meta["bytes"][split] / n
 
     def tokenizer(self):
+        """The Tokenizer that the ids were made with; UserError if it does not fit them."""
         tokenizer = load_tokenizer(self.path)
         if tokenizer.vocab_size != self.vocab_size:
-            raise UserError(
-                f"{self.path / 'tokenizer.json'} has {tokenizer.vocab_size} ids, meta.json says vocab_size "
-                f"{self.vocab_size}: run the prepare script again"
-            )
+            raise UserError(f"{self.path / 'tokenizer.json'} has {tokenizer.vocab_size} ids, meta.json says vocab_size "
+                            f"{self.vocab_size}: run the prepare script again")
         return tokenizer
 
 
-def load(path):
-    """Open the dataset folder `path` after checking it; raises UserError naming the file, the fault and the remedy.
+def folder_of(name):
+    """The folder `name` if there is one, else data/NAME in the project."""
+    folder = Path(name)
+    return folder if folder.is_dir() else DATA_DIR / name
 
-    A file up to 64 MB is hashed whole and all its ids are compared with the vocabulary; of a larger one, the size and
+
+def load(path):
+    """Open the dataset folder `path` after checking it; UserError names the file, the fault and the remedy.
+
+    Files of up to 64 MB are hashed whole and every id is compared with the vocabulary; of a larger file, the size and
     the first and last MB are checked.
     """
     path = Path(path)
     if not path.is_dir():
-        there = sorted(file.parent.name for file in path.parent.glob("[!.]*/train.bin"))
-        raise UserError(
-            f"there is no dataset {path}: make it with a script in prepare/, e.g. prepare/text.py"
-            f"{hint(path.name, there)}"
-        )
+        # a name with a dot in front is somebody's temporary folder
+        others = sorted(file.parent.name for file in path.parent.glob("[!.]*/train.bin"))
+        raise UserError(f"there is no dataset {path}: make it with a script in prepare/, e.g. prepare/text.py"
+                        f"{hint(path.name, others)}")
     meta = _read_meta(path / "meta.json")
-    dtype, vocab_size, arrays = np.dtype(meta["dtype"]).newbyteorder("<"), meta["vocab_size"], {}
+    arrays = {}
     for name, entry in meta["files"].items():
+        # the size first: it costs nothing and gives the clearer message where a copy broke off
         file = path / name
         if not file.is_file():
             raise _damaged(file, "is missing")
         size = file.stat().st_size
         if size != entry["size"]:
             raise _damaged(file, f"has {size:,} bytes, meta.json says {entry['size']:,}")
-        if not name.endswith(".bin"):
+        if name == "tokenizer.json":
             if hashlib.sha256(file.read_bytes()).hexdigest() != entry["sha256"]:
                 raise _damaged(file, "does not match its sha256 in meta.json")
-            continue
-        split, is_mask = name.split(".")[0], ".mask." in name
-        itemsize = 1 if is_mask else dtype.itemsize
-        if size != meta["tokens"][split] * itemsize:
-            raise _damaged(
-                file, f"has {size:,} bytes, but {meta['tokens'][split]:,} tokens of {itemsize} bytes are expected"
-            )
-        array = np.memmap(file, np.uint8 if is_mask else dtype, mode="r")
-        key = "sha256" if size <= FULL_HASH_LIMIT else "sha256_ends"
-        if _hash_ends(array) != entry.get(key):
-            raise _damaged(file, f"does not match its {key} in meta.json")
-        # the hash says the file is as written; that its ids fit the vocabulary depends on meta.json, which has no hash
-        part = array if size <= FULL_HASH_LIMIT else np.concatenate([array[:MB], array[-MB:]])
-        top, limit = int(part.max()), 2 if is_mask else vocab_size
-        if top >= limit:
-            raise _damaged(file, f"holds the value {top:,}, which must be below {limit:,}")
-        arrays[split, is_mask] = array
-        if is_mask and not array[1:].any():  # the first token is never a target
-            raise UserError(f"{file} lets no token count: prepare it again with a 1 where the loss is to be taken")
-    masks = arrays.get(("train", True)), arrays.get(("val", True))
-    return Dataset(path, meta, vocab_size, arrays["train", False], arrays["val", False], *masks)
+        elif name in MASK_FILES:
+            arrays[name] = _open_mask(file, meta, entry)
+        else:
+            dtype = np.dtype(meta["dtype"]).newbyteorder("<")  # on any machine
+            arrays[name] = _open_array(file, meta, entry, dtype, limit=meta["vocab_size"])
+    return Dataset(path, meta, meta["vocab_size"], arrays["train.bin"], arrays["val.bin"],
+                   arrays.get("train.mask.bin"), arrays.get("val.mask.bin"))
+
+
+def _open_array(file, meta, entry, dtype, limit):
+    """A memmap of `file` (size checked already), one value below `limit` for each token of its split."""
+    split = file.name.split(".")[0]  # of train.bin or train.mask.bin
+    n_tokens = meta["tokens"][split]
+    if entry["size"] != n_tokens * dtype.itemsize:
+        raise _damaged(file, f"has {entry['size']:,} bytes, but {n_tokens:,} tokens of {dtype.itemsize} bytes are "
+                             "expected")
+    array = np.memmap(file, dtype, mode="r")
+    whole = entry["size"] <= FULL_HASH_LIMIT
+    key = "sha256" if whole else "sha256_ends"
+    if _hash_ends(array) != entry.get(key):
+        raise _damaged(file, f"does not match its {key} in meta.json")
+    # the hash shows that the file is as it was written; but vocab_size is in meta.json, which has no hash
+    part = array if whole else np.concatenate([array[:MB], array[-MB:]])
+    top = int(part.max())
+    if top >= limit:
+        raise _damaged(file, f"holds the value {top:,}, which must be below {limit:,}")
+    return array
+
+
+def _open_mask(file, meta, entry):
+    mask = _open_array(file, meta, entry, np.dtype(np.uint8), limit=2)
+    if not mask[1:].any():  # the first token is never a target
+        raise UserError(f"{file} masks out every token: prepare it again with a 1 where the loss is to be taken")
+    return mask
+
+
+def _hash_ends(array):
+    """sha256 of a whole array of up to 64 MB; of a larger one, of its first and last MB."""
+    view = array.view(np.uint8)  # bytes, whatever the dtype
+    if view.size <= FULL_HASH_LIMIT:
+        return hashlib.sha256(view).hexdigest()
+    return hashlib.sha256(view[:MB].tobytes() + view[-MB:].tobytes()).hexdigest()
 
 
 def _damaged(file, fault):
     return UserError(f"{file} {fault}: run the prepare script that made it again")
 
 
+# ---- meta.json
 def _read_meta(file):
-    def reject(constant):
-        raise ValueError(f"{constant} is no number")
+    def reject(constant):  # NaN and Infinity, which Python would read although they are not JSON
+        raise ValueError(f"{constant} is not a number")
 
     try:
         meta = json.loads(file.read_bytes().decode(), parse_constant=reject)
@@ -140,124 +161,129 @@ def _read_meta(file):
         raise _damaged(file, "is missing") from None
     except (ValueError, RecursionError) as error:
         raise _damaged(file, f"is not valid JSON ({str(error)[:100]})") from None
-    if not isinstance(meta, dict):
-        raise _damaged(file, "holds no JSON object")
-    if meta.get("format_version") != FORMAT_VERSION:
-        fault = f"has format_version {meta.get('format_version')!r}, this version of data.py reads {FORMAT_VERSION}"
+    fault = _fault_of(meta)
+    if fault:
         raise _damaged(file, fault)
-    for key, kind in META_KEYS.items():
-        if type(meta.get(key)) is not kind:  # not isinstance: True is an int to Python
-            raise _damaged(file, f"needs a key {key!r} of type {kind.__name__}, has {meta.get(key)!r:.60}")
-    for key in ("tokens", "bytes", "documents"):
-        for split in SPLITS:
-            value = meta[key].get(split)
-            if type(value) is not int or value < (key == "tokens"):
-                raise _damaged(file, f"needs a number in {key}.{split}, has {value!r:.60}")
-    if not all(type(value) in (int, float) for value in meta["baselines"].values()):
-        raise _damaged(file, f"needs numbers in baselines, has {meta['baselines']!r:.60}")
-    if type(meta.get("row_length", 0)) is not int or meta.get("row_length", 0) < 0:
-        raise _damaged(file, f"has row_length {meta['row_length']!r:.60}")
-    if meta["dtype"] not in ("uint16", "uint32"):
-        raise _damaged(file, f"has dtype {meta['dtype']!r:.60}, which must be uint16 or uint32")
-    if not 0 < meta["vocab_size"] <= 2**32:
-        raise _damaged(file, f"has vocab_size {meta['vocab_size']}")
-    allowed = {"train.bin", "val.bin", "tokenizer.json", "train.mask.bin", "val.mask.bin"}
-    required = {"train.bin", "val.bin", "tokenizer.json"}
-    if not required <= set(meta["files"]) <= allowed:
-        raise _damaged(file, f"lists the files {sorted(meta['files'])!r:.200}, not the files of a dataset")
-    for name, entry in meta["files"].items():
-        if not isinstance(entry, dict) or type(entry.get("size")) is not int or type(entry.get("sha256")) is not str:
-            raise _damaged(file, f"needs size and sha256 of {name}, has {entry!r:.60}")
     return meta
 
 
-def _hash_ends(array):
-    """sha256 of a whole array of up to 64 MB, else of its first and last MB."""
-    view = array.view(np.uint8)
-    if view.size <= FULL_HASH_LIMIT:
-        return hashlib.sha256(view).hexdigest()
-    return hashlib.sha256(view[:MB].tobytes() + view[-MB:].tobytes()).hexdigest()
+def _fault_of(meta):
+    """What is wrong with the content of a meta.json, or None. After this, no key of it needs a check."""
+    if not isinstance(meta, dict):
+        return "does not hold a JSON object"
+    if meta.get("format_version") != FORMAT_VERSION:
+        return f"has format_version {meta.get('format_version')!r}, this version of data.py reads {FORMAT_VERSION}"
+    # whoever copies or edits a meta.json by hand gets a line about it, not a KeyError somewhere in training
+    for key, kind in META_TYPES.items():
+        if type(meta.get(key)) is not kind:  # not isinstance: True is an int to Python
+            return f"needs a key {key!r} of type {kind.__name__}, has {meta.get(key)!r:.60}"
+    if meta["dtype"] not in ("uint16", "uint32"):
+        return f"has dtype {meta['dtype']!r:.60}, which must be uint16 or uint32"
+    if not 0 < meta["vocab_size"] <= 2**32:
+        return f"has vocab_size {meta['vocab_size']}, which must be from 1 to 2^32"
+    row_length = meta.get("row_length", 0)
+    if type(row_length) is not int or row_length < 0:
+        return f"has row_length {row_length!r:.60}, which must be a whole number"
+    for key in ("tokens", "bytes", "documents"):
+        least = 1 if key == "tokens" else 0
+        for split in SPLITS:
+            value = meta[key].get(split)
+            if type(value) is not int or value < least:
+                return f"needs a number in {key}.{split}, has {value!r:.60}"
+    for value in meta["baselines"].values():
+        if type(value) not in (int, float):
+            return f"needs numbers in baselines, has {meta['baselines']!r:.60}"
+    # exact names, so that no entry can point out of the folder
+    if not REQUIRED_FILES <= set(meta["files"]) <= REQUIRED_FILES | MASK_FILES:
+        return f"lists the files {sorted(meta['files'])!r:.200}, which are not those of a dataset"
+    for name, entry in meta["files"].items():
+        if not isinstance(entry, dict) or type(entry.get("size")) is not int or type(entry.get("sha256")) is not str:
+            return f"needs size and sha256 of {name}, has {entry!r:.60}"
+    return None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# batches
+# ---- batches
+def batch(tokens, step, batch_size, block_size, seed, mask=None, row_length=0):
+    """Batch `step`: (x, y), int64 (batch_size, block_size); y is x shifted by one, -1 where `mask` is 0.
 
-
-@functools.lru_cache(maxsize=4)
-def _epoch(seed, epoch, n_windows, stride, slack):
-    rng = np.random.default_rng((seed % 2**64, epoch))
-    offset = rng.integers(slack)
-    return rng.permutation(n_windows) * stride + offset
+    Rows of a fixed length end in padding: the part of it that all rows of a batch share is cut off, which leaves a
+    multiple of 32 tokens.
+    """
+    if row_length and row_length != block_size:
+        raise UserError(f"the dataset has rows of {row_length} tokens: train with --block_size={row_length}")
+    starts = batch_indices(len(tokens), step, batch_size, block_size, seed, rows=row_length > 0)
+    at = starts[:, None] + np.arange(block_size + 1)  # (batch_size, block_size + 1)
+    windows = np.asarray(tokens)[at].astype(np.int64)  # the only read from the disk
+    x = windows[:, :-1].copy()  # copies: callers may write into them
+    y = windows[:, 1:].copy()
+    if mask is not None:
+        y[np.asarray(mask)[at[:, 1:]] == 0] = -1
+    if row_length:
+        used = np.flatnonzero((y >= 0).any(0)).max(initial=0) + 1  # up to the last target of any row
+        width = -(-used // 32) * 32  # rounded up, so that there are few different shapes
+        x, y = x[:, :width], y[:, :width]
+    return x, y
 
 
 def batch_indices(n_tokens, step, batch_size, block_size, seed, rows=False):
     """Where the windows of batch `step` start: (batch_size,) int64, a pure function of the arguments.
 
-    A window is block_size + 1 tokens: the inputs and, one further, the targets. An epoch is a random order of the
-    windows that stand block_size apart (so that each token is a target once), all shifted by one random offset. Batches
-    run on across the end of an epoch; its short rest at either end of the split gets its turn under another offset.
-    With `rows` there is no offset: each window is one of the split's rows of block_size.
+    A window is block_size + 1 tokens: the inputs and, shifted by one, the targets. An epoch is a random order of
+    windows that lie block_size apart, so that each token is a target once, all shifted by one random offset. A batch
+    may run across the end of an epoch. The tokens left over at either end of the split are reached in other epochs,
+    whose offset is another. With `rows` there is no offset: each window is one of the split's rows of block_size.
     """
     if n_tokens < block_size + 1:
-        raise UserError(
-            f"the split has {n_tokens:,} tokens, a window needs block_size + 1 = {block_size + 1:,}: use a smaller "
-            "block_size or more text"
-        )
-    n_windows = max(1, (n_tokens - block_size) // block_size)  # as many as fit under every offset
-    slack = min(block_size, n_tokens - n_windows * block_size)
+        raise UserError(f"the split has {n_tokens:,} tokens, a window needs block_size + 1 = {block_size + 1:,}: use a "
+                        "smaller block_size or more text")
     if rows:
-        n_windows, slack = (n_tokens - 1) // block_size, 1
-    starts, done = [], 0
+        n_windows = (n_tokens - 1) // block_size  # one token stands behind the last row, as its last target
+        n_offsets = 1
+    else:
+        n_windows = max(1, (n_tokens - block_size) // block_size)  # as many as fit under every offset
+        n_offsets = min(block_size, n_tokens - n_windows * block_size)
+    starts = []
+    done = 0
     while done < batch_size:
-        epoch, at = divmod(step * batch_size + done, n_windows)
-        starts.append(_epoch(seed, epoch, n_windows, block_size, slack)[at : at + batch_size - done])
+        # windows are numbered through all epochs, so no state is needed to resume at any step
+        epoch, first = divmod(step * batch_size + done, n_windows)
+        order = _epoch(seed, epoch, n_windows, block_size, n_offsets)
+        starts.append(order[first:first + batch_size - done])
         done += len(starts[-1])
-    return starts[0] if len(starts) == 1 else np.concatenate(starts)
+    return np.concatenate(starts)
 
 
-def batch(tokens, step, batch_size, block_size, seed, mask=None, row_length=0):
-    """Batch `step`: (x, y), int64 (batch_size, block_size); y is x one further, -1 where `mask` is 0.
-
-    Rows of a fixed length end in padding: what all of a batch have of it is cut off, down to a multiple of 32.
-    """
-    if row_length and row_length != block_size:
-        raise UserError(f"the dataset has rows of {row_length} tokens: train with --block_size={row_length}")
-    starts = batch_indices(len(tokens), step, batch_size, block_size, seed, rows=row_length > 0)
-    at = starts[:, None] + np.arange(block_size + 1)
-    window = np.asarray(tokens)[at].astype(np.int64)
-    x, y = window[:, :-1].copy(), window[:, 1:].copy()
-    if mask is not None:
-        y[np.asarray(mask)[at[:, 1:]] == 0] = -1
-    if row_length:
-        used = np.flatnonzero((y >= 0).any(0)).max(initial=0) + 1
-        x, y = x[:, : -(-used // 32) * 32], y[:, : -(-used // 32) * 32]
-    return x, y
+@functools.lru_cache(maxsize=4)
+def _epoch(seed, epoch, n_windows, stride, n_offsets):
+    """The starts of one epoch's windows in the order in which they are read. Cached: every batch asks for it."""
+    rng = np.random.default_rng((seed % 2**64, epoch))  # numpy takes no negative seeds
+    offset = rng.integers(n_offsets)
+    return rng.permutation(n_windows) * stride + offset
 
 
 def eval_windows(tokens, block_size, batch_size, mask=None):
     """Yield (x, y) over the whole split, int64 (<= batch_size, block_size): each token but the first is a target once.
 
-    The last window is filled up with target -1.
+    The last window is filled up with targets of -1.
     """
-    tokens, n_targets = np.asarray(tokens), len(tokens) - 1
+    tokens = np.asarray(tokens)
+    n_targets = len(tokens) - 1
     if n_targets < 1:
         raise UserError(f"the split has {len(tokens)} tokens, at least 2 are needed to predict one")
     span = batch_size * block_size
     for start in range(0, n_targets, span):
         n = min(span, n_targets - start)
-        rows = -(-n // block_size)
-        x, y = np.zeros((2, rows * block_size), np.int64)
-        x[:n], y[:n] = tokens[start : start + n], tokens[start + 1 : start + n + 1]
-        y[n:] = -1
+        n_rows = -(-n // block_size)  # rounded up
+        x = np.zeros(n_rows * block_size, np.int64)
+        y = np.full(n_rows * block_size, -1, np.int64)
+        x[:n] = tokens[start:start + n]
+        y[:n] = tokens[start + 1:start + n + 1]
         if mask is not None:
-            y[:n][np.asarray(mask)[start + 1 : start + n + 1] == 0] = -1
-        yield x.reshape(rows, block_size), y.reshape(rows, block_size)
+            y[:n][np.asarray(mask)[start + 1:start + n + 1] == 0] = -1
+        yield x.reshape(n_rows, block_size), y.reshape(n_rows, block_size)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# writing
-
-
+# ---- writing
 class Writer:
     """Writes a dataset into a temporary folder beside `path` and, if all went well, renames it into place.
 
@@ -266,37 +292,39 @@ class Writer:
             out.append("val", ...)
             out.meta["baselines"] = {...}
 
-    Whenever the process dies, a dataset that was there before still is, and no half dataset looks like one.
+    Whenever the process dies, an earlier dataset is still whole, and an unfinished one is never taken for a dataset.
     """
 
     def __init__(self, path, tokenizer, source, options=None, baselines=None):
-        self.path, self.tokenizer = Path(path).absolute(), tokenizer
+        self.path = Path(path).absolute()
+        self.tokenizer = tokenizer
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 65_535 else "<u4")
-        self.meta = {
-            "format_version": FORMAT_VERSION, "dtype": self.dtype.name, "vocab_size": tokenizer.vocab_size,
-            "tokenizer": tokenizer.kind, "source": source,
-            "tokens": dict.fromkeys(SPLITS, 0), "bytes": dict.fromkeys(SPLITS, 0),
-            "documents": dict.fromkeys(SPLITS, 0), "baselines": baselines or {}, "options": options or {},
-        }  # fmt: skip
+        self.meta = {"format_version": FORMAT_VERSION, "dtype": self.dtype.name, "vocab_size": tokenizer.vocab_size,
+                     "tokenizer": tokenizer.kind, "source": source, "tokens": dict.fromkeys(SPLITS, 0),
+                     "bytes": dict.fromkeys(SPLITS, 0), "documents": dict.fromkeys(SPLITS, 0),
+                     "baselines": baselines or {}, "options": options or {}}
 
     def __enter__(self):
         _remove_stale(self.path)
-        self.tmp = self.path.parent / f".{self.path.name}.tmp-{os.getpid()}"
-        shutil.rmtree(self.tmp, ignore_errors=True)
-        self.tmp.mkdir(parents=True)
-        self.files, self.hashes = {}, {}
+        self.temporary = self.path.parent / f".{self.path.name}.tmp-{os.getpid()}"
+        remove(self.temporary)
+        self.temporary.mkdir(parents=True)
+        self.files = {}  # name -> open file
+        self.hashes = {}  # name -> sha256 of what was written so far
         return self
 
     def append(self, split, ids, n_bytes, documents=0, mask=None):
         """Append ids (any integers) that stand for `n_bytes` bytes of text, and their mask (0 or 1) if there is one."""
         ids = np.asarray(ids)
-        if ids.size and not (0 <= int(ids.min()) and int(ids.max()) < self.tokenizer.vocab_size):
-            bad = int(ids.min()) if ids.min() < 0 else int(ids.max())  # a cast would wrap it, silently
-            raise UserError(f"token id {bad:,} is outside the vocabulary of {self.tokenizer.vocab_size:,} ids")
+        if ids.size:
+            # a cast to uint16 would wrap such ids silently
+            for i in (int(ids.min()), int(ids.max())):
+                if not 0 <= i < self.tokenizer.vocab_size:
+                    raise UserError(f"token id {i:,} is outside the vocabulary of {self.tokenizer.vocab_size:,} ids")
         self._write(f"{split}.bin", ids.astype(self.dtype))
         if mask is not None:
             if len(mask) != len(ids):
-                raise UserError(f"a mask of {len(mask):,} for {len(ids):,} tokens")
+                raise UserError(f"a mask of {len(mask):,} values does not fit {len(ids):,} tokens")
             self._write(f"{split}.mask.bin", np.asarray(mask, bool).astype(np.uint8))
         self.meta["tokens"][split] += len(ids)
         self.meta["bytes"][split] += n_bytes
@@ -304,7 +332,8 @@ class Writer:
 
     def _write(self, name, array):
         if name not in self.files:
-            self.files[name], self.hashes[name] = open(self.tmp / name, "wb"), hashlib.sha256()
+            self.files[name] = open(self.temporary / name, "wb")
+            self.hashes[name] = hashlib.sha256()
         block = array.tobytes()
         self.files[name].write(block)
         self.hashes[name].update(block)
@@ -313,43 +342,42 @@ class Writer:
         try:
             if kind is None:
                 self._finish()
-        except OSError as full:
-            error = full
-            raise self._explain(full) from None
+        except OSError as e:
+            error = e
+            raise self._explain(e) from None
         finally:
             for file in self.files.values():
-                try:
+                with contextlib.suppress(OSError):  # of a full disk, which is reported already
                     file.close()
-                except OSError:  # the disk is full; that has been said
-                    pass
-            shutil.rmtree(self.tmp, ignore_errors=True)
+            remove(self.temporary)
         if isinstance(error, OSError):
             raise self._explain(error) from None
 
     def _explain(self, error):
         if error.errno != errno.ENOSPC:
             return error
-        return UserError(f"the disk is full: {self.path} was not written; make room or give another --data_dir")
+        return UserError(f"the disk is full: {self.path} was not written; make room or choose another --data_dir")
 
     def _finish(self):
         for split in SPLITS:
             if not self.meta["tokens"][split]:
                 raise UserError(f"{self.path}: the {split} split would be empty")
+        # as bytes through _write, which hashes it like the others
         self._write("tokenizer.json", np.frombuffer(self.tokenizer.to_json().encode(), np.uint8))
-        entries = self.meta["files"] = {}
+        entries = {}
         for name, file in self.files.items():
             file.flush()
             os.fsync(file.fileno())
             size = file.tell()
             entries[name] = {"size": size, "sha256": self.hashes[name].hexdigest()}
             if name.endswith(".bin") and size > FULL_HASH_LIMIT:
-                entries[name]["sha256_ends"] = _hash_ends(np.memmap(self.tmp / name, np.uint8, mode="r"))
-        with open(self.tmp / "meta.json", "w", encoding="utf-8") as file:
-            json.dump(self.meta, file, indent=1, ensure_ascii=False, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
+                entries[name]["sha256_ends"] = _hash_ends(np.memmap(self.temporary / name, np.uint8, mode="r"))
+        # last: a folder without meta.json is not a dataset
+        self.meta["files"] = entries
+        text = json.dumps(self.meta, indent=1, ensure_ascii=False, allow_nan=False)
+        write_synced(self.temporary / "meta.json", text.encode())
         old = self.path.parent / f".{self.path.name}.old-{os.getpid()}"
-        replace_folder(self.tmp, self.path, trash=old)
+        replace_folder(self.temporary, self.path, trash=old)
         remove(old)
 
 
@@ -360,18 +388,18 @@ def _remove_stale(path):
         if kind not in ("tmp", "old") or not pid.isdigit() or _alive(int(pid)):
             continue
         if kind == "old" and not path.exists():
-            folder.rename(path)  # it died between the two renames
+            folder.rename(path)  # it died between the two renames of replace_folder
         else:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
 
 
 def _alive(pid):
     if os.name != "posix":
-        return True  # there, signal 0 would interrupt the process
+        return True  # on Windows, signal 0 would interrupt the process
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        pass
+    except PermissionError:  # it is somebody else's
+        return True
     return True

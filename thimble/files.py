@@ -1,6 +1,6 @@
-"""Files that are whole or not there, and the one line in which a user's mistake ends.
+"""Files that are either complete or not there, and errors that fit on one line.
 
-    with files.replacing("runs/tiny/loss.png") as temporary:    # renamed once it is complete
+    with files.replacing("runs/tiny/loss.png") as temporary:  # renamed once it is complete
         figure.savefig(temporary)
     files.write_atomic("runs/tiny/config.json", text)
 """
@@ -13,10 +13,11 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """A user's mistake. Its text is one line that names the thing, the reason and the way out."""
+    """A user's mistake. Its text is one line that names the thing, the reason and the remedy."""
 
     def __init__(self, text=""):
-        super().__init__("; ".join(line.strip() for line in str(text).splitlines() if line.strip()))
+        lines = [line.strip() for line in str(text).splitlines()]
+        super().__init__("; ".join(line for line in lines if line))
 
 
 def warn(text):
@@ -24,12 +25,13 @@ def warn(text):
 
 
 def short(error, limit=500):
-    """What a library's exception says, in one line of at most `limit` characters."""
-    return " ".join(str(error).split())[:limit] or type(error).__name__
+    """The message of a library's exception on one line of at most `limit` characters."""
+    message = " ".join(str(error).split())
+    return message[:limit] or type(error).__name__
 
 
 def need(package, what):
-    """The optional package, imported; UserError with how to install it where it is missing."""
+    """Import an optional package. UserError with the command that installs it if it is missing."""
     try:
         return importlib.import_module(package)
     except ImportError:
@@ -37,9 +39,8 @@ def need(package, what):
 
 
 # ---- writing
-
 def write_synced(path, data):
-    """Write bytes that are on disk when this returns. For files inside a folder that is still temporary."""
+    """Write bytes and return once they are on disk. For files inside a folder that has a temporary name itself."""
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
@@ -47,56 +48,74 @@ def write_synced(path, data):
 
 
 def write_atomic(path, data):
-    """Write text or bytes under a temporary name, sync, rename: a reader sees the old file or the new one."""
+    """Replace a file by `data` (text or bytes): at any moment a reader sees all of the old file or all of the new."""
     if isinstance(data, str):
         data = data.encode()
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(data)
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """A temporary path beside `path`, to write a file or a folder to, which is renamed to `path` if all went well."""
+    """A temporary path in the folder of `path`, to write a file to; it is renamed to `path` unless an error is raised.
+
+    A folder may be written, too, where there is none yet. If `path` is a link, the link is replaced and what it
+    points to stays as it is. The new file has the permissions of any new file (the umask), not those of the old one.
+    """
     path = Path(path)
-    # the suffix stays last: libraries choose a format by it
+    # in the same folder, since a rename is atomic only within a file system;
+    # the suffix stays last, since libraries choose a format by it
     temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}{path.suffix}")
+    remove(temporary)  # left behind by a killed process with the same number
     try:
         yield temporary
         sync(temporary)
         os.replace(temporary, path)
         sync_folder(path.parent)
     finally:
-        remove(temporary)                                  # gone already, unless something went wrong
+        remove(temporary)  # only there if something went wrong
 
 
 def replace_folder(temporary, final, trash):
-    """Rename a complete folder to `final`, by way of `trash` if there is one: a kill leaves one or the other whole."""
-    moved = False
+    """Rename the folder `temporary`, whose files are synced, to `final`; what was there before becomes `trash`.
+
+    A folder with files in it cannot be replaced in one step, so a kill between the two renames leaves no `final`, but
+    the old one, complete, as `trash`: the caller has to look for it there, and to remove it otherwise. On an error the
+    old one gets its name back and `temporary` is deleted.
+    """
+    moving = False
     try:
         sync_folder(temporary)
-        if os.path.lexists(final):                         # a folder that is not empty cannot be replaced in one go
+        if os.path.lexists(final):
             remove(trash)
+            moving = True
             os.rename(final, trash)
-            moved = True
         os.rename(temporary, final)
     except BaseException:
-        if moved:
-            os.rename(trash, final)
+        # an interrupt can arrive right after a rename, so ask the disk how far we came
+        if moving and not os.path.lexists(final):
+            with contextlib.suppress(OSError):
+                os.rename(trash, final)
         remove(temporary)
         raise
-    sync_folder(final.parent)                              # without it the rename is atomic but not durable
+    sync_folder(final.parent)  # without it the rename is atomic but not durable
 
 
 def sync(path):
-    """Flush a file, or every file below a folder, to the disk."""
-    inside = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-    for name in inside:
-        with open(name, "rb+") as file:
+    """Flush a file, or a folder with everything below it, to the disk."""
+    if not path.is_dir():
+        mode = "rb+" if os.name == "nt" else "rb"  # Windows syncs only what is open for writing
+        with open(path, mode) as file:
             os.fsync(file.fileno())
+        return
+    for inside in path.iterdir():
+        sync(inside)
+    sync_folder(path)
 
 
 def sync_folder(path):
-    if os.name == "nt":                                    # Windows cannot open a folder
+    """Flush the names in a folder to the disk, which makes a rename in it durable."""
+    if os.name == "nt":  # Windows cannot open a folder
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -106,9 +125,9 @@ def sync_folder(path):
 
 
 def remove(path):
-    """Delete a file, a folder or a link (never what it points to), as far as the system lets us."""
-    if path.is_dir() and not path.is_symlink():
+    """Delete a file, a folder or a link (never what it points to), as far as the system permits. Raises nothing."""
+    if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
+        return
+    with contextlib.suppress(OSError):
+        os.unlink(path)

@@ -1,4 +1,4 @@
-"""Whatever a path is, a model to speak to: a run, a checkpoint, a Hugging Face folder or a GGUF file.
+"""Whatever a path is, a model that can be used: a run, a checkpoint, a Hugging Face folder or a GGUF file.
 
     loaded = load("runs/tiny_cpu")
     loaded.model, loaded.tokenizer, loaded.template, loaded.stop_ids
@@ -12,26 +12,64 @@ from thimble import chat, checkpoint
 from thimble.files import UserError
 from thimble.tokenizer import Tokenizer, load_tokenizer
 
+# what other programs keep weights in; all but the first are pickles, which are refused by name
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
+
 
 @dataclass(frozen=True)
 class Loaded:
     path: Path
-    name: str                       # of the run or the file
-    meta: dict                      # of the checkpoint
-    model: torch.nn.Module          # on its device, in eval mode
+    name: str  # of the run or the file
+    meta: dict  # of the checkpoint
+    model: torch.nn.Module  # on its device, in eval mode
     tokenizer: Tokenizer
-    template: str                   # how a conversation is written
-    stop_ids: set                   # ids that end a text: end of text, and what an imported model brings along
-    answer_ids: set                 # ids that end an answer: those, and the end of a message
+    template: str  # how a conversation is written
+    stop_ids: set  # ids that end a text: the end of text, and those that an imported model names
+    answer_ids: set  # ids that end an answer: those, and the end of a message
+
+
+def load(path=None, which="best", device="cpu", template="auto", deploy=None):
+    """The Loaded of any path that `read` knows: model and tokenizer, checked to fit together. UserError otherwise.
+
+    `template` is one of chat.TEMPLATES, or "auto" for the one that the model was trained with. `deploy`: whether to
+    convert the model into the form in which it ships; None: only on a CPU.
+    """
+    found = read(path, which)
+    model = checkpoint.load_model(found)
+    if deploy is None:
+        deploy = device == "cpu"  # only there is the packed form the faster one
+    if deploy:
+        model = deployed(model)
+    try:
+        model = model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"--device={device} does not work here: {reason}; try cpu") from None
+    tokenizer = read_tokenizer(found.path)
+    # fewer ids than rows are fine: a vocabulary is often padded for speed
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(f"{found.path}: its tokenizer has {tokenizer.vocab_size} ids, but its model only "
+                        f"{model.config.vocab_size}: they do not belong together; copy both again from one place")
+    if template == "auto":
+        template = chat.template_of(found.meta, tokenizer)
+    stop_ids = {tokenizer.eot, *found.meta.get("stop_ids", ())}
+    answer_ids = stop_ids | {chat.end_id(tokenizer, template)}
+    return Loaded(found.path, name_of(found.path), found.meta, model, tokenizer, template, stop_ids, answer_ids)
 
 
 def read(path=None, which="latest"):
-    """The Checkpoint at `path`, whatever it is; that of the newest run where path is empty. UserError if unreadable."""
+    """The Checkpoint at `path`: a run (its `which`), a checkpoint folder, a Hugging Face folder or a GGUF file.
+
+    An empty path is the newest run. UserError if it is none of these, or damaged.
+    """
     path = Path(path) if path else checkpoint.newest_run()
-    weights = {".safetensors", ".bin", ".pt", ".pth"} & {file.suffix for file in path.glob("*")}
-    if path.is_file() or weights and (path / "config.json").is_file():
+    suffixes = {file.suffix for file in path.glob("*")}
+    # a run has a config.json, too, but no weights beside it; a checkpoint has weights, but no config.json
+    if path.is_file() or (suffixes & WEIGHTS and (path / "config.json").is_file()):
         from formats import foreign
         return foreign.read(path)
+    if (path / "val.bin").is_file():  # else its meta.json would be taken for that of a damaged checkpoint
+        raise UserError(f"{path} is a dataset, not a model: train one on it with python train.py --dataset={path}")
     return checkpoint.load(path, which)
 
 
@@ -44,40 +82,17 @@ def read_tokenizer(path):
 
 
 def deployed(model):
-    """The model in the form in which it ships and runs fastest, for model files that know one; any other as it is."""
+    """The model in the form in which it ships and runs fastest, if its file defines one; any other as it is."""
     if not hasattr(model, "deploy_state") or model.config.packed:
         return model
+    # built on a real device: a fork may compute buffers that no state holds
     twin = type(model)(replace(model.config, packed=True))
     twin.load_state_dict(model.deploy_state())
     return twin.eval()
 
 
-def load(path=None, which="best", device="cpu", template="auto", deploy=None):
-    """A Loaded: model and tokenizer, checked to fit together. UserError otherwise.
-
-    deploy: whether the model takes the form in which it ships; None: on a CPU.
-    """
-    found = read(path, which)
-    model = checkpoint.load_model(found)
-    if device == "cpu" if deploy is None else deploy:
-        model = deployed(model)
-    try:
-        model = model.to(device).eval()
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device={device} does not work here: {str(e).splitlines()[0]}; try cpu") from None
-    tokenizer = read_tokenizer(found.path)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(f"{found.path}: the tokenizer has {tokenizer.vocab_size} ids, the model "
-                        f"{model.config.vocab_size}: they do not belong together")
-    if template == "auto":
-        template = chat.template_of(found.meta, tokenizer)
-    stop_ids = {tokenizer.eot, *found.meta.get("stop_ids", ())}
-    answer_ids = stop_ids | {chat.end_id(tokenizer, template)}
-    return Loaded(found.path, name_of(found.path), found.meta, model, tokenizer, template, stop_ids, answer_ids)
-
-
 def name_of(path):
-    """Of a run for its checkpoints; of a file or another folder its own, without the ending."""
+    """The name of the run for a checkpoint; that of the file or folder itself, without .gguf, for anything else."""
     if checkpoint.STEP.fullmatch(path.name):
         return path.parent.name
     return path.name.removesuffix(".gguf")

@@ -9,74 +9,85 @@ import time
 
 import torch
 
-from thimble import checkpoint, data
-from thimble.files import UserError
+from thimble import checkpoint
+from thimble.files import UserError, short
 
 
 def pick_device(name):
+    """The torch.device of that name; for "auto" the fastest kind there is. UserError if it does not work here."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cpu"
+        if torch.backends.mps.is_available():
+            name = "mps"
+        if torch.cuda.is_available():
+            name = "cuda"
     try:
         torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise UserError(f"--device={name} does not work here: {str(e).splitlines()[0]}; try --device=cpu") from None
+    except (RuntimeError, AssertionError, NotImplementedError) as e:  # each kind of device has its own
+        raise UserError(f"--device={name} does not work here: {short(e, 200)}; try --device=cpu") from None
     return torch.device(name)
 
 
 def keep_freed_memory():
-    """Tell glibc's malloc to keep what is freed for the next step.
+    """Tell glibc's malloc to keep freed memory for the next step.
 
-    It returns large blocks to the system, which has to zero every page of them again: a quarter of a training step
-    with a vocabulary of 4096 (docs/log.md). Elsewhere than with glibc this does nothing.
+    By default it returns large blocks to the system, which then has to zero every page of them again: a quarter of a
+    training step with a vocabulary of 4,096 (docs/log.md). Without glibc this does nothing.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)                                     # M_MMAP_MAX: no blocks of their own for large arrays
-        mallopt(-1, -1)                                    # M_TRIM_THRESHOLD: never shrink the heap
+        mallopt(-4, 0)                                     # M_MMAP_MAX: large arrays come from the heap, too
+        mallopt(-1, -1)                                    # M_TRIM_THRESHOLD: the heap never shrinks
 
 
 def matmul_rate(device, dtype):
-    """FLOP/s of a large square matmul, the best of three: what this machine can do, and the 100 % of our MFU."""
+    """FLOP/s of a large square matmul, the best of four: the peak of this machine, and the 100 % of our MFU."""
     n = 4096 if device.type == "cuda" else 1024
     a = torch.ones(n, n, device=device, dtype=dtype)
-    best = math.inf
-    for _ in range(4):
+    fastest = math.inf
+    for _ in range(4):                                     # the first one warms up
         start = time.perf_counter()
         (a @ a)[0, 0].item()                               # .item() waits for a GPU
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2 * n**3 / fastest                              # a multiplication and an addition for each of n^3 products
 
 
-def compiled(model, dataset, cfg, device, autocast):
-    """torch.compile, tried out on one batch; where it fails, one line and the plain model."""
+def fastest_dtype(device):
+    """"float32" or "bfloat16", measured: many CPUs have no fast bfloat16."""
+    rates = {name: matmul_rate(device, getattr(torch, name)) for name in ("float32", "bfloat16")}
+    return max(rates, key=rates.get)
+
+
+def compiled(model, x, y, autocast):
+    """torch.compile(model) if that works for a forward and a backward pass on x, y (B, T); else the model itself.
+
+    Random states stay as they were. Gradients are left behind.
+    """
     print("compiling the model", flush=True)
     random_state = checkpoint.random_state()
     try:
-        fast = torch.compile(model)
-        micro = cfg.micro_batch_size or cfg.batch_size
-        x, y = data.batch(dataset.train, 0, micro, cfg.model.block_size, cfg.seed)
+        forward = torch.compile(model)
         with autocast:
-            loss = fast(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device))[1]
+            loss = forward(x, y)[1]
         loss.backward()
-    except Exception as e:                                 # whatever the compiler trips over, training must go on
-        print(f"torch.compile does not work here ({str(e).strip().splitlines()[0]}): going on without", flush=True)
-        fast = model
-    for p in model.parameters():
-        p.grad = None
+    except Exception as e:                                 # whatever trips up the compiler must not end the training
+        print(f"torch.compile does not work here ({short(e, 200)}): continuing without it", flush=True)
+        forward = model
     checkpoint.set_random_state(random_state)
-    return fast
+    return forward
 
 
 @contextlib.contextmanager
 def catch_signals():
-    """A list that gets the number of a SIGINT or SIGTERM, so that the step and any save in progress end first."""
+    """A list that collects the numbers of SIGINT and SIGTERM, so that a step or a save in progress is completed."""
     caught = []
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield caught
         return
 
     def handler(number, _):
         caught.append(number)
+        # not print(): the signal may have interrupted one
         os.write(2, b"\nstopping after this step: saving, please wait\n")
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}

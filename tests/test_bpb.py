@@ -1,0 +1,45 @@
+"""Bits per byte against sums token by token, and a leaky dataset that must be found out."""
+import json
+import math
+
+import pytest
+import torch
+
+from evaluate import Config
+from prepare.text import prepare
+from tasks import bpb
+from tasks.speaker import Speaker
+from thimble import data
+
+
+@pytest.mark.parametrize("name", ["byte", "bpe"])
+def test_bits_per_byte(runs, name):
+    """Of a text: the sum over tokens, one by one within its window, over the bytes of the file."""
+    speaker, text = Speaker(runs / name, Config()), (runs / "text.txt").read_text()
+    ids = [speaker.tokenizer.eot, *speaker.tokenizer.encode(text)]
+    nats = 0.0
+    with torch.no_grad():
+        for start in range(0, len(ids) - 1, 32):
+            window = torch.tensor([ids[start:start + 33]])
+            logp = speaker.model(window[:, :-1])[0].log_softmax(-1).double()
+            nats -= logp[0].gather(1, window[0, 1:, None]).sum().item()
+    found = bpb.run(speaker, Config(text=str(runs / "text.txt")))
+    assert found["bits per byte"][0] == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
+    assert found["bits per byte"][2] == len(ids) - 1 and found["bits per byte"][1] > 0
+    split = bpb.run(speaker, Config())
+    dataset = data.load(runs / "data" / name)
+    assert split["bits per byte"][2] == len(dataset.val) - 1
+    assert split["trigram bits per byte"][0] == dataset.meta["baselines"]["trigram"]
+
+
+def test_windows_of_stride_one_are_found_out(runs, tmp_path, capsys):
+    """The leak of Mini LLM: overlapping windows, then a random split, so that train has seen all of val."""
+    words = " ".join(f"word{i * i % 997}" for i in range(700)).split()
+    windows = [" ".join(words[i:i + 40]) for i in range(len(words) - 40)]
+    folder = prepare(lambda: iter(windows), "leak", "tests", "byte", data_dir=tmp_path)
+    assert json.loads((folder / "meta.json").read_text())["overlap_13gram"] > 0.9
+    assert "looks better" in (err := capsys.readouterr().err) or "look better" in err
+    found = bpb.run(Speaker(runs / "byte", Config()), Config(dataset=str(folder)))
+    assert found["val 13-grams seen in train"][0] > 0.9 and "looks better than it is" in capsys.readouterr().err
+    clean = prepare(lambda: iter([" ".join(words)]), "clean", "tests", "byte", data_dir=tmp_path)
+    assert json.loads((clean / "meta.json").read_text())["overlap_13gram"] < 0.01

@@ -1,0 +1,97 @@
+"""Continuous batching without a network: the engine turn by turn, and the model itself as the reference."""
+import importlib
+import random
+
+import pytest
+import torch
+
+from thimble.engine import Engine, Sequence
+from thimble.generate import generate
+from thimble.load import deployed
+from thimble.tokenizer import byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+BASE = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": TOKENIZER.vocab_size, "block_size": 96}
+KINDS = {"dense": ("model", {"n_kv_head": 2}), "ternary": ("ternary", {}), "hybrid": ("hybrid_ssm", {"ssm": "mamba2"}),
+         "mamba1": ("hybrid_ssm", {"ssm": "mamba1"})}
+
+
+def tiny(kind="dense", **extra):
+    arch, more = KINDS[kind]
+    module, generator = importlib.import_module(arch), torch.Generator().manual_seed(1)
+    torch.manual_seed(0)
+    m = module.Model(module.Config(**BASE | more | extra)).eval()
+    with torch.no_grad():
+        for p in m.parameters():
+            p += 0.2 * torch.randn(p.shape, generator=generator)
+    return deployed(m)
+
+
+def prompts(n, longest=40):
+    generator = torch.Generator().manual_seed(2)
+    return [[int(i) for i in torch.randint(97, 123, (1 + k * 7 % longest,), generator=generator)] for k in range(n)]
+
+
+def test_only_keys_and_values_of_the_whole_context_are_cut():
+    model = tiny()
+    init_cache = model.init_cache
+    for layout, cuttable in ((lambda t: t, True), (lambda t: t.transpose(1, 2), False), (lambda t: t[:, :, :9], False)):
+        def changed(*size, layout=layout):
+            cache = init_cache(*size)
+            return cache | {"layers": [{k: layout(t) for k, t in layer.items()} for layer in cache["layers"]]}
+        model.init_cache = changed
+        model.step = lambda idx, cache: (torch.zeros(len(idx), 257), cache)
+        assert Engine(model, TOKENIZER, set(), 2).cuttable == cuttable
+    assert not Engine(tiny("hybrid"), TOKENIZER, set(), 2).cuttable
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_whoever_joins_and_leaves_the_others_write_what_they_would_alone(kind):
+    """Turn by turn, without a network: prompts that share beginnings, filled in parts; clients that leave at any time;
+    a model that fails now and then. The rows stay in order, and no text or log-probability differs.
+    """
+    model, draw = tiny(kind), random.Random(0)
+    engine = Engine(model, TOKENIZER, {TOKENIZER.eot}, 4, prompt_chunk=7)
+    known, waiting, finished = prompts(4), [], 0
+    reported = {}  # sequence -> log-probabilities
+    for _ in range(500):
+        if draw.random() < 0.25:
+            begin = draw.choice(known[:4] + known[-6:])
+            ids = (begin[:draw.randrange(1, 97)] + draw.choice(prompts(9, 12)))[:96]
+            room = draw.choice([1, 3, 20, 97 - len(ids)])
+            echo = draw.choice([None, None, TOKENIZER.decode(ids)])
+            sequence = Sequence(ids, min(room, 97 - len(ids)), TOKENIZER.stream(), sampling={"temperature": 0},
+                                echo=echo, top=draw.choice([None, 2]))
+            reported[sequence] = []
+            waiting += [sequence] if engine.submit([sequence], 6) else []
+        if waiting and draw.random() < 0.1:
+            engine.cancel([waiting.pop(draw.randrange(len(waiting)))])
+        if not (engine.waiting or engine.n_running or engine.filling):
+            continue
+        if draw.random() < 0.02:
+            running = [row.sequence for row in engine.rows if row.sequence]
+            waiting = [s for s in waiting if s not in running]
+            engine.reset()
+        engine.turn()
+        for i, row in enumerate(engine.rows):
+            assert (row.sequence is not None) == (i < engine.n_running or row is engine.filling)
+            assert row is not engine.filling or i == engine.n_running
+        for s, _, entries, finish in engine.events:
+            reported[s] += [entry.logprob for entry in entries]
+            if not finish or s.cancelled:
+                continue
+            new = list(generate(model, s.prompt, s.max_new_tokens, None, (TOKENIZER.eot,), TOKENIZER.vocab_size,
+                                temperature=0))
+            assert [i for i in s.out if i != TOKENIZER.eot] == new
+            text = s.prompt + s.out
+            logp = model(torch.tensor([text[:96]]))[0][0].log_softmax(-1)
+            expected = [logp[i - 1, token].item() for i, token in enumerate(text)][0 if s.echo else len(s.prompt):]
+            if s.top is not None:  # ternary: where rounding tips over, more
+                if s.echo:
+                    assert reported[s].pop(0) is None and expected.pop(0)
+                assert reported[s] == pytest.approx(expected, abs=0.2 if kind == "ternary" else 2e-4)
+            waiting, finished = [w for w in waiting if w is not s], finished + 1
+            known.append(text)
+        engine.events = []
+    assert finished > 20 and engine.counts["prompt_tokens_reused"] > 0
