@@ -30,16 +30,16 @@ def read(path=None, which="latest"):
     path = Path(path) if path else checkpoint.newest_run()
     weights = {".safetensors", ".bin", ".pt", ".pth"} & {file.suffix for file in path.glob("*")}
     if path.is_file() or weights and (path / "config.json").is_file():
-        from formats import foreign
-        return foreign.read(path)
+        from formats import gguf, hf
+        return hf.read(path) if path.is_dir() else gguf.read(path)
     return checkpoint.load(path, which)
 
 
 def read_tokenizer(path):
     """The Tokenizer of a tokenizer.json, of the folder (dataset, checkpoint) that holds one, or of a GGUF file."""
     if Path(path).suffix == ".gguf":
-        from formats import foreign
-        return foreign.read_tokenizer(Path(path))
+        from formats import gguf
+        return gguf.read_tokenizer(Path(path))
     return load_tokenizer(path)
 
 
