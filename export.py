@@ -111,7 +111,7 @@ def write(path, loaded, cfg, quant, stock, why_not):
     if cfg.format == "gguf":
         return gguf.write(path, model, stock, why_not, tokenizer, quant, loaded.name, meta)
     if cfg.format == "onnx" and (cfg.window or path.suffix == ".onnx"):
-        from formats import onnx as onnx_format            # half a second
+        from formats import onnx as onnx_format  # takes half a second
         return onnx_format.write(path, model, quant, cfg.window)
     path.mkdir()
     if cfg.format == "hf":

@@ -26,8 +26,9 @@ from thimble.tokenizer import AWKWARD, load_tokenizer
 # The largest difference of log p that passes, in units of the spread (standard deviation) of the logits.
 # Float32 sums in another order differ by 1e-6 to 1e-5.
 EXACT = 1e-4
-# Where both sides round activations to 8 bits, a last bit tips a rounding now and then, and moves a number by 1/127.
-TIPPED = 0.03
+# Where both sides round activations to 8 bits, a last bit tips a rounding now and then, which moves an activation by
+# 1/127 of the largest. Of 50 prompts of tiny models most agree to 1e-5, the worst ever differed by 0.07.
+TIPPED = 0.1
 # llama.cpp rounds what meets halves to halves, what meets 8 or fewer bits to 8 bits, and the twin does not.
 LLAMA_CPP = {"f16": 0.01, "bf16": 0.05, "q8_0": 0.25, "q4_0": 0.25, "tq1_0": 0.3, "tq2_0": 0.3}
 N_FEW = 8                           # prompts whose log p is compared in full

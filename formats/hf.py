@@ -20,8 +20,8 @@ from thimble import checkpoint
 from thimble.files import UserError, short
 
 HALVES = {"f16": torch.float16, "bf16": torch.bfloat16}
-GENERATED = "# Made by export.py: lets transformers run the model file beside it. It has no cache, so that each token costs"
-WRAPPER = GENERATED + ''' a full pass.
+WRAPPER = '''# Made by export.py: lets transformers run the model file beside it.
+# There is no cache: each token costs a full pass over the text so far.
 import torch
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
@@ -106,10 +106,9 @@ def write(folder, model, stock, tokenizer, quant, meta):
 
 
 def pack_bitnet(model, tensors):
-    """`tensors` with each ternary matrix (N, K) as transformers' BitNet stores it: uint8 (N / 4, K) and a scale.
+    """`tensors` with each ternary matrix (N, K) as BitNet of transformers stores it: uint8 (N / 4, K), and a scale.
 
-    Row r of the bytes holds the rows r, r + N / 4, r + N / 2 and r + 3 N / 4 of the matrix, 2 bits each, from the lowest
-    bits up.
+    Row r of it holds the rows r, r + N / 4, r + N / 2 and r + 3 N / 4 of the matrix, 2 bits each, low bits first.
     """
     tensors = {name: tensor for name, tensor in tensors.items() if "_proj." not in name}
     for name, (t, scale) in ternary_parts(model).items():

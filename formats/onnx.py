@@ -379,7 +379,7 @@ def scan(g, h, inputs, a, n_state, name):
 
 def streams(g, x, module, name, f):
     """ternary.Streams: x (B, T, n, C) -> the same, mixed around f, which maps (B, T, C) to (B, T, C)."""
-    n, C = module.n, g.config.n_embd
+    n = module.n
     if module.proj is None:                                # the same for every token
         pre, post, res = module.coefficients(None)
         weights = torch.cat((pre[None], res.mT))                                             # (n + 1, n)
@@ -575,7 +575,7 @@ def empty_shape(sizes, batch_size):
 
 @torch.no_grad()
 def hold(model, window):
-    """UserError unless the graph gives the logits of the model's own forward. Both in float64, where they agree to 1e-6.
+    """UserError unless the graph gives the logits of the model's own forward, both in float64.
 
     It holds the layers of this file against those of the model file, before the graph stands in for them: whoever
     changes an activation there must not get a graph of the old one.

@@ -179,6 +179,8 @@ def stock_tensors(model, stock):
     """{name in Hugging Face: float64 tensor}; KeyError with our name of a tensor that the architecture lacks."""
     tensors = weights(model)
     for name, (t, scale) in ternary_parts(model).items():
+        if scale.dim():
+            raise KeyError(f"{name}.weight (with a scale for each group)")
         if tensors.pop(f"{name}.codes", None) is not None:  # packed
             del tensors[f"{name}.scales"]
             tensors[f"{name}.weight"] = product(t, scale)
@@ -221,5 +223,7 @@ def stock_architecture(model):
         why = f"it cannot be held against {stock.title()}: {short(error, 100)}"
     if not why:
         return stock, ""
-    settings = [f"{key}={getattr(config, key)}" for key, value in EXTRAS.items() if getattr(config, key, value) != value]
-    return "", settings[0] if settings else why
+    for key, value in EXTRAS.items():                      # the better reason, where there is one
+        if getattr(config, key, value) != value:
+            return "", f"{key}={getattr(config, key)}"
+    return "", why
