@@ -59,7 +59,7 @@ def export(loaded, cfg):
     stock, why_not = "", ""
     if cfg.format in ("hf", "gguf"):
         stock, why_not = stock_architecture(loaded.model)
-    quant, lossless = choose_quant(cfg, stock, getattr(loaded.model.config, "packed", False))
+    quant, as_is = choose_quant(cfg, stock, getattr(loaded.model.config, "packed", False))
     out = Path(cfg.out or f"exports/{default_name(loaded, cfg)}")
     if os.path.lexists(out):
         raise UserError(f"{out} already exists: remove it, or name another with --out")
@@ -74,13 +74,13 @@ def export(loaded, cfg):
             form = "onnx" if cfg.format == "web" else cfg.format
             artefact = Artefact(temporary, form, quant, twin, stored)
             found |= check(artefact, loaded.model, loaded.tokenizer, loaded.meta, cfg.prompts, cfg.prompt_tokens)
-    report(found, quant, lossless)
+    report(found, quant, as_is)
     print(f"{out}: {found['bytes']:,} bytes, {quant}, {time.perf_counter() - begun:.0f} s")
     return found
 
 
 def choose_quant(cfg, stock, packed):
-    """-> (how numbers are stored, the choice that is lossless); UserError lists the valid ones."""
+    """-> (how numbers are stored, the choice that rounds no weight); UserError lists the valid ones."""
     allowed = QUANTS["hf, ternary" if cfg.format == "hf" and stock == "bitnet" else cfg.format]
     quant = cfg.quant or allowed[0]
     if not cfg.quant and packed and "packed" in allowed:
@@ -122,7 +122,7 @@ def write(path, loaded, cfg, quant, stock, why_not):
     return web.write(path, model, tokenizer, quant, meta)
 
 
-def report(found, quant, lossless):
+def report(found, quant, as_is):
     """Print what the check found."""
     if "delta" not in found:
         return
@@ -134,7 +134,7 @@ def report(found, quant, lossless):
           f"{found['tokens']} tokens: {texts}")
     if found["kept"] < TOO_COARSE:
         files.warn(f"the file is sound, but --quant={quant} is too coarse for this model: it would write other texts; "
-                   f"--quant={lossless} is lossless")
+                   f"--quant={as_is} keeps the weights as they are")
 
 
 def main(cfg):

@@ -96,8 +96,6 @@ def random_prompts(tokenizer, n, length):
 
 
 # ---- the comparisons
-
-
 def read_back(artefact):
     """UserError unless the file holds exactly the tensors that were meant to be in it."""
     path, stored = artefact.path, artefact.stored
@@ -188,8 +186,6 @@ def compare_tokenizer(consumer, tokenizer, texts):
 
 
 # ---- the programs
-
-
 class MissingPackage(UserError):
     pass
 

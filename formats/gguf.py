@@ -29,9 +29,8 @@ PRETOKENIZER_OF = {"gpt-2": "gpt2", "smollm": "smollm", "llama-bpe": "llama3"}  
 NO_MERGE = "ÿ ÿ"                    # bytes FF FF, which no text holds: llama.cpp wants at least one merge
 NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6  # types of tokens
 
+
 # ---- out
-
-
 def write(path, model, stock, why_not, tokenizer, quant, name, meta):
     """Write a GGUF file -> (the model whose logits it must give, {tensor name: float32 array} as stored).
 
@@ -189,7 +188,6 @@ def same_split(one, other):
 
 
 # ---- in
-
 KEYS = {"vocab_size": "llama.vocab_size", "n_layer": "llama.block_count", "n_head": "llama.attention.head_count",
         "n_kv_head": "llama.attention.head_count_kv", "n_embd": "llama.embedding_length",
         "n_hidden": "llama.feed_forward_length", "block_size": "llama.context_length",

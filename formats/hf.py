@@ -62,9 +62,8 @@ class ThimbleForCausalLM(PreTrainedModel, GenerationMixin):
         return {{"input_ids": input_ids[:, -self.model.config.block_size:]}}
 '''
 
+
 # ---- out
-
-
 def write(folder, model, stock, tokenizer, quant, meta):
     """Write a folder for transformers -> (the model whose logits it must give, {tensor name: tensor} as stored).
 
@@ -159,7 +158,6 @@ def write_json(path, value):
 
 
 # ---- in
-
 KEYS = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
         "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size", "n_hidden": "intermediate_size",
         "block_size": "max_position_embeddings", "norm_eps": "rms_norm_eps"}

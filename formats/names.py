@@ -19,8 +19,8 @@ QUANTS = {
     "web": ("fp32", "int8", "int4", "q2"),
 }
 
-# ---- tensors
 
+# ---- tensors
 OURS, HUGGING_FACE, LLAMA_CPP = range(3)                   # columns of the tables
 PREFIXES = ("blocks", "model.layers", "blk")               # "*" stands for one of these and the number of the layer
 NAMES = [                                                  # Llama, and BitNet with its two more norms
@@ -88,7 +88,6 @@ def permute(w, n_head, back=False):
 
 
 # ---- settings, on the way out
-
 CLASSES = {"llama": "LlamaForCausalLM", "bitnet": "BitNetForCausalLM", "jamba": "JambaForCausalLM"}
 
 
@@ -135,8 +134,6 @@ def hf_config(model, stock):
 
 
 # ---- settings, on the way in
-
-
 def shape(where, about, keys, rope_theta, head_dim):
     """Settings of model.Config from a foreign description `about`; UserError if one is missing or out of range.
 

@@ -19,9 +19,8 @@ from formats import names
 from formats.weights import product, ternary_parts, weights
 from thimble.files import short
 
+
 # ---- the three architectures: {name in Hugging Face: tensor}, emptied as it is used; config.json -> logits (B, T, V)
-
-
 def rms_norm(x, weight, eps):
     """Zhang & Sennrich 2019, "Root Mean Square Layer Normalization", eq. 4."""
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
@@ -133,8 +132,8 @@ def jamba(w, config, ids):
 
 
 # ---- a model beside them
-
 FORWARD = {"llama": llama, "bitnet": bitnet, "jamba": jamba}
+TITLES = {"llama": "Llama", "bitnet": "BitNet", "jamba": "Jamba"}
 # Largest difference of two logits, over the largest logit. In float64 two ways to compute the same differ by 1e-14,
 # what a model returns in float32 by 1e-7; the least change of a formula shows in the second or third digit.
 SAME = 1e-6
@@ -216,11 +215,11 @@ def stock_architecture(model):
         if theirs:                                         # a tensor for which the architecture has no use
             raise KeyError(next(iter(theirs)))
         if differs(own_logits(model, ids), logits):
-            why = f"it computes something else than {stock.title()}"
+            why = f"it computes something else than {TITLES[stock]}"
     except KeyError as error:
-        why = f"its tensor {error.args[0]} is not one of {stock.title()}'s, or {stock.title()} needs it"
+        why = f"its tensors are not those of {TITLES[stock]}: {error.args[0]}"
     except Exception as error:  # whatever a model file of one's own lacks, or cannot do in float64
-        why = f"it cannot be held against {stock.title()}: {short(error, 100)}"
+        why = f"it cannot be held against {TITLES[stock]}: {short(error, 100)}"
     if not why:
         return stock, ""
     for key, value in EXTRAS.items():                      # the better reason, where there is one

@@ -44,8 +44,6 @@ def pack(codes, bits, block):
 
 
 # ---- the same in torch
-
-
 def rounded8(weight):
     """weight (N, K) -> what its 8-bit codes stand for."""
     codes, scales = quantise8(weight.numpy())

@@ -66,7 +66,6 @@ def test_relu2_is_refused_for_llama_cpp(tmp_path):
 
 
 # ---- the command
-
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model, words = built("tied")

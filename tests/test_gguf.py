@@ -12,8 +12,8 @@ from formats.check import LlamaCpp
 from thimble import checkpoint, load
 from thimble.files import UserError
 
-# ---- tokenizers
 
+# ---- tokenizers
 def strings(kind):
     """1,000 hard strings: words, digits, spaces, line ends, marks, scripts, emoji, control characters, in any mix."""
     rng = random.Random(1)
@@ -64,7 +64,6 @@ def test_a_file_bears_the_name_of_its_run(tmp_path):
 
 
 # ---- in
-
 def test_q4_1_is_read(tmp_path):
     gguf = pytest.importorskip("gguf", reason="pip install -r requirements-test.txt")
     path, kind = tmp_path / "m.gguf", gguf.GGMLQuantizationType.Q4_1
@@ -77,7 +76,6 @@ def test_q4_1_is_read(tmp_path):
 
 
 # ---- what must not come in
-
 SIZES = {"token_embd": (8, 32), "output_norm": (32,), "output": (8, 32), "blk.0.attn_norm": (32,),
          "blk.0.attn_q": (32, 32), "blk.0.attn_k": (32, 32), "blk.0.attn_v": (32, 32), "blk.0.attn_output": (32, 32),
          "blk.0.ffn_norm": (32,),

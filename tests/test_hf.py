@@ -33,7 +33,6 @@ def test_out_and_in_again(tmp_path, case, form, quant):
 
 
 # ---- what must not come in
-
 UP, NORM = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"
 
 

@@ -171,7 +171,7 @@ def test_window_form_in_node(ort, tmp_path, monkeypatch):
         pytest.skip("needs Node.js")
     command = ["npm", "install", "--ignore-scripts", "--prefix", str(tmp_path), "onnxruntime-node@1.20.1"]
     if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("npm does not give onnxruntime-node")
+        pytest.skip("npm could not install onnxruntime-node")
     import cerebros
     from bench import window
     monkeypatch.setenv("NODE_PATH", str(tmp_path / "node_modules"))
@@ -317,4 +317,4 @@ def test_the_page_writes_the_same_text_in_a_browser(tmp_path):
         server.shutdown()
     assert re.search('data-state="done"', page), page[-1500:]
     assert [int(i) for i in re.search('data-ids="([^"]*)"', page)[1].split()] == want
-    assert re.search(r"model, fp32, [\d.]+ MB, runs on (WASM|WebGPU)", page) and re.search(r"[\d.]+ tokens/s", page)
+    assert re.search(r"model, fp32, [\d.]+ MB, running on (WASM|WebGPU)", page) and re.search(r"[\d.]+ tokens/s", page)

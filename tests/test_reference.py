@@ -35,7 +35,6 @@ def test_two_norms_swapped_in_the_table_are_noticed(monkeypatch):
 
 
 # ---- forks: a model file with one change, in its place or as a copy under another name
-
 SETTINGS = {"model": {"n_kv_head": 2}, "ternary": {"n_hidden": 64},
             "hybrid_ssm": {"ssm": "mamba1", "n_layer": 3, "attn_layer_period": 3},
             "cerebros": {"n_embd": 16, "window": 12}}
