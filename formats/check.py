@@ -66,6 +66,7 @@ def check(artefact, model, tokenizer, meta, n_prompts=50, n_tokens=64):
         raise UserError(f"check failed: it does not load ({short(error, 300)})") from None
     twin = artefact.twin
     stop = hf.ends(tokenizer, meta)[1]
+    # short prompts that leave room for the texts, also in a context of a few tokens
     size = model.config.block_size
     length = max(1, min(PROMPT, size // 4))
     n_tokens = max(1, min(n_tokens, size - length - 1))
@@ -78,6 +79,7 @@ def check(artefact, model, tokenizer, meta, n_prompts=50, n_tokens=64):
             raise UserError(f"check failed: {n_prompts - same - tied} of {n_prompts} greedy texts differ")
         if consumer.has_tokenizer:
             compare_tokenizer(consumer, tokenizer, [tokenizer.decode(prompt) for prompt in prompts.tolist()])
+            # the name of the token, which a chat loop compares, and the ids, where the program lists them
             if consumer.end != tokenizer.token(stop[0]) or consumer.stop not in (None, stop):
                 raise UserError(f"check failed: texts end with {consumer.end!r} there, ids {consumer.stop or ''}")
     finally:
@@ -90,6 +92,7 @@ def check(artefact, model, tokenizer, meta, n_prompts=50, n_tokens=64):
 
 def random_prompts(tokenizer, n, length):
     """(n, length) ids, none of them special."""
+    # llama.cpp treats special ids in a prompt in its own ways
     known = sorted(set(range(tokenizer.vocab_size)) - set(tokenizer.specials.values()))
     generator = torch.Generator().manual_seed(0)
     return torch.tensor(known)[torch.randint(len(known), (n, length), generator=generator)]
@@ -110,7 +113,7 @@ def read_back(artefact):
     except (UserError, OSError) as error:
         raise UserError(f"check failed: {error}") from None
     wrong = [name for name in stored if name not in found or not equal(found[name], stored[name])]
-    wrong += sorted(set(found) - set(stored))
+    wrong += sorted(set(found) - set(stored))              # nobody meant to store these
     if wrong:
         raise UserError(f"check failed: {wrong[0]} is not in the file as it should be")
 
@@ -133,6 +136,7 @@ def onnx_weights(path):
 
 def compare_logprobs(consumer, artefact, prompts):
     """-> (the largest difference of log p after the prompts, the tolerance for a logit); UserError beyond that."""
+    # log p, not logits: llama.cpp gives nothing else, and it is what sampling sees
     ours = artefact.twin(prompts)[0][:, -1].log_softmax(-1)                                  # (B, V)
     delta = (ours - consumer.logprobs(prompts)).abs().max().item()
     spread = ours.std(-1).mean().item()
@@ -172,12 +176,12 @@ def is_near_tie(model, prompt, ours, theirs, tolerance):
 
 def compare_tokenizer(consumer, tokenizer, texts):
     """UserError unless awkward strings and `texts` have the same ids there, and the ids the same text."""
-    known = set("".join(texts)) if tokenizer.kind == "char" else None
+    known = set("".join(texts))
     for text in [*AWKWARD, *texts]:
-        if known is not None:
+        if tokenizer.kind == "char":                       # it refuses characters that it does not know
             text = "".join(char for char in text if char in known)
         if not text or any(token in text for token in tokenizer.specials):
-            continue
+            continue                                       # elsewhere "<|endoftext|>" in a text is the token
         ours, theirs = tokenizer.encode(text), consumer.encode(text)
         if ours != theirs:
             raise UserError(f"check failed: {text[:40]!r} is {ours[:8]} here, {theirs[:8]} there")
@@ -206,11 +210,13 @@ class Transformers:
         transformers = optional("transformers")
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
+        # a folder that we wrote a moment ago: the code in it is the model file that runs here already
         own_code = "auto_map" in hf.read_json(Path(path) / "config.json")
         self.settings = transformers.GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=own_code)
         self.model, info = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, trust_remote_code=own_code, output_loading_info=True)
+        # missing, unexpected or mismatched tensors, which transformers only warns about
         problems = [f"{key}: {', '.join(sorted(map(str, info[key])))}" for key in info if info[key]]
         if problems:
             raise ValueError("transformers finds " + "; ".join(problems)[:300])
@@ -253,9 +259,10 @@ class LlamaCpp:
         p.n_parallel = 1
         p.n_ctx = min(values[f"{arch}.context_length"], 1024)
         p.n_gpu_layers = 0
-        p.fit_params = False
+        p.fit_params = False                               # it would change n_ctx to fit the memory
         p.warmup = False
         p.verbosity = -1
+        # float32 keys and values, and attention that keeps them so
         p.cache_type_k = p.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         p.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         p.cpuparams.n_threads = p.cpuparams_batch.n_threads = torch.get_num_threads()
@@ -272,7 +279,8 @@ class LlamaCpp:
     def logprobs(self, prompts):
         """prompts (B, T) -> log p of the next token, (B, V)."""
         rows = torch.full((len(prompts), self.vocab_size), torch.nan)
-        # drawn always: a token that is half a character would come without probabilities
+        # the bias makes this token the one that is drawn: one that is half a character would come without
+        # probabilities. Those that are returned are from before the bias
         plain_text = self.encode("a") or self.encode(" ")
         for row, prompt in zip(rows, prompts.tolist(), strict=True):
             answer = self.ask("/completion", prompt=prompt, n_predict=1, n_probs=self.vocab_size, temperature=1.0,
@@ -334,9 +342,10 @@ class OnnxRuntime:
     def step(self, ids, cache, mask=None):
         """ids (B, T), cache of `empty_cache` or the last step, mask (B, P + T) or None -> (logits (B, T, V), cache)."""
         ids = np.asarray(ids, np.int64)
-        if mask is None:
+        if mask is None:                                   # no padding: all of the past, which keys show, and these
             past = next((array.shape[2] for name, array in cache.items() if name.endswith(".key")), 0)
             mask = np.ones((len(ids), past + ids.shape[1]), np.int64)
+        # padding does not count: the first token of a padded row stands at 0
         positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -ids.shape[1]:]
         feed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         feed = {name: value for name, value in feed.items() if name in self.inputs}

@@ -54,7 +54,7 @@ def write(path, model, stock, why_not, tokenizer, quant, name, meta):
     writer.add_name(name)
     for key, value in sizes(model, stock).items():
         getattr(writer, f"add_{key}")(value)
-    if hasattr(config, "act"):
+    if hasattr(config, "act"):                             # llama.cpp ignores it so far
         writer.add_string(f"{stock}.hidden_activation", config.act)
     add_tokenizer(gguf, writer, tokenizer, config.vocab_size, meta)
     twin = plain(model)
@@ -88,7 +88,7 @@ def tensor_type(gguf, name, tensor, quant, is_ternary):
     kind = gguf.GGMLQuantizationType[quant.upper()]
     block = gguf.GGML_QUANT_SIZES[kind][0]                 # numbers that share a scale
     if tensor.dim() < 2 or name.endswith(("A_log", "conv1d.weight")):
-        return gguf.GGMLQuantizationType.F32
+        return gguf.GGMLQuantizationType.F32               # small, and llama.cpp wants them so
     if tensor.size(1) % block or (quant.startswith("tq") and not is_ternary):
         return gguf.GGMLQuantizationType.F16
     return kind
@@ -112,6 +112,7 @@ def add_tensors(gguf, writer, model, twin, stock, quant):
             w = -w.exp()                                   # llama.cpp stores A itself
         elif w.dim() == 3:
             w = w.flatten(1)                               # a convolution's (E, 1, k)
+        # of a ternary matrix -1, 0 and 1 are stored, which every type holds exactly, and the scale beside it
         raw = gguf.quantize(w.contiguous().numpy(), kind)
         writer.add_tensor(there, raw, raw_dtype=kind)
         stored[there] = gguf.dequantize(raw, kind).astype(np.float32)
@@ -156,10 +157,10 @@ def add_tokenizer(gguf, writer, tokenizer, vocab_size, meta):
     writer.add_tokenizer_pre(pretokenizer_name(tokenizer, hf))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges(list(dict.fromkeys(merges)) or [NO_MERGE])
+    writer.add_token_merges(list(dict.fromkeys(merges)) or [NO_MERGE])  # characters share merges of their bytes
     writer.add_bos_token_id(meta.get("bos", tokenizer.eot))  # without these llama.cpp ends every text at id 11
     writer.add_eos_token_id(meta.get("eos", tokenizer.eot))
-    writer.add_add_bos_token(False)
+    writer.add_add_bos_token(False)                        # a prompt is what was typed, as in sample.py
     writer.add_add_space_prefix(False)
     if meta.get("chat_template"):
         writer.add_chat_template(meta["chat_template"])
@@ -169,6 +170,7 @@ def pretokenizer_name(tokenizer, hf):
     """llama.cpp's name of the rule that splits text before BPE; UserError where it has none."""
     if tokenizer.kind in ("byte", "char"):
         return "gpt-2"
+    # llama.cpp's `gpt2` model neither normalises text nor falls back to bytes
     if hf["model"]["type"] == "BPE" and not hf["normalizer"] and not hf["model"].get("byte_fallback"):
         for name, preset in PRETOKENIZER_OF.items():
             if same_split(hf["pre_tokenizer"], json.loads(pre_tokenizer_of(preset).__getstate__())):
@@ -204,6 +206,7 @@ def open_file(path, _):
     class Reader(gguf.GGUFReader):
         """The package's own believes any length that a file claims, and makes an object of every number."""
 
+        # how the package reads every number; past the end numpy would return fewer without a word
         def _get(self, offset, dtype, count=1, override_order=None):
             if offset + np.dtype(dtype).itemsize * int(count) > self.data.size:
                 raise ValueError("it ends too early")
@@ -221,13 +224,14 @@ def open_file(path, _):
             dtype = self.gguf_scalar_to_np.get(gguf.GGUFValueType(kind[0]))
             if dtype is None:
                 raise ValueError("a list is too long, or holds lists")
-            part = self._get(orig_offs + 12, dtype, n[0])
+            part = self._get(orig_offs + 12, dtype, n[0])  # as one array, behind its type (4 bytes) and length (8)
             types = [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType(kind[0])]
             return 12 + part.nbytes, [kind, n, part], [2], types
 
     try:
         reader = Reader(path)
         places = sorted((int(tensor.data_offset), int(tensor.n_bytes)) for tensor in reader.tensors)
+        # a small file could claim the same bytes for thousands of tensors
         if any(one + size > other for (one, size), (other, _) in itertools.pairwise(places)):
             raise ValueError("its tensors overlap")
         return reader, {name: field.contents() for name, field in reader.fields.items()}
@@ -252,14 +256,16 @@ def read(path):
                         ".pth) can run code and are never read: convert it to safetensors")
     values, arrays, reader = parts(path)
     check_readable(path, values, reader)
+    # older files leave it to the list of tokens
     values.setdefault("llama.vocab_size", len(values.get("tokenizer.ggml.tokens", ())))
     theta = values.get("llama.rope.freq_base", 10000.0)
     config = names.shape(path, values, KEYS, theta, values.get("llama.rope.dimension_count"))
     config["tie_embeddings"] = "output.weight" not in arrays
     tensors = {}
     for name, array in arrays.items():
-        tensor = torch.from_numpy(np.array(array(), np.float32))
+        tensor = torch.from_numpy(np.array(array(), np.float32))  # a copy: the file is mapped, and read-only
         for stem, heads in (("attn_q.", config["n_head"]), ("attn_k.", config["n_kv_head"])):
+            # of another shape it is refused later, with a better message
             if stem in name and tensor.dim() == 2 and tensor.size(0) % (2 * heads) == 0:
                 tensor = names.permute(tensor, heads, back=True)
         tensors[names.rename(name, names.LLAMA_CPP, names.OURS)] = tensor.contiguous()
@@ -318,6 +324,7 @@ def build_tokenizer(tokens, types, merges, pre, name):
     last = max(normal.values(), default=0)
     inside = {token: i for i, token in enumerate(tokens[:last]) if types[i] in (CONTROL, USER_DEFINED)}
     pairs = [tuple(merge.partition(" ")[::2]) for merge in merges]
+    # those that make up a character of several bytes, and NO_MERGE, have halves that are no tokens
     pairs = [pair for pair in pairs if all(part in normal for part in (*pair, "".join(pair)))]
     if not pairs and len(normal) != 256:                   # characters, each made of its bytes
         byte_of = {char: byte for byte, char in enumerate(byte_alphabet())}

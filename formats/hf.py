@@ -76,11 +76,12 @@ def write(folder, model, stock, tokenizer, quant, meta):
     if stock and quant not in ("online", "packed"):
         twin = plain(model)
     dtype = HALVES.get(quant, torch.float32)
-    if quant in HALVES:
+    if quant in HALVES:                                    # what a program makes of halves in float32
         twin = with_weights(twin, lambda name, tensor: tensor.to(dtype).float())
     bos, stop = ends(tokenizer, meta)
     about = {"vocab_size": model.config.vocab_size, "max_position_embeddings": model.config.block_size,
              "pad_token_id": None, "bos_token_id": bos, "eos_token_id": stop[0],
+             # the new name and the old one
              "dtype": str(dtype).removeprefix("torch."), "torch_dtype": str(dtype).removeprefix("torch.")}
     if stock:
         tensors = weights(twin)
@@ -89,9 +90,11 @@ def write(folder, model, stock, tokenizer, quant, meta):
         tensors = {names.rename(name, names.OURS, names.HUGGING_FACE, stock): t for name, t in tensors.items()}
         about |= names.hf_config(model, stock)
         if quant in ("online", "packed"):
+            # autobitlinear multiplies by weight_scale; the other class, bitlinear, would divide by it
             about["quantization_config"] = {"quant_method": "bitnet", "linear_class": "autobitlinear",
                                             "quantization_mode": "online" if quant == "online" else "offline"}
     else:
+        # buffers that are not saved, too: from_pretrained leaves what it does not find uninitialised
         tensors = dict(twin.state_dict()) | dict(twin.named_buffers())
         tensors = {f"model.{name}": tensor.detach() for name, tensor in tensors.items()}
         about |= write_code(folder, model)
@@ -145,10 +148,11 @@ def write_side_files(folder, model, tokenizer, meta):
     (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     special = {"bos_token": tokenizer.token(bos), "eos_token": tokenizer.token(stop[0])}
     write_json(folder / "special_tokens_map.json", special)
+    # clean_up_... true, once the default, would remove spaces before punctuation
     settings = {**special, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
                 "model_max_length": model.config.block_size}
     if meta.get("chat_template"):
-        settings["chat_template"] = meta["chat_template"]
+        settings["chat_template"] = meta["chat_template"]  # transformers 4 reads it here, 5 in its own file
         (folder / "chat_template.jinja").write_text(meta["chat_template"], encoding="utf-8")
     write_json(folder / "tokenizer_config.json", settings)
 
@@ -190,7 +194,7 @@ def read_config(path, about):
         if about.get(key) not in values:
             raise UserError(f"{path} has {key}={str(about.get(key))[:80]}, which cannot be read: "
                             f"only Llama with {key}={values[0]}")
-    # transformers 5 has rope_parameters; before, there was rope_theta and, only for scaled RoPE, rope_scaling
+    # transformers 5 has rope_parameters; before it there was rope_theta and, only for scaled RoPE, rope_scaling
     rope = about.get("rope_parameters") or about.get("rope_scaling") or {}
     if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
         raise UserError(f"{path} has scaled RoPE ({str(rope)[:80]}), which model.py does not support")
@@ -208,7 +212,7 @@ def read_meta(folder, about, vocab_size):
     meta = {"stop_ids": [i for i in eos if type(i) is int and 0 <= i < vocab_size]}
     if meta["stop_ids"]:
         meta["eos"] = meta["stop_ids"][0]
-    if type(about.get("bos_token_id")) is int:
+    if type(about.get("bos_token_id")) is int:             # true is an int, too
         meta["bos"] = about["bos_token_id"]
     file = folder / "chat_template.jinja"
     if file.is_file():
@@ -234,6 +238,7 @@ def safetensors_files(folder):
     places = read_json(index).get("weight_map")
     shards = sorted(set(map(str, places.values()))) if isinstance(places, dict) else []
     for name in shards:
+        # no path: an index must not name a file outside of its folder
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,150}\.safetensors", name):
             raise UserError(f"{index} names the file {name[:80]!r}, which is not a plain name")
         if not (folder / name).is_file():
@@ -248,6 +253,7 @@ def read_safetensors(file):
     try:
         with open(file, "rb") as raw:
             size = int.from_bytes(raw.read(8), "little")
+            # the length of the header is the first thing that a damaged file gets wrong
             header = raw.read(size) if size < min(10**8, file.stat().st_size) else b""
         listed = json.loads(header, object_pairs_hook=lambda pairs: [key for key, _ in pairs])
         if len(set(listed)) < len(listed):

@@ -28,18 +28,19 @@ def rms_norm(x, weight, eps):
 
 def rotary(x, theta):
     """Su et al. 2021, "RoFormer", eq. 34, with x_i and x_{i + D/2} as a pair (GPT-NeoX). x: (B, T, heads, D)."""
-    T, D = x.size(1), x.size(-1)
+    T = x.size(1)
+    D = x.size(-1)
     freqs = theta ** (-torch.arange(0, D, 2, dtype=x.dtype) / D)
     angles = (torch.arange(T, dtype=x.dtype)[:, None] * freqs)[:, None]                      # (T, 1, D/2)
     one, other = x.chunk(2, -1)
-    turned = one * angles.cos() - other * angles.sin(), other * angles.cos() + one * angles.sin()
-    return torch.cat(turned, -1)
+    return torch.cat((one * angles.cos() - other * angles.sin(), other * angles.cos() + one * angles.sin()), -1)
 
 
 def attention(w, prefix, config, x, linear=F.linear):
     """Vaswani et al. 2017, causal; grouped queries after Ainslie et al. 2023. Jamba has no rotary embedding."""
     B, T, C = x.shape
-    H, K = config["num_attention_heads"], config["num_key_value_heads"]
+    H = config["num_attention_heads"]
+    K = config["num_key_value_heads"]
     q = linear(x, w.pop(prefix + "q_proj.weight")).view(B, T, H, -1)
     k = linear(x, w.pop(prefix + "k_proj.weight")).view(B, T, K, -1)
     v = linear(x, w.pop(prefix + "v_proj.weight")).view(B, T, K, -1)
@@ -50,7 +51,8 @@ def attention(w, prefix, config, x, linear=F.linear):
     v = v.repeat_interleave(H // K, 2)
     scores = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(q.size(-1))
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
-    y = torch.einsum("bhts,bshd->bthd", scores.masked_fill(future, -math.inf).softmax(-1), v).reshape(B, T, C)
+    weights = scores.masked_fill(future, -math.inf).softmax(-1)                              # (B, H, T, T)
+    y = torch.einsum("bhts,bshd->bthd", weights, v).reshape(B, T, C)
     if config["model_type"] == "bitnet":
         y = rms_norm(y, w.pop(prefix + "attn_sub_norm.weight"), config["rms_norm_eps"])
     return linear(y, w.pop(prefix + "o_proj.weight"))
@@ -68,9 +70,12 @@ def gated_mlp(w, prefix, config, x, linear=F.linear):
 
 def mamba(w, prefix, config, x):
     """Gu & Dao 2023, "Mamba", algorithm 2, with the norms on dt, B and C of Lieber et al. 2024, "Jamba"."""
-    eps, N, rank = config["rms_norm_eps"], config["mamba_d_state"], config["mamba_dt_rank"]
+    eps = config["rms_norm_eps"]
+    N = config["mamba_d_state"]
+    rank = config["mamba_dt_rank"]
     u, z = F.linear(x, w.pop(prefix + "in_proj.weight")).chunk(2, -1)                        # (B, T, E)
-    kernel, bias = w.pop(prefix + "conv1d.weight"), w.pop(prefix + "conv1d.bias")
+    kernel = w.pop(prefix + "conv1d.weight")                                                 # (E, 1, k)
+    bias = w.pop(prefix + "conv1d.bias")
     u = F.pad(u.mT, (kernel.size(-1) - 1, 0))              # causal: it sees this token and those before
     u = F.silu(F.conv1d(u, kernel, bias, groups=len(kernel))).mT
     dt, b, c = F.linear(u, w.pop(prefix + "x_proj.weight")).split((rank, N, N), -1)
@@ -79,8 +84,9 @@ def mamba(w, prefix, config, x):
     c = rms_norm(c, w.pop(prefix + "c_layernorm.weight"), eps)
     dt = F.softplus(F.linear(dt, w.pop(prefix + "dt_proj.weight"), w.pop(prefix + "dt_proj.bias")))
     a = -w.pop(prefix + "A_log").exp()                                                       # (E, N)
-    h, ys = 0, []
-    for t in range(x.size(1)):
+    h = 0
+    ys = []
+    for t in range(x.size(1)):                             # the plain recurrence: slow, and nothing to get wrong
         h = (dt[:, t, :, None] * a).exp() * h + (dt * u)[:, t, :, None] * b[:, t, None]      # (B, E, N)
         ys.append((h * c[:, t, None]).sum(-1))
     y = torch.stack(ys, 1) + u * w.pop(prefix + "D")
@@ -89,7 +95,8 @@ def mamba(w, prefix, config, x):
 
 def llama(w, config, ids, linear=F.linear):
     """Touvron et al. 2023, "LLaMA", section 2.2; names and layout as in transformers' LlamaForCausalLM."""
-    eps, embedding = config["rms_norm_eps"], w.pop("model.embed_tokens.weight")
+    eps = config["rms_norm_eps"]
+    embedding = w.pop("model.embed_tokens.weight")         # and the head, where there is none of its own
     x = embedding[ids]
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}."
@@ -117,7 +124,8 @@ def bitnet(w, config, ids):
 
 def jamba(w, config, ids):
     """Lieber et al. 2024, "Jamba", section 2, without experts; names as in transformers' JambaForCausalLM."""
-    eps, embedding = config["rms_norm_eps"], w.pop("model.embed_tokens.weight")
+    eps = config["rms_norm_eps"]
+    embedding = w.pop("model.embed_tokens.weight")         # and the head, where there is none of its own
     x = embedding[ids]
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}."
@@ -144,9 +152,9 @@ EXTRAS = {"qk_norm": False, "mlp": "swiglu", "n_streams": 1, "group_size": 0, "s
           "rope": False}
 
 
-def some_ids(config, most=MOST_TOKENS):
-    """(1, T) random ids, as many as the model's context and the limits above allow."""
-    n = min(config.block_size, most, max(16, MOST_LOGITS // config.vocab_size))
+def some_ids(config):
+    """(1, T) random ids: a whole context where the limits above allow, for a sliding window shows only behind it."""
+    n = min(config.block_size, MOST_TOKENS, max(16, MOST_LOGITS // config.vocab_size))
     return torch.randint(config.vocab_size, (1, n), generator=torch.Generator().manual_seed(0))
 
 
@@ -198,7 +206,8 @@ def stock_architecture(model):
 
     The names of its tensors say which one to try; random ids decide.
     """
-    config, tensors = model.config, model.state_dict()
+    config = model.config
+    tensors = model.state_dict()
     stock = "llama"
     if any(name.endswith("A_log") for name in tensors):
         stock = "jamba"
@@ -208,6 +217,7 @@ def stock_architecture(model):
     try:
         theirs = stock_tensors(model, stock)
         about = names.hf_config(model, stock)
+        # transformers' words for weights that are rounded already, and for those rounded at each forward
         mode = "offline" if getattr(config, "packed", False) else "online"
         about["quantization_config"] = {"quantization_mode": mode}
         ids = some_ids(config)
