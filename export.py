@@ -56,13 +56,13 @@ def export(loaded, cfg):
     begun = time.perf_counter()
     if cfg.window and cfg.format != "onnx":
         raise UserError(f"--window is a form of ONNX: use --format=onnx, not {cfg.format}")
-    stock, why_not = "", ""
-    if cfg.format in ("hf", "gguf"):
-        stock, why_not = stock_architecture(loaded.model)
-    quant, as_is = choose_quant(cfg, stock, getattr(loaded.model.config, "packed", False))
     out = Path(cfg.out or f"exports/{default_name(loaded, cfg)}")
     if os.path.lexists(out):
         raise UserError(f"{out} already exists: remove it, or name another with --out")
+    stock, why_not = "", ""
+    if cfg.format in ("hf", "gguf"):  # an ONNX graph is held against the model itself
+        stock, why_not = stock_architecture(loaded.model)
+    quant, as_is = choose_quant(cfg, stock, getattr(loaded.model.config, "packed", False))
     if cfg.format == "hf" and not stock:
         print(f"no stock architecture ({why_not}): the model file goes along, for trust_remote_code=True")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def choose_quant(cfg, stock, packed):
     """-> (how numbers are stored, the choice that rounds no weight); UserError lists the valid ones."""
     allowed = QUANTS["hf, ternary" if cfg.format == "hf" and stock == "bitnet" else cfg.format]
     quant = cfg.quant or allowed[0]
-    if not cfg.quant and packed and "packed" in allowed:
+    if not cfg.quant and packed and "packed" in allowed:  # there are no other weights
         quant = "packed"
     if quant not in allowed:
         raise UserError(f"--quant={quant} is not for --format={cfg.format} of this model: use {', '.join(allowed)}")
@@ -92,7 +92,8 @@ def choose_quant(cfg, stock, packed):
 
 def default_name(loaded, cfg):
     """NAME-hf, NAME-onnx-int4, NAME-q8_0.gguf, NAME-window.onnx, ..."""
-    parts, ending = [loaded.name], ""
+    parts = [loaded.name]
+    ending = ""
     if cfg.format == "gguf":
         ending = ".gguf"
     elif cfg.window:
@@ -109,7 +110,10 @@ def write(path, loaded, cfg, quant, stock, why_not):
     """Write the artefact -> (the torch model whose logits it must give, {tensor name: tensor} as stored)."""
     model, tokenizer, meta = loaded.model, loaded.tokenizer, loaded.meta
     if cfg.format == "gguf":
-        return gguf.write(path, model, stock, why_not, tokenizer, quant, loaded.name, meta)
+        if not stock:
+            raise UserError(f"llama.cpp has no architecture for this model ({why_not}): use --format=hf or "
+                            "--format=onnx")
+        return gguf.write(path, model, stock, tokenizer, quant, loaded.name, meta)
     if cfg.format == "onnx" and (cfg.window or path.suffix == ".onnx"):
         from formats import onnx as onnx_format  # takes half a second
         return onnx_format.write(path, model, quant, cfg.window)

@@ -35,7 +35,7 @@ class Config:
 
 def compare(model, tokenizer, ids, ours, theirs):
     """-> (whether the texts are equal, where and by how much they part)."""
-    n = min(len(theirs), len(ours))                        # llama.cpp stops at the end of text
+    n = min(len(theirs), len(ours))  # llama.cpp stops at the end of text
     different = [i for i in range(n) if ours[i] != theirs[i]]
     if not different:
         return True, "equal"

@@ -89,7 +89,7 @@ def forms_of(model, stock, cfg):
         if quant in ("tq1_0", "tq2_0", "q2") and not ternary:
             continue
         if form == "gguf" and not stock and quant != "f32":
-            continue                                       # one row says why there is none
+            continue  # one row says why there is none
         found.append((form, quant))
     return found
 

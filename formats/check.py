@@ -31,8 +31,8 @@ EXACT = 1e-4
 TIPPED = 0.1
 # llama.cpp rounds what meets halves to halves, what meets 8 or fewer bits to 8 bits, and the twin does not.
 LLAMA_CPP = {"f16": 0.01, "bf16": 0.05, "q8_0": 0.25, "q4_0": 0.25, "tq1_0": 0.3, "tq2_0": 0.3}
-N_FEW = 8                           # prompts whose log p is compared in full
-PROMPT = 8                          # tokens of a prompt
+N_FEW = 8  # prompts whose log p is compared in full
+PROMPT = 8  # tokens of a prompt
 
 
 class Artefact(NamedTuple):
@@ -84,7 +84,8 @@ def check(artefact, model, tokenizer, meta, n_prompts=50, n_tokens=64):
                 raise UserError(f"check failed: texts end with {consumer.end!r} there, ids {consumer.stop or ''}")
     finally:
         consumer.close()
-    ours, theirs = model(few)[0], twin(few)[0]
+    ours = model(few)[0]
+    theirs = twin(few)[0]
     kept = (ours.argmax(-1) == theirs.argmax(-1)).double().mean().item()
     return {"runtime": consumer.name, "delta": delta, "loss": (ours - theirs).abs().max().item(), "kept": kept,
             "same": same, "tied": tied, "prompts": n_prompts, "tokens": n_tokens}
@@ -101,27 +102,33 @@ def random_prompts(tokenizer, n, length):
 # ---- the comparisons
 def read_back(artefact):
     """UserError unless the file holds exactly the tensors that were meant to be in it."""
-    path, stored = artefact.path, artefact.stored
+    path = artefact.path
+    stored = artefact.stored
     try:
         if artefact.form == "hf":
             file = path / "model.safetensors"
             found = checkpoint.unpack_tensors(file, file.read_bytes())
         elif artefact.form == "gguf":
-            found = {name: array() for name, array in gguf.parts(path)[1].items()}
+            found = gguf.parts(path)[1]
         else:
             found = onnx_weights(path)
     except (UserError, OSError) as error:
         raise UserError(f"check failed: {error}") from None
     wrong = [name for name in stored if name not in found or not equal(found[name], stored[name])]
-    wrong += sorted(set(found) - set(stored))              # nobody meant to store these
+    wrong += sorted(set(found) - set(stored))  # nobody meant to store these
     if wrong:
         raise UserError(f"check failed: {wrong[0]} is not in the file as it should be")
 
 
-def equal(one, other):
-    if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    return one.dtype == other.dtype and np.array_equal(one, other)
+def equal(found, stored):
+    """Whether two tensors or two arrays are the same; a function stands for the array that it returns."""
+    if callable(found):  # of a GGUF file, where all arrays at once would take up to eight times its size
+        found = found()
+    if found.dtype != stored.dtype:
+        return False
+    if isinstance(found, torch.Tensor):
+        return torch.equal(found, stored)
+    return np.array_equal(found, stored)
 
 
 def onnx_weights(path):
@@ -137,7 +144,7 @@ def onnx_weights(path):
 def compare_logprobs(consumer, artefact, prompts):
     """-> (the largest difference of log p after the prompts, the tolerance for a logit); UserError beyond that."""
     # log p, not logits: llama.cpp gives nothing else, and it is what sampling sees
-    ours = artefact.twin(prompts)[0][:, -1].log_softmax(-1)                                  # (B, V)
+    ours = artefact.twin(prompts)[0][:, -1].log_softmax(-1)  # (B, V)
     delta = (ours - consumer.logprobs(prompts)).abs().max().item()
     spread = ours.std(-1).mean().item()
     tolerance = EXACT * max(1, spread)
@@ -145,7 +152,7 @@ def compare_logprobs(consumer, artefact, prompts):
         tolerance = LLAMA_CPP[artefact.quant] * spread
     elif rounds_activations(artefact.twin, artefact.quant):
         tolerance = TIPPED * spread
-    if not delta <= tolerance:                             # also where it is NaN
+    if not delta <= tolerance:  # also where it is NaN
         raise UserError(f"check failed: logits differ by up to {delta:.2g}, more than {tolerance:.2g}")
     return delta, tolerance
 
@@ -157,7 +164,7 @@ def compare_texts(consumer, twin, prompts, n_tokens, stop, tolerance):
                 strict=True)
     for prompt, ours, theirs in texts:
         ends = [i for i, token in enumerate(ours) if token in stop]
-        n = ends[0] if ends else n_tokens                  # where ours ends, theirs does
+        n = ends[0] if ends else n_tokens  # where ours ends, theirs does
         ours = ours[:n]
         theirs = [*theirs, *[stop[0]] * n][:n]
         if ours == theirs:
@@ -178,10 +185,10 @@ def compare_tokenizer(consumer, tokenizer, texts):
     """UserError unless awkward strings and `texts` have the same ids there, and the ids the same text."""
     known = set("".join(texts))
     for text in [*AWKWARD, *texts]:
-        if tokenizer.kind == "char":                       # it refuses characters that it does not know
+        if tokenizer.kind == "char":  # it refuses characters that it does not know
             text = "".join(char for char in text if char in known)
         if not text or any(token in text for token in tokenizer.specials):
-            continue                                       # elsewhere "<|endoftext|>" in a text is the token
+            continue  # elsewhere "<|endoftext|>" in a text is the token
         ours, theirs = tokenizer.encode(text), consumer.encode(text)
         if ours != theirs:
             raise UserError(f"check failed: {text[:40]!r} is {ours[:8]} here, {theirs[:8]} there")
@@ -253,13 +260,13 @@ class LlamaCpp:
         xllamacpp = optional("xllamacpp")
         values = gguf.parts(path)[0]
         arch = values["general.architecture"]
-        self.vocab_size = values[f"{arch}.vocab_size"]
+        self.vocab_size = len(values["tokenizer.ggml.tokens"])
         p = xllamacpp.CommonParams()
         p.model.path = str(path)
         p.n_parallel = 1
         p.n_ctx = min(values[f"{arch}.context_length"], 1024)
         p.n_gpu_layers = 0
-        p.fit_params = False                               # it would change n_ctx to fit the memory
+        p.fit_params = False  # it would change n_ctx to fit the memory
         p.warmup = False
         p.verbosity = -1
         # float32 keys and values, and attention that keeps them so
@@ -268,7 +275,7 @@ class LlamaCpp:
         p.cpuparams.n_threads = p.cpuparams_batch.n_threads = torch.get_num_threads()
         self.server = xllamacpp.Server(p)
         self.end = self.ask("/props")["eos_token"]
-        self.stop = None                                   # one id, which `end` names
+        self.stop = None  # one id, which `end` names
 
     def ask(self, route, **body):
         data = json.dumps(body).encode() if body else None
@@ -334,15 +341,14 @@ class OnnxRuntime:
         """Before the first token: no keys, no values, states of 0."""
         cache = {}
         for name, value in self.inputs.items():
-            if name.startswith("past"):                    # named sizes but the batch's are those of the past
-                shape = [batch_size if d == "batch_size" else 0 if isinstance(d, str) else d for d in value.shape]
-                cache[name] = np.zeros(shape, np.float32)
+            if name.startswith("past"):
+                cache[name] = np.zeros(empty_shape(value.shape, batch_size), np.float32)
         return cache
 
     def step(self, ids, cache, mask=None):
         """ids (B, T), cache of `empty_cache` or the last step, mask (B, P + T) or None -> (logits (B, T, V), cache)."""
         ids = np.asarray(ids, np.int64)
-        if mask is None:                                   # no padding: all of the past, which keys show, and these
+        if mask is None:  # no padding: all of the past, which keys show, and these
             past = next((array.shape[2] for name, array in cache.items() if name.endswith(".key")), 0)
             mask = np.ones((len(ids), past + ids.shape[1]), np.int64)
         # padding does not count: the first token of a padded row stands at 0
@@ -390,6 +396,17 @@ class OnnxRuntime:
 
     def close(self):
         pass
+
+
+def empty_shape(sizes, batch_size):
+    """The shape that an input of the cache has before the first token; `sizes` are numbers and names."""
+    shape = []
+    for size in sizes:
+        if size == "batch_size":
+            shape.append(batch_size)
+        else:  # another name is a length of the past
+            shape.append(0 if isinstance(size, str) else size)
+    return shape
 
 
 def onnx_file(path):

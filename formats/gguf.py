@@ -26,21 +26,19 @@ from thimble.tokenizer import (
 )
 
 PRETOKENIZER_OF = {"gpt-2": "gpt2", "smollm": "smollm", "llama-bpe": "llama3"}  # llama.cpp's name: ours
-NO_MERGE = "ÿ ÿ"                    # bytes FF FF, which no text holds: llama.cpp wants at least one merge
+NO_MERGE = "ÿ ÿ"  # bytes FF FF, which no text holds: llama.cpp wants at least one merge
 NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6  # types of tokens
 
 
 # ---- out
-def write(path, model, stock, why_not, tokenizer, quant, name, meta):
+def write(path, model, stock, tokenizer, quant, name, meta):
     """Write a GGUF file -> (the model whose logits it must give, {tensor name: float32 array} as stored).
 
-    stock: the architecture that the model is, or "" and why_not. name: what programs show. UserError where llama.cpp
-    does not compute what this model does.
+    stock: the architecture that the model is ("llama", "bitnet", "jamba"); name: what programs show. UserError where
+    llama.cpp does not compute what this model does.
     """
     gguf = need("gguf", "--format=gguf")
     config = model.config
-    if not stock:
-        raise UserError(f"llama.cpp has no architecture for this model ({why_not}): use --format=hf or --format=onnx")
     if quant.startswith("tq") and stock != "bitnet":
         raise UserError(f"--quant={quant} holds -1, 0, 1 and a scale for each matrix: use --quant=q8_0 or q4_0 here")
     if getattr(config, "act", "silu") != "silu":
@@ -54,7 +52,7 @@ def write(path, model, stock, why_not, tokenizer, quant, name, meta):
     writer.add_name(name)
     for key, value in sizes(model, stock).items():
         getattr(writer, f"add_{key}")(value)
-    if hasattr(config, "act"):                             # llama.cpp ignores it so far
+    if hasattr(config, "act"):  # llama.cpp ignores it so far
         writer.add_string(f"{stock}.hidden_activation", config.act)
     add_tokenizer(gguf, writer, tokenizer, config.vocab_size, meta)
     twin = plain(model)
@@ -86,9 +84,9 @@ def sizes(model, stock):
 def tensor_type(gguf, name, tensor, quant, is_ternary):
     """The type in which a tensor is stored: the one asked for, a wider one where its rows do not fill whole blocks."""
     kind = gguf.GGMLQuantizationType[quant.upper()]
-    block = gguf.GGML_QUANT_SIZES[kind][0]                 # numbers that share a scale
+    block = gguf.GGML_QUANT_SIZES[kind][0]  # numbers that share a scale
     if tensor.dim() < 2 or name.endswith(("A_log", "conv1d.weight")):
-        return gguf.GGMLQuantizationType.F32               # small, and llama.cpp wants them so
+        return gguf.GGMLQuantizationType.F32  # small, and llama.cpp wants them so
     if tensor.size(1) % block or (quant.startswith("tq") and not is_ternary):
         return gguf.GGMLQuantizationType.F16
     return kind
@@ -97,7 +95,7 @@ def tensor_type(gguf, name, tensor, quant, is_ternary):
 def add_tensors(gguf, writer, model, twin, stock, quant):
     """Add the weights -> ({name there: float32 array} as stored, {our name: what the stored tensor stands for})."""
     parts = ternary_parts(model)
-    rotated = {}                                           # llama.cpp's Llama turns other pairs than we do
+    rotated = {}  # llama.cpp's Llama turns other pairs than we do
     if stock == "llama":
         rotated = {"q_proj": model.config.n_head, "k_proj": names.n_kv_head(model.config)}
     stored, values = {}, {}
@@ -109,9 +107,9 @@ def add_tensors(gguf, writer, model, twin, stock, quant):
         if heads:
             w = names.permute(w, heads)
         elif name.endswith("A_log"):
-            w = -w.exp()                                   # llama.cpp stores A itself
+            w = -w.exp()  # llama.cpp stores A itself
         elif w.dim() == 3:
-            w = w.flatten(1)                               # a convolution's (E, 1, k)
+            w = w.flatten(1)  # a convolution's (E, 1, k)
         # of a ternary matrix -1, 0 and 1 are stored, which every type holds exactly, and the scale beside it
         raw = gguf.quantize(w.contiguous().numpy(), kind)
         writer.add_tensor(there, raw, raw_dtype=kind)
@@ -120,7 +118,7 @@ def add_tensors(gguf, writer, model, twin, stock, quant):
         if heads:
             value = names.permute(value, heads, back=True)
         elif name.endswith(("A_log", "conv1d.weight")):
-            value = tensor                                 # in float32 always, but of another form there
+            value = tensor  # in float32 always, but of another form there
         if scale is not None:
             factor = there.replace(".weight", ".scale")
             stored[factor] = scale.reshape(1).numpy()
@@ -137,7 +135,7 @@ def add_tokenizer(gguf, writer, tokenizer, vocab_size, meta):
     """
     hf = json.loads(tokenizer.to_json())
     alphabet = byte_alphabet()
-    tokens = [f"[PAD{i}]" for i in range(vocab_size)]      # rows that a model may have beyond its tokenizer
+    tokens = [f"[PAD{i}]" for i in range(vocab_size)]  # rows that a model may have beyond its tokenizer
     types = [UNUSED] * vocab_size
     merges = []
     for token, i in hf["model"]["vocab"].items():
@@ -160,7 +158,7 @@ def add_tokenizer(gguf, writer, tokenizer, vocab_size, meta):
     writer.add_token_merges(list(dict.fromkeys(merges)) or [NO_MERGE])  # characters share merges of their bytes
     writer.add_bos_token_id(meta.get("bos", tokenizer.eot))  # without these llama.cpp ends every text at id 11
     writer.add_eos_token_id(meta.get("eos", tokenizer.eot))
-    writer.add_add_bos_token(False)                        # a prompt is what was typed, as in sample.py
+    writer.add_add_bos_token(False)  # a prompt is what was typed, as in sample.py
     writer.add_add_space_prefix(False)
     if meta.get("chat_template"):
         writer.add_chat_template(meta["chat_template"])
@@ -194,11 +192,11 @@ KEYS = {"vocab_size": "llama.vocab_size", "n_layer": "llama.block_count", "n_hea
         "n_kv_head": "llama.attention.head_count_kv", "n_embd": "llama.embedding_length",
         "n_hidden": "llama.feed_forward_length", "block_size": "llama.context_length",
         "norm_eps": "llama.attention.layer_norm_rms_epsilon"}
-TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")     # of tensors
-MAX_STRINGS = 2**20                                        # in one list; Llama 3 has 280,000 merges
+TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")  # of tensors
+MAX_STRINGS = 2**20  # in one list; Llama 3 has 280,000 merges
 
 
-@functools.lru_cache(maxsize=1)     # weights and tokenizer are asked for one after the other
+@functools.lru_cache(maxsize=1)  # weights and tokenizer are asked for one after the other
 def open_file(path, _):
     """-> (reader, metadata) of the file at `path`, the second argument tells one version of it from the next."""
     import gguf
@@ -326,7 +324,7 @@ def build_tokenizer(tokens, types, merges, pre, name):
     pairs = [tuple(merge.partition(" ")[::2]) for merge in merges]
     # those that make up a character of several bytes, and NO_MERGE, have halves that are no tokens
     pairs = [pair for pair in pairs if all(part in normal for part in (*pair, "".join(pair)))]
-    if not pairs and len(normal) != 256:                   # characters, each made of its bytes
+    if not pairs and len(normal) != 256:  # characters, each made of its bytes
         byte_of = {char: byte for byte, char in enumerate(byte_alphabet())}
         chars = {bytes(byte_of[char] for char in token).decode(): i for token, i in normal.items()}
         hf = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=chars | inside, merges=[]))

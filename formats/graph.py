@@ -27,9 +27,9 @@ class Graph:
         self.config, self.quant, self.cached = config, quant, cached
         self.dtype = dtype
         self.float = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-        self.inputs, self.outputs = {}, {}                 # {name: (type, shape)}
+        self.inputs, self.outputs = {}, {}  # {name: (type, shape)}
         self.nodes, self.weights = [], {}
-        self.constants = {}                                # {(dtype, shape, bytes): name}
+        self.constants = {}  # {(dtype, shape, bytes): name}
         self.count = itertools.count()
         self.is_body = False
 
@@ -49,9 +49,9 @@ class Graph:
     def weight(self, value, name=None):
         """Name of a constant; equal nameless ones are stored once."""
         array = np.ascontiguousarray(value.detach().numpy() if isinstance(value, torch.Tensor) else value)
-        array = array.reshape(np.shape(value))             # ascontiguousarray makes a vector of a scalar
-        if array.dtype in (np.float32, np.float64):        # float16 stays what it is
-            array = array.astype(self.dtype)
+        array = array.reshape(np.shape(value))  # ascontiguousarray makes a vector of a scalar
+        if array.dtype in (np.float32, np.float64):  # float16 stays what it is
+            array = array.astype(self.dtype, copy=False)
         if name is None:
             key = array.dtype.str, array.shape, array.tobytes()
             name = self.constants.setdefault(key, f"constant_{len(self.constants)}")
@@ -73,11 +73,12 @@ class Graph:
     def output(self, name, shape):
         self.outputs[name] = self.float, shape
 
-    def build(self, name):
+    def build(self, name, with_weights=True):
+        """-> onnx.GraphProto."""
         inputs = [helper.make_tensor_value_info(key, *kind) for key, kind in self.inputs.items()]
         outputs = [helper.make_tensor_value_info(key, *kind) for key, kind in self.outputs.items()]
         weights = []
-        if not self.is_body:                               # they belong to the graph around it
+        if with_weights and not self.is_body:  # a body's belong to the graph around it
             weights = [numpy_helper.from_array(array, key) for key, array in self.weights.items()]
         return helper.make_graph(self.nodes, name, inputs, outputs, weights)
 
@@ -127,13 +128,13 @@ def linear(g, x, module, name, n_in):
 def ternary_linear(g, x, module, name, n_in):
     """ternary.TernaryLinear, activations rounded in the graph. Each of its forms is lossless."""
     t, w_scale = ternary_weight(module, n_in)
-    w_scale = w_scale.numpy()                              # (), or (N, groups)
+    w_scale = w_scale.numpy()  # (), or (N, groups)
     group = module.group_size
     q, scale = absmax(g, x)
-    scale = g.Div(1.0 if group else w_scale, scale)                                          # (..., 1)
+    scale = g.Div(1.0 if group else w_scale, scale)  # (..., 1)
     bits = {"int4": 4, "q2": 2}.get(g.quant)
-    block = math.gcd(group, 256) if group else 128         # inputs that share a scale in the file
-    if bits and block >= 16:                               # the least that MatMulNBits knows
+    block = math.gcd(group, 256) if group else 128  # inputs that share a scale in the file
+    if bits and block >= 16:  # the least that MatMulNBits knows
         # without groups the scales in the file are 1: it then adds integers, which float32 does exactly
         scales = np.ones((len(t), -(-n_in // block)), np.float32)
         if group:

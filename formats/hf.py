@@ -76,7 +76,7 @@ def write(folder, model, stock, tokenizer, quant, meta):
     if stock and quant not in ("online", "packed"):
         twin = plain(model)
     dtype = HALVES.get(quant, torch.float32)
-    if quant in HALVES:                                    # what a program makes of halves in float32
+    if quant in HALVES:  # what a program makes of halves in float32
         twin = with_weights(twin, lambda name, tensor: tensor.to(dtype).float())
     bos, stop = ends(tokenizer, meta)
     about = {"vocab_size": model.config.vocab_size, "max_position_embeddings": model.config.block_size,
@@ -117,7 +117,7 @@ def pack_bitnet(model, tensors):
         if len(t) % 4:
             raise UserError(f"--quant=packed: {name} has {len(t)} rows, which must be a multiple of 4: "
                             "use --quant=plain")
-        u = (t + 1).to(torch.uint8).unflatten(0, (4, -1))                                    # (4, N / 4, K)
+        u = (t + 1).to(torch.uint8).unflatten(0, (4, -1))  # (4, N / 4, K)
         tensors[f"{name}.weight"] = u[0] | u[1] << 2 | u[2] << 4 | u[3] << 6
         tensors[f"{name}.weight_scale"] = scale.reshape(1)
     return tensors
@@ -212,7 +212,7 @@ def read_meta(folder, about, vocab_size):
     meta = {"stop_ids": [i for i in eos if type(i) is int and 0 <= i < vocab_size]}
     if meta["stop_ids"]:
         meta["eos"] = meta["stop_ids"][0]
-    if type(about.get("bos_token_id")) is int:             # true is an int, too
+    if type(about.get("bos_token_id")) is int:  # true is an int, too
         meta["bos"] = about["bos_token_id"]
     file = folder / "chat_template.jinja"
     if file.is_file():
@@ -257,7 +257,7 @@ def read_safetensors(file):
             header = raw.read(size) if size < min(10**8, file.stat().st_size) else b""
         listed = json.loads(header, object_pairs_hook=lambda pairs: [key for key, _ in pairs])
         if len(set(listed)) < len(listed):
-            raise ValueError("a tensor is named twice")    # which the library accepts
+            raise ValueError("a tensor is named twice")  # which the library accepts
         with safetensors.safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (it is not a dict)
                 tensor = tensors.get_tensor(name)

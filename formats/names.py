@@ -21,9 +21,9 @@ QUANTS = {
 
 
 # ---- tensors
-OURS, HUGGING_FACE, LLAMA_CPP = range(3)                   # columns of the tables
-PREFIXES = ("blocks", "model.layers", "blk")               # "*" stands for one of these and the number of the layer
-NAMES = [                                                  # Llama, and BitNet with its two more norms
+OURS, HUGGING_FACE, LLAMA_CPP = range(3)  # columns of the tables
+PREFIXES = ("blocks", "model.layers", "blk")  # "*" stands for one of these and the number of the layer
+NAMES = [  # Llama, and BitNet with its two more norms
     ("embed", "model.embed_tokens", "token_embd"),
     ("norm", "model.norm", "output_norm"),
     ("head", "lm_head", "output"),
@@ -68,7 +68,7 @@ JAMBA = [
 def rename(name, source, target, stock="llama"):
     """A tensor's name in the column `target`, given that in the column `source`; None if the table lacks it."""
     stem, dot, kind = name.rpartition(".")
-    if kind not in ("weight", "bias", "weight_scale"):     # A_log and D are parameters, not modules
+    if kind not in ("weight", "bias", "weight_scale"):  # A_log and D are parameters, not modules
         stem, dot, kind = name, "", ""
     match = re.fullmatch(re.escape(PREFIXES[source]) + r"\.(\d{1,4})\.(.+)", stem)
     pattern = f"*.{match[2]}" if match else stem

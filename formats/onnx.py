@@ -24,28 +24,30 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
+from formats.check import empty_shape
 from formats.graph import Graph, embed, linear, tied_head
 from formats.names import QUANTS, n_hidden
-from formats.reference import differs, in_float64, own_logits, some_ids
+from formats.reference import differs, in_float64, own_logits, some_ids, widened
 from formats.rounding import twin
 from formats.weights import is_ternary
 from thimble import files
 from thimble.files import UserError, short
 
 INT32, INT64 = TensorProto.INT32, TensorProto.INT64
-OPSET, IR_VERSION = 14, 7           # what runtimes of 2021 read, such as Elixir's Ortex
-MOST_BYTES = 2**31 - 2**20          # of weights: a protobuf message ends at 2 GB
-END = 2**31                         # as the end of a Slice: up to the last
+OPSET, IR_VERSION = 14, 7  # what runtimes of 2021 read, such as Elixir's Ortex
+MOST_BYTES = 2**31 - 2**20  # of weights: a protobuf message ends at 2 GB
+END = 2**31  # as the end of a Slice: up to the last
 
 
 # ---- small layers
 def root_mean_square(g, x, eps):
     """x (..., C) -> (..., 1)."""
-    return g.Sqrt(g.Add(g.ReduceMean(g.Pow(x, 2.0), axes=[-1]), eps))
+    mean = g.ReduceMean(g.Pow(x, 2.0), axes=[-1])
+    return g.Sqrt(g.Add(mean, eps))
 
 
 def rms_norm(g, x, module, name):
-    if isinstance(module, torch.nn.Identity):
+    if isinstance(module, torch.nn.Identity):  # where a Config switches the norm off
         return x
     root = root_mean_square(g, x, module.eps)
     return g.Mul(g.Div(x, root), g.weight(module.weight, name))
@@ -56,7 +58,10 @@ def silu(g, x):
 
 
 def gelu(g, x):
-    return g.Mul(g.Mul(x, 0.5), g.Add(g.Erf(g.Mul(x, math.sqrt(0.5))), 1.0))
+    """The exact one, as F.gelu: x / 2 * (1 + erf(x / sqrt(2)))."""
+    half = g.Mul(x, 0.5)
+    erf = g.Erf(g.Mul(x, math.sqrt(0.5)))
+    return g.Mul(half, g.Add(erf, 1.0))
 
 
 def softplus(g, x):
@@ -65,52 +70,70 @@ def softplus(g, x):
 
 def rope_table(g, positions, head_dim, theta):
     """positions (B, T) -> cos and signed sin, (B, T, 1, D), for `rotate`."""
-    freqs = theta ** (-torch.arange(0, head_dim, 2) / head_dim)
-    angles = g.Mul(g.Unsqueeze(g.Cast(positions, to=g.float), [2, 3]), freqs)
+    freqs = theta ** (-torch.arange(0, head_dim, 2) / head_dim)  # (D/2,)
+    positions = g.Unsqueeze(g.Cast(positions, to=g.float), [2, 3])  # (B, T, 1, 1)
+    angles = g.Mul(positions, freqs)
     cos = g.Cos(angles)
     sin = g.Sin(angles)
-    return g.Concat(cos, cos, axis=-1), g.Concat(g.Neg(sin), sin, axis=-1)
+    cos = g.Concat(cos, cos, axis=-1)
+    sin = g.Concat(g.Neg(sin), sin, axis=-1)
+    return cos, sin
 
 
 def rotate(g, x, cos, sin):
+    """Turn the pair (x_i, x_{i + D/2}) of every head by its position's angle. x: (B, T, heads, D)."""
     left, right = g.Split(x, n=2, axis=-1)
-    return g.Add(g.Mul(x, cos), g.Mul(g.Concat(right, left, axis=-1), sin))
+    kept = g.Mul(x, cos)
+    swapped = g.Concat(right, left, axis=-1)
+    return g.Add(kept, g.Mul(swapped, sin))
 
 
-# ---- attention and MLP
+# ---- attention and mlp
 class Shared(NamedTuple):
     """What every layer reads, computed once."""
-    rope: tuple | None              # cos and sin of each position; None: no RoPE
+    rope: tuple | None              # cos and sin of each position; None: there is no RoPE
     mask: str                       # (B or 1, 1, 1, T, S), 0 or -1e9, to be added to scores
-    present: str | None             # (B, T, 1), 0 on padding; None: there can be none, or no layer must know
+    present: str | None             # (B, T, 1), 0 on padding; None: no layer must be told
+
+
+def heads(g, x, attn, name, kind, n_head, rope=None):
+    """The queries, keys or values (kind "q", "k" or "v") of x (B, T, C) -> (B, n_head, T, D)."""
+    projected = linear(g, x, getattr(attn, f"{kind}_proj"), f"{name}.{kind}_proj", g.config.n_embd)
+    y = g.Reshape(projected, [0, 0, n_head, attn.head_dim])  # 0: as it is
+    norm = getattr(attn, f"{kind}_norm", None)
+    if norm is not None:
+        y = rms_norm(g, y, norm, f"{name}.{kind}_norm.weight")
+    if rope:
+        y = rotate(g, y, *rope)
+    return g.Transpose(y, perm=[0, 2, 1, 3])
 
 
 def attention(g, x, attn, name, i, shared):
     """x (B, T, C) -> (B, T, C); the keys and values of layer i come from the cache and go there."""
-    D, K, C = attn.head_dim, attn.n_kv_head, g.config.n_embd
-
-    def heads(kind, shape, norm=None, rope=None):
-        y = g.Reshape(linear(g, x, getattr(attn, f"{kind}_proj"), f"{name}.{kind}_proj", C), shape)
-        if norm is not None:
-            y = rms_norm(g, y, norm, f"{name}.{kind}_norm.weight")
-        if rope:
-            y = rotate(g, y, *rope)
-        return g.Transpose(y, perm=[0, 2, 1, 3])
-
-    q = heads("q", [0, 0, -1, D], getattr(attn, "q_norm", None), shared.rope)                # (B, H, T, D)
-    k = heads("k", [0, 0, K, D], getattr(attn, "k_norm", None), shared.rope)                 # (B, K, T, D)
-    v = heads("v", [0, 0, K, D])
+    D = attn.head_dim
+    K = attn.n_kv_head
+    C = g.config.n_embd
+    q = heads(g, x, attn, name, "q", -1, shared.rope)  # (B, H, T, D)
+    k = heads(g, x, attn, name, "k", K, shared.rope)  # (B, K, T, D)
+    v = heads(g, x, attn, name, "v", K)
     if g.cached:
-        past = ["batch_size", K, "past_sequence_length", D]
-        k = g.Concat(g.input(f"past_key_values.{i}.key", past), k, axis=2, name=f"present.{i}.key")  # (B, K, S, D)
-        v = g.Concat(g.input(f"past_key_values.{i}.value", past), v, axis=2, name=f"present.{i}.value")
-        g.output(f"present.{i}.key", ["batch_size", K, "total_sequence_length", D])
-        g.output(f"present.{i}.value", ["batch_size", K, "total_sequence_length", D])
-    q = g.Reshape(g.Mul(q, 1 / math.sqrt(D)), [0, K, g.config.n_head // K, -1, D])           # (B, K, H / K, T, D)
-    scores = g.MatMul(q, g.Unsqueeze(g.Transpose(k, perm=[0, 1, 3, 2]), [2]))                # (B, K, H / K, T, S)
-    weights = g.Softmax(g.Add(scores, shared.mask), axis=-1)
-    y = g.MatMul(weights, g.Unsqueeze(v, [2]))                                               # (B, K, H / K, T, D)
-    y = g.Reshape(g.Transpose(y, perm=[0, 3, 1, 2, 4]), [0, 0, C])                           # (B, T, C)
+        past_shape = ["batch_size", K, "past_sequence_length", D]
+        present_shape = ["batch_size", K, "total_sequence_length", D]
+        past = g.input(f"past_key_values.{i}.key", past_shape)
+        k = g.Concat(past, k, axis=2, name=f"present.{i}.key")  # (B, K, S, D)
+        past = g.input(f"past_key_values.{i}.value", past_shape)
+        v = g.Concat(past, v, axis=2, name=f"present.{i}.value")
+        g.output(f"present.{i}.key", present_shape)
+        g.output(f"present.{i}.value", present_shape)
+    # queries in K groups, which share their key and value by broadcasting
+    q = g.Mul(q, 1 / math.sqrt(D))
+    q = g.Reshape(q, [0, K, g.config.n_head // K, -1, D])  # (B, K, H / K, T, D)
+    k = g.Unsqueeze(g.Transpose(k, perm=[0, 1, 3, 2]), [2])  # (B, K, 1, D, S)
+    scores = g.Add(g.MatMul(q, k), shared.mask)  # (B, K, H / K, T, S)
+    weights = g.Softmax(scores, axis=-1)
+    y = g.MatMul(weights, g.Unsqueeze(v, [2]))  # (B, K, H / K, T, D)
+    y = g.Transpose(y, perm=[0, 3, 1, 2, 4])
+    y = g.Reshape(y, [0, 0, C])  # (B, T, C)
     if hasattr(attn, "sub_norm"):
         y = rms_norm(g, y, attn.sub_norm, f"{name}.sub_norm.weight")
     return linear(g, y, attn.o_proj, f"{name}.o_proj", C)
@@ -119,7 +142,7 @@ def attention(g, x, attn, name, i, shared):
 def mlp(g, x, module, name, n_hidden):
     """x (B, T, C) -> (B, T, C): SwiGLU, GELU, or the MLP of ternary.py."""
     C = g.config.n_embd
-    up = linear(g, x, module.up_proj, f"{name}.up_proj", C)                                  # (B, T, F)
+    up = linear(g, x, module.up_proj, f"{name}.up_proj", C)  # (B, T, F)
     if not hasattr(module, "gate_proj"):
         up = gelu(g, up)
     else:
@@ -137,40 +160,30 @@ def mlp(g, x, module, name, n_hidden):
 # ---- state space layers
 def mamba(g, x, mixer, name, i, present):
     """hybrid_ssm.Mamba1 and Mamba2. x (B, T, C) -> (B, T, C); layer i's last inputs and state are in the cache."""
-    E, N = mixer.out_proj.in_features, mixer.n_state
-    W = len(mixer.conv1d.weight)                           # E, or E + 2 N in Mamba-2, which convolves B and C too
+    E = mixer.out_proj.in_features
+    N = mixer.n_state
     is_mamba2 = hasattr(mixer, "dt_bias")
-    u = linear(g, x, mixer.in_proj, f"{name}.in_proj", g.config.n_embd)
+    projected = linear(g, x, mixer.in_proj, f"{name}.in_proj", g.config.n_embd)
     if is_mamba2:
-        z, u, dt = g.Split(u, [E, W, mixer.n_head], n=3, axis=-1)
+        # u, B and C go through the convolution together
+        z, u, dt = g.Split(projected, [E, E + 2 * N, mixer.n_head], n=3, axis=-1)
     else:
-        u, z = g.Split(u, n=2, axis=-1)                                                      # (B, T, E)
-    u = convolution(g, u, mixer, name, i, present)                                           # (B, T, W)
+        u, z = g.Split(projected, n=2, axis=-1)  # (B, T, E)
+    u = convolution(g, u, mixer, name, i, present)
     if g.cached:
         h = g.input(f"past_ssm.{i}", ["batch_size", 1, E, N])
         g.output(f"present_ssm.{i}", ["batch_size", 1, E, N])
     else:
-        h = g.Expand(np.float32(0), g.Concat(g.Slice(g.Shape(x), [0], [1]), [1, E, N], axis=0))
+        batch_size = g.Slice(g.Shape(x), [0], [1])
+        h = g.Expand(np.float32(0), g.Concat(batch_size, [1, E, N], axis=0))
     if is_mamba2:
-        u, b, c = g.Split(u, [E, N, N], n=3, axis=-1)
-        spread = torch.eye(mixer.n_head).repeat_interleave(E // mixer.n_head, 1)             # heads to channels
-        dt = g.MatMul(g.Softplus(g.Add(dt, mixer.dt_bias)), spread)                          # (B, T, E)
-        a = -mixer.A_log.exp().repeat_interleave(E // mixer.n_head)[:, None]                 # (E, 1)
-        skip = mixer.D.repeat_interleave(E // mixer.n_head)                                  # (E,)
+        inputs, a, skip = mamba2_inputs(g, u, dt, mixer)
     else:
-        dt, b, c = g.Split(linear(g, u, mixer.x_proj, f"{name}.x_proj", E), [mixer.dt_rank, N, N], n=3, axis=-1)
-        dt = rms_norm(g, dt, mixer.dt_norm, f"{name}.dt_norm.weight")
-        b = rms_norm(g, b, mixer.b_norm, f"{name}.b_norm.weight")
-        c = rms_norm(g, c, mixer.c_norm, f"{name}.c_norm.weight")
-        # float32 in every form: it is small, and an error in dt adds up along the text
-        dt = g.MatMul(dt, g.weight(mixer.dt_proj.weight.T, f"{name}.dt_proj"))
-        dt = g.Softplus(g.Add(dt, mixer.dt_proj.bias))                                       # (B, T, E)
-        a = -mixer.A_log.exp()                                                               # (E, N)
-        skip = mixer.D                                                                       # (E,)
-    h, y = scan(g, h, (u, dt, b, c), a, N, name)
+        inputs, a, skip = mamba1_inputs(g, u, mixer, name)
+    h, y = scan(g, h, inputs, a, N, name)
     if g.cached:
         g.Identity(h, name=f"present_ssm.{i}")
-    y = g.Add(y, g.Mul(u, g.weight(skip, f"{name}.D")))
+    y = g.Add(y, g.Mul(inputs[0], g.weight(skip, f"{name}.D")))
     y = g.Mul(y, silu(g, z))
     if is_mamba2:
         y = rms_norm(g, y, mixer.norm, f"{name}.norm.weight")
@@ -182,36 +195,65 @@ def convolution(g, u, mixer, name, i, present):
     W, _, width = mixer.conv1d.weight.shape
     if present:
         u = g.Mul(u, present)
-    u = g.Transpose(u, perm=[0, 2, 1])                                                       # (B, W, T)
+    u = g.Transpose(u, perm=[0, 2, 1])  # (B, W, T)
     if g.cached:
         past = g.input(f"past_conv.{i}", ["batch_size", W, width])
-        u = g.Concat(past, u, axis=2)                                                        # (B, W, width + T)
+        u = g.Concat(past, u, axis=2)  # (B, W, width + T)
         g.Slice(u, [-width], [END], [2], name=f"present_conv.{i}")
         g.output(f"present_conv.{i}", ["batch_size", W, width])
-        u = g.Slice(u, [1], [END], [2])                    # it sees width - 1 tokens before the first
+        u = g.Slice(u, [1], [END], [2])  # the first token sees width - 1 before it; transformers.js caches width
     kernel = g.weight(mixer.conv1d.weight, f"{name}.conv1d.weight")
     bias = g.weight(mixer.conv1d.bias)
-    u = silu(g, g.Conv(u, kernel, bias, group=W, pads=[0 if g.cached else width - 1, 0]))
-    u = g.Transpose(u, perm=[0, 2, 1])                                                       # (B, T, W)
+    padding = 0 if g.cached else width - 1
+    u = silu(g, g.Conv(u, kernel, bias, group=W, pads=[padding, 0]))
+    u = g.Transpose(u, perm=[0, 2, 1])  # (B, T, W)
     return g.Mul(u, present) if present else u
 
 
+def mamba1_inputs(g, u, mixer, name):
+    """u (B, T, E) -> what `scan` reads (u, dt, b, c), a (E, N) and D (E,)."""
+    E = mixer.out_proj.in_features
+    N = mixer.n_state
+    projected = linear(g, u, mixer.x_proj, f"{name}.x_proj", E)
+    dt, b, c = g.Split(projected, [mixer.dt_rank, N, N], n=3, axis=-1)
+    dt = rms_norm(g, dt, mixer.dt_norm, f"{name}.dt_norm.weight")
+    b = rms_norm(g, b, mixer.b_norm, f"{name}.b_norm.weight")
+    c = rms_norm(g, c, mixer.c_norm, f"{name}.c_norm.weight")
+    # not rounded in any form: it is small, and an error in dt adds up along the text
+    dt = g.MatMul(dt, g.weight(mixer.dt_proj.weight.T, f"{name}.dt_proj"))
+    dt = g.Softplus(g.Add(dt, mixer.dt_proj.bias))  # (B, T, E)
+    return (u, dt, b, c), -mixer.A_log.exp(), mixer.D
+
+
+def mamba2_inputs(g, u, dt, mixer):
+    """u (B, T, E + 2 N), dt (B, T, heads) -> what `scan` reads (u, dt, b, c), a (E, 1) and D (E,)."""
+    E = mixer.out_proj.in_features
+    N = mixer.n_state
+    width = E // mixer.n_head  # channels that share a decay
+    u, b, c = g.Split(u, [E, N, N], n=3, axis=-1)
+    spread = torch.eye(mixer.n_head).repeat_interleave(width, 1)  # heads to channels
+    dt = g.MatMul(g.Softplus(g.Add(dt, mixer.dt_bias)), spread)  # (B, T, E)
+    a = -mixer.A_log.exp().repeat_interleave(width)[:, None]
+    return (u, dt, b, c), a, mixer.D.repeat_interleave(width)
+
+
 def scan(g, h, inputs, a, n_state, name):
-    """h_t = exp(dt_t a) h_{t-1} + dt_t u_t b_t, y_t = c_t h_t, a token at a time -> the last h, y (B, T, E).
+    """h_t = exp(dt_t a) h_{t-1} + dt_t u_t b_t, y_t = c_t h_t, one token at a time -> the last h, y (B, T, E).
 
     h: (B, 1, E, N); inputs: u, dt (B, T, E) and b, c (B, T, N); a: (E, N), or (E, 1) for one decay a channel (Mamba-2).
     """
     E, N = len(a), n_state
-    body = g.body()
+    body = g.body()  # of one token: its inputs lack T
     h_in = body.input(f"{name}.h", [None, 1, E, N])
-    u_in = body.input(f"{name}.u", [None, E])
-    dt_in = body.input(f"{name}.dt", [None, E])
-    b_in = body.input(f"{name}.b", [None, N])
-    c_in = body.input(f"{name}.c", [None, N])
-    decay = body.Exp(body.Mul(body.Unsqueeze(dt_in, [1, 3]), g.weight(a, f"{name}.A")))      # (B, 1, E, N or 1)
-    new = body.MatMul(body.Unsqueeze(body.Mul(dt_in, u_in), [1, 3]), body.Unsqueeze(b_in, [1, 2]))
-    h_out = body.Add(body.Mul(decay, h_in), new, name=f"{name}.h_out")                       # (B, 1, E, N)
-    y = body.MatMul(h_out, body.Unsqueeze(c_in, [1, 3]))                                     # (B, 1, E, 1)
+    u = body.input(f"{name}.u", [None, E])
+    dt = body.input(f"{name}.dt", [None, E])
+    b = body.input(f"{name}.b", [None, N])
+    c = body.input(f"{name}.c", [None, N])
+    decay = body.Exp(body.Mul(body.Unsqueeze(dt, [1, 3]), g.weight(a, f"{name}.A")))  # (B, 1, E, N or 1)
+    step = body.Unsqueeze(body.Mul(dt, u), [1, 3])  # (B, 1, E, 1)
+    new = body.MatMul(step, body.Unsqueeze(b, [1, 2]))  # (B, 1, E, N)
+    h_out = body.Add(body.Mul(decay, h_in), new, name=f"{name}.h_out")
+    y = body.MatMul(h_out, body.Unsqueeze(c, [1, 3]))  # (B, 1, E, 1)
     body.Squeeze(y, [1, 3], name=f"{name}.y")
     body.output(f"{name}.h_out", [None, 1, E, N])
     body.output(f"{name}.y", [None, E])
@@ -223,15 +265,17 @@ def scan(g, h, inputs, a, n_state, name):
 def streams(g, x, module, name, f):
     """ternary.Streams: x (B, T, n, C) -> the same, mixed around f, which maps (B, T, C) to (B, T, C)."""
     n = module.n
-    if module.proj is None:                                # the same for every token
+    if module.proj is None:  # the same for every token
         pre, post, res = module.coefficients(None)
-        weights = torch.cat((pre[None], res.mT))                                             # (n + 1, n)
-        post = post[:, None]                                                                 # (n, 1)
+        weights = torch.cat((pre[None], res.mT))  # (n + 1, n)
+        post = post[:, None]  # (n, 1)
     else:
         pre, post, res = coefficients(g, x, module, name)
-        weights = g.Concat(g.Unsqueeze(g.Sigmoid(pre), [2]), g.Transpose(res, perm=[0, 1, 3, 2]), axis=2)
-        post = g.Unsqueeze(g.Mul(g.Sigmoid(post), 2.0), [3])                                 # (B, T, n, 1)
-    first, rest = g.Split(g.MatMul(weights, x), [1, n], n=2, axis=2)                         # (B, T, 1 and n, C)
+        pre = g.Unsqueeze(g.Sigmoid(pre), [2])  # (B, T, 1, n)
+        weights = g.Concat(pre, g.Transpose(res, perm=[0, 1, 3, 2]), axis=2)  # (B, T, n + 1, n)
+        post = g.Unsqueeze(g.Mul(g.Sigmoid(post), 2.0), [3])  # (B, T, n, 1)
+    # one product gives what the layer reads and what the streams become
+    first, rest = g.Split(g.MatMul(weights, x), [1, n], n=2, axis=2)  # (B, T, 1 and n, C)
     y = f(g.Squeeze(first, [2]))
     return g.Add(rest, g.Mul(post, g.Unsqueeze(y, [2])))
 
@@ -242,7 +286,8 @@ def coefficients(g, x, module, name):
     flat = g.Reshape(x, [0, 0, n * g.config.n_embd])
     root = root_mean_square(g, flat, module.norm_eps)
     scale = torch.cat([s.expand(size) for s, size in zip(module.scale, module.sizes, strict=True)])
-    logits = g.Div(g.MatMul(flat, g.weight((module.proj * module.gain).T, f"{name}.proj")), root)
+    proj = g.weight((module.proj * module.gain).T, f"{name}.proj")
+    logits = g.Div(g.MatMul(flat, proj), root)
     logits = g.Add(g.Mul(logits, scale), module.bias)
     pre, post, res = g.Split(logits, list(module.sizes), n=3, axis=-1)
     mixed = g.MatMul(g.Softmax(res, axis=-1), module.permutations.flatten(1))
@@ -269,25 +314,29 @@ def graph(model, quant="fp32", window=False, dtype=np.float32):
 
 def wired(g, model):
     """What the head of cerebros.py reads, (B, R), for ids of any length; an id of -1 stands for no token."""
-    config, outputs = model.config, {}
+    config = model.config
+    outputs = {}  # {(level, index) of a unit: its output (B, N)}
     act = {"silu": silu, "gelu": gelu, "softplus": softplus}[config.act]
     ids = g.input("input_ids", ["batch", "block"], INT32)
     there = g.Unsqueeze(g.Cast(g.GreaterOrEqual(ids, np.int32(0)), to=g.float), [2])
-    x = embed(g, ids, model.embed.weight.detach().numpy())                                   # (B, T, C)
+    x = embed(g, ids, model.embed.weight.detach().numpy())  # (B, T, C)
     x = rms_norm(g, x, model.embed_norm, "embed_norm.weight")
     x = g.Mul(x, there)
-    x = g.Slice(g.Pad(x, np.array([0, config.window - 1, 0, 0, 0, 0])), [-config.window], [END], [1])  # (B, W, C)
+    # zeros in front, so that a short text fills the window, too
+    x = g.Pad(x, np.array([0, config.window - 1, 0, 0, 0, 0]))
+    x = g.Slice(x, [-config.window], [END], [1])  # (B, W, C)
     for i, (name, unit) in enumerate(zip(model.names, model.units, strict=True)):
         z = g.weight(unit.bias, f"units.{i}.bias")
         if unit.places:
-            seen = g.Reshape(g.Gather(x, list(unit.places), axis=1), [0, -1])                # (B, P * C)
-            z = g.Add(z, g.MatMul(seen, g.weight(unit.turned(model.angles()).T, f"units.{i}.window")))
+            seen = g.Reshape(g.Gather(x, list(unit.places), axis=1), [0, -1])  # (B, P * C)
+            weight = g.weight(unit.turned(model.angles()).T, f"units.{i}.window")
+            z = g.Add(z, g.MatMul(seen, weight))
         if unit.units:
             y = g.Concat(*(outputs[u] for u in unit.units), axis=-1)
             y = rms_norm(g, y, unit.norm, f"units.{i}.norm.weight")
             z = g.Add(z, linear(g, y, unit.proj, f"units.{i}.proj", 0))
         outputs[name] = act(g, z)
-    return z                                               # the last unit's, before its activation
+    return z  # the last unit's, before its activation
 
 
 def transformer(g, model, window):
@@ -295,19 +344,19 @@ def transformer(g, model, window):
     config = model.config
     ids, shared = inputs(g, config, window)
     weight = model.embedding() if hasattr(model, "embedding") else model.embed.weight
-    x = embed(g, ids, weight.detach().numpy())                                               # (B, T, C)
+    x = embed(g, ids, weight.detach().numpy())  # (B, T, C)
     n = getattr(config, "n_streams", 1)
     if n > 1:
-        x = g.Expand(g.Unsqueeze(x, [2]), [1, 1, n, 1])                                      # (B, T, n, C)
+        x = g.Expand(g.Unsqueeze(x, [2]), [1, 1, n, 1])  # (B, T, n, C)
     if shared.rope is None and not window:
-        del g.inputs["position_ids"]                       # nothing reads it
+        del g.inputs["position_ids"]  # nothing reads it
     for i, block in enumerate(model.blocks):
         mix = functools.partial(mixer_layer, g, block=block, i=i, shared=shared)
         feed = functools.partial(mlp_layer, g, block=block, i=i, n_hidden=n_hidden(model))
         x = residual(g, x, mix, getattr(block, "attn_residual", None), f"blocks.{i}.attn_residual")
         x = residual(g, x, feed, getattr(block, "mlp_residual", None), f"blocks.{i}.mlp_residual")
     if window:
-        x = g.Gather(x, np.int64(-1), axis=1)                                                # (B, C) or (B, n, C)
+        x = g.Gather(x, np.int64(-1), axis=1)  # (B, C) or (B, n, C)
     return x
 
 
@@ -316,7 +365,7 @@ def inputs(g, config, window):
     if window:
         ids = g.input("input_ids", ["batch", "block"], INT32)
         T = S = g.Gather(g.Shape(ids), np.int64(1))
-        positions = g.Unsqueeze(g.Range(np.int64(0), T, np.int64(1)), [0])                   # (1, T)
+        positions = g.Unsqueeze(g.Range(np.int64(0), T, np.int64(1)), [0])  # (1, T)
     else:
         ids = g.input("input_ids", ["batch_size", "sequence_length"], INT64)
         seen = g.input("attention_mask", ["batch_size", "total_sequence_length"], INT64)
@@ -325,18 +374,21 @@ def inputs(g, config, window):
         S = g.Gather(g.Shape(seen), np.int64(1))
     keys = g.Range(np.int64(0), S, np.int64(1))
     queries = g.Range(g.Sub(S, T), S, np.int64(1))
-    allowed = g.LessOrEqual(keys, g.Unsqueeze(queries, [1]))                                 # (T, S)
-    if not window:
-        allowed = g.And(allowed, g.Cast(g.Unsqueeze(seen, [1]), to=TensorProto.BOOL))        # (B, T, S)
+    allowed = g.LessOrEqual(keys, g.Unsqueeze(queries, [1]))  # (T, S)
+    if window:
+        allowed = g.Unsqueeze(allowed, [0, 1, 2])
+    else:
+        seen_keys = g.Cast(g.Unsqueeze(seen, [1]), to=TensorProto.BOOL)  # (B, 1, S)
+        allowed = g.Unsqueeze(g.And(allowed, seen_keys), [1, 2])
     # not -inf: a row of padding, which may see nothing, would become NaN
-    mask = g.Where(g.Unsqueeze(allowed, [0, 1, 2] if window else [1, 2]), 0.0, -1e9)         # (B or 1, 1, 1, T, S)
+    mask = g.Where(allowed, 0.0, -1e9)  # (B or 1, 1, 1, T, S)
     rope = None
     if getattr(config, "rope", True):
         rope = rope_table(g, positions, config.n_embd // config.n_head, config.rope_theta)
     present = None
     if not window and hasattr(config, "attn_layer_period"):  # a state would remember padding, which attention masks
         recent = g.Slice(seen, g.Unsqueeze(g.Sub(S, T), [0]), [END], [1])
-        present = g.Unsqueeze(g.Cast(recent, to=g.float), [2])                               # (B, T, 1)
+        present = g.Unsqueeze(g.Cast(recent, to=g.float), [2])  # (B, T, 1)
     return ids, Shared(rope, mask, present)
 
 
@@ -370,12 +422,13 @@ def finished(g, x, model, window):
     return g
 
 
-def to_proto(g, name):
+def to_proto(g, name, with_weights=True):
     """-> onnx.ModelProto."""
     opsets = [helper.make_opsetid("", OPSET)]
     if any(node.domain for node in g.nodes):
         opsets.append(helper.make_opsetid("com.microsoft", 1))
-    return helper.make_model(g.build(name), opset_imports=opsets, ir_version=IR_VERSION, producer_name="thimble")
+    return helper.make_model(g.build(name, with_weights), opset_imports=opsets, ir_version=IR_VERSION,
+                             producer_name="thimble")
 
 
 # ---- held against the model
@@ -383,7 +436,7 @@ class Scan(OpRun):
     """The operator as `scan` uses it, along axis 1, which onnx's own evaluator lacks."""
     op_domain = ""
 
-    def need_context(self):                                # the body reads weights of the graph around it
+    def need_context(self):  # the body reads weights of the graph around it
         return True
 
     def _run(self, h, *inputs, context=None, **_):
@@ -405,13 +458,9 @@ def evaluate(g, ids):
     for name, (_, sizes) in g.inputs.items():
         if name.startswith("past"):
             feed[name] = np.zeros(empty_shape(sizes, len(ids)), g.dtype)
-    logits = ReferenceEvaluator(to_proto(g, "graph"), new_ops=[Scan]).run(["logits"], feed)[0]
-    return torch.from_numpy(logits).double()
-
-
-def empty_shape(sizes, batch_size):
-    """The shape of an input of the cache before the first token, from the one that the graph declares."""
-    return [batch_size if size == "batch_size" else 0 if isinstance(size, str) else size for size in sizes]
+    # weights as inputs: inside of the graph they would be copied twice
+    run = ReferenceEvaluator(to_proto(g, "graph", with_weights=False), new_ops=[Scan])
+    return torch.from_numpy(run.run(["logits"], feed | g.weights)[0]).double()
 
 
 @torch.no_grad()
@@ -424,15 +473,15 @@ def hold(model, window):
     arch = type(model).__module__
     remedy = "export it with --format=hf, or teach formats/onnx.py its layers"
     try:
+        wide = widened(model)
         with in_float64():
-            g = graph(copy.deepcopy(model).double().eval(), window=window, dtype=np.float64)
-            ids = some_ids(model.config)
-            for length in {ids.size(1), (ids.size(1) + 1) // 2}:
-                logits = evaluate(g, ids[:, :length])
-                own = own_logits(model, ids[:, :length])
-                same = not differs(own[:, -1] if window else own, logits)
-                if not same:
-                    break
+            g = graph(wide, window=window, dtype=np.float64)
+        ids = some_ids(model)
+        same = True
+        # of a window only the last logits come out, and a short row reads places without a token
+        for length in {ids.size(1), ids.size(1) // 2 + 1} if window else {ids.size(1)}:
+            own = own_logits(wide, ids[:, :length])
+            same &= not differs(own[:, -1] if window else own, evaluate(g, ids[:, :length]))
     except Exception as error:  # whatever a model file of one's own lacks, or has besides
         raise UserError(f"{arch}.py has no ONNX form ({short(error, 100)}): {remedy}") from None
     if not same:

@@ -31,7 +31,7 @@ def rotary(x, theta):
     T = x.size(1)
     D = x.size(-1)
     freqs = theta ** (-torch.arange(0, D, 2, dtype=x.dtype) / D)
-    angles = (torch.arange(T, dtype=x.dtype)[:, None] * freqs)[:, None]                      # (T, 1, D/2)
+    angles = (torch.arange(T, dtype=x.dtype)[:, None] * freqs)[:, None]  # (T, 1, D/2)
     one, other = x.chunk(2, -1)
     return torch.cat((one * angles.cos() - other * angles.sin(), other * angles.cos() + one * angles.sin()), -1)
 
@@ -47,11 +47,11 @@ def attention(w, prefix, config, x, linear=F.linear):
     if "rope_theta" in config:
         q = rotary(q, config["rope_theta"])
         k = rotary(k, config["rope_theta"])
-    k = k.repeat_interleave(H // K, 2)                                                       # (B, T, H, D)
+    k = k.repeat_interleave(H // K, 2)  # (B, T, H, D)
     v = v.repeat_interleave(H // K, 2)
     scores = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(q.size(-1))
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
-    weights = scores.masked_fill(future, -math.inf).softmax(-1)                              # (B, H, T, T)
+    weights = scores.masked_fill(future, -math.inf).softmax(-1)  # (B, H, T, T)
     y = torch.einsum("bhts,bshd->bthd", weights, v).reshape(B, T, C)
     if config["model_type"] == "bitnet":
         y = rms_norm(y, w.pop(prefix + "attn_sub_norm.weight"), config["rms_norm_eps"])
@@ -73,21 +73,21 @@ def mamba(w, prefix, config, x):
     eps = config["rms_norm_eps"]
     N = config["mamba_d_state"]
     rank = config["mamba_dt_rank"]
-    u, z = F.linear(x, w.pop(prefix + "in_proj.weight")).chunk(2, -1)                        # (B, T, E)
-    kernel = w.pop(prefix + "conv1d.weight")                                                 # (E, 1, k)
+    u, z = F.linear(x, w.pop(prefix + "in_proj.weight")).chunk(2, -1)  # (B, T, E)
+    kernel = w.pop(prefix + "conv1d.weight")  # (E, 1, k)
     bias = w.pop(prefix + "conv1d.bias")
-    u = F.pad(u.mT, (kernel.size(-1) - 1, 0))              # causal: it sees this token and those before
+    u = F.pad(u.mT, (kernel.size(-1) - 1, 0))  # causal: it sees this token and those before
     u = F.silu(F.conv1d(u, kernel, bias, groups=len(kernel))).mT
     dt, b, c = F.linear(u, w.pop(prefix + "x_proj.weight")).split((rank, N, N), -1)
     dt = rms_norm(dt, w.pop(prefix + "dt_layernorm.weight"), eps)
     b = rms_norm(b, w.pop(prefix + "b_layernorm.weight"), eps)
     c = rms_norm(c, w.pop(prefix + "c_layernorm.weight"), eps)
     dt = F.softplus(F.linear(dt, w.pop(prefix + "dt_proj.weight"), w.pop(prefix + "dt_proj.bias")))
-    a = -w.pop(prefix + "A_log").exp()                                                       # (E, N)
+    a = -w.pop(prefix + "A_log").exp()  # (E, N)
     h = 0
     ys = []
-    for t in range(x.size(1)):                             # the plain recurrence: slow, and nothing to get wrong
-        h = (dt[:, t, :, None] * a).exp() * h + (dt * u)[:, t, :, None] * b[:, t, None]      # (B, E, N)
+    for t in range(x.size(1)):  # the plain recurrence: slow, and nothing to get wrong
+        h = (dt[:, t, :, None] * a).exp() * h + (dt * u)[:, t, :, None] * b[:, t, None]  # (B, E, N)
         ys.append((h * c[:, t, None]).sum(-1))
     y = torch.stack(ys, 1) + u * w.pop(prefix + "D")
     return F.linear(y * F.silu(z), w.pop(prefix + "out_proj.weight"))
@@ -96,7 +96,7 @@ def mamba(w, prefix, config, x):
 def llama(w, config, ids, linear=F.linear):
     """Touvron et al. 2023, "LLaMA", section 2.2; names and layout as in transformers' LlamaForCausalLM."""
     eps = config["rms_norm_eps"]
-    embedding = w.pop("model.embed_tokens.weight")         # and the head, where there is none of its own
+    embedding = w.pop("model.embed_tokens.weight")  # and the head, where there is none of its own
     x = embedding[ids]
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}."
@@ -112,7 +112,7 @@ def bitnet(w, config, ids):
     online = config["quantization_config"]["quantization_mode"] == "online"
 
     def linear(x, weight):
-        if online:                                         # else the weights are rounded already
+        if online:  # else the weights are rounded already
             # in float32, as every program does it: 0.5 must fall to the same side everywhere
             scale = weight.float().abs().mean().clamp(min=1e-5)
             weight = ((weight.float() / scale).round().clamp(-1, 1).double() * scale).to(x.dtype)
@@ -125,7 +125,7 @@ def bitnet(w, config, ids):
 def jamba(w, config, ids):
     """Lieber et al. 2024, "Jamba", section 2, without experts; names as in transformers' JambaForCausalLM."""
     eps = config["rms_norm_eps"]
-    embedding = w.pop("model.embed_tokens.weight")         # and the head, where there is none of its own
+    embedding = w.pop("model.embed_tokens.weight")  # and the head, where there is none of its own
     x = embedding[ids]
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}."
@@ -145,16 +145,20 @@ TITLES = {"llama": "Llama", "bitnet": "BitNet", "jamba": "Jamba"}
 # Largest difference of two logits, over the largest logit. In float64 two ways to compute the same differ by 1e-14,
 # what a model returns in float32 by 1e-7; the least change of a formula shows in the second or third digit.
 SAME = 1e-6
-MOST_TOKENS = 1024                  # of the row that is compared: beyond it a model is taken at its word
-MOST_LOGITS = 2**24                 # of that row, which is shorter where the vocabulary is large
+MOST_TOKENS = 1024  # of the row that is compared: beyond it a model is taken at its word
+MOST_LOGITS = 2**24  # of that row, which is shorter where the vocabulary is large
+MOST_WORK = 2**34  # multiply-adds of a forward, that is parameters times tokens: some ten seconds of one core
 # settings of our model files that leave the stock architectures, with the values at which they do not
 EXTRAS = {"qk_norm": False, "mlp": "swiglu", "n_streams": 1, "group_size": 0, "sub_norm": True, "ssm": "mamba1",
           "rope": False}
 
 
-def some_ids(config):
+def some_ids(model):
     """(1, T) random ids: a whole context where the limits above allow, for a sliding window shows only behind it."""
-    n = min(config.block_size, MOST_TOKENS, max(16, MOST_LOGITS // config.vocab_size))
+    config = model.config
+    parameters = sum(p.numel() for p in model.parameters())
+    affordable = min(MOST_TOKENS, MOST_LOGITS // config.vocab_size, MOST_WORK // max(1, parameters))
+    n = min(config.block_size, max(16, affordable))
     return torch.randint(config.vocab_size, (1, n), generator=torch.Generator().manual_seed(0))
 
 
@@ -169,11 +173,16 @@ def in_float64():
         torch.set_default_dtype(before)
 
 
+def widened(model):
+    """A copy in float64, where no rounding hides a difference."""
+    return copy.deepcopy(model).double().eval()
+
+
 @torch.no_grad()
-def own_logits(model, ids):
-    """ids (B, T) -> (B, T, V), by the model's own forward in float64, so that no rounding hides a difference."""
+def own_logits(wide, ids):
+    """ids (B, T) -> (B, T, V), by the own forward of a `widened` model."""
     with in_float64():
-        return copy.deepcopy(model).double().eval()(ids)[0].double()
+        return wide(ids)[0].double()
 
 
 def differs(ours, theirs):
@@ -182,10 +191,10 @@ def differs(ours, theirs):
     return not gap <= SAME
 
 
-def stock_tensors(model, stock):
-    """{name in Hugging Face: float64 tensor}; KeyError with our name of a tensor that the architecture lacks."""
-    tensors = weights(model)
-    for name, (t, scale) in ternary_parts(model).items():
+def stock_tensors(wide, stock):
+    """{name in Hugging Face: tensor} of a `widened` model; KeyError with our name of one that the architecture lacks."""
+    tensors = weights(wide)
+    for name, (t, scale) in ternary_parts(wide).items():
         if scale.dim():
             raise KeyError(f"{name}.weight (with a scale for each group)")
         if tensors.pop(f"{name}.codes", None) is not None:  # packed
@@ -215,16 +224,17 @@ def stock_architecture(model):
         stock = "bitnet"
     why = ""
     try:
-        theirs = stock_tensors(model, stock)
+        wide = widened(model)
+        theirs = stock_tensors(wide, stock)
         about = names.hf_config(model, stock)
         # transformers' words for weights that are rounded already, and for those rounded at each forward
         mode = "offline" if getattr(config, "packed", False) else "online"
         about["quantization_config"] = {"quantization_mode": mode}
-        ids = some_ids(config)
+        ids = some_ids(model)
         logits = FORWARD[stock](theirs, about, ids)
-        if theirs:                                         # a tensor for which the architecture has no use
+        if theirs:  # a tensor for which the architecture has no use
             raise KeyError(next(iter(theirs)))
-        if differs(own_logits(model, ids), logits):
+        if differs(own_logits(wide, ids), logits):
             why = f"it computes something else than {TITLES[stock]}"
     except KeyError as error:
         why = f"its tensors are not those of {TITLES[stock]}: {error.args[0]}"
@@ -232,7 +242,7 @@ def stock_architecture(model):
         why = f"it cannot be held against {TITLES[stock]}: {short(error, 100)}"
     if not why:
         return stock, ""
-    for key, value in EXTRAS.items():                      # the better reason, where there is one
+    for key, value in EXTRAS.items():  # the better reason, where there is one
         if getattr(config, key, value) != value:
             return "", f"{key}={getattr(config, key)}"
     return "", why

@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from formats.weights import is_ternary, plain, ternary_parts
 
-BLOCK = 32                          # inputs that share a scale at 4 bits, as in llama.cpp's Q4_0
+BLOCK = 32  # inputs that share a scale at 4 bits, as in llama.cpp's Q4_0
 
 
 def quantise4(weight):
@@ -34,7 +34,7 @@ def quantise8(weight):
 
 def pack(codes, bits, block):
     """codes (N, K) below 2 ** bits -> uint8 (N, ceil(K / block), block * bits / 8), low bits first, for MatMulNBits."""
-    zero = 1 << (bits - 1)                                 # the code that stands for 0
+    zero = 1 << (bits - 1)  # the code that stands for 0
     codes = np.pad(codes, ((0, 0), (0, -codes.shape[1] % block)), constant_values=zero)
     codes = codes.reshape(len(codes), -1, block * bits // 8, 8 // bits).astype(np.uint8)
     packed = np.zeros(codes.shape[:-1], np.uint8)
@@ -70,7 +70,7 @@ def round_input(module):
 @torch.no_grad()
 def twin(model, quant):
     """The torch model whose weights and activations are rounded as the graph of this form rounds them."""
-    if quant not in ("int8", "int4"):                      # fp32, and q2, which holds -1, 0 and 1 as they are
+    if quant not in ("int8", "int4"):  # fp32, and q2, which holds -1, 0 and 1 as they are
         return copy.deepcopy(model).float().eval()
     ternary = ternary_parts(model)
     twin = plain(model)
@@ -78,14 +78,14 @@ def twin(model, quant):
         twin.embed.weight.copy_(twin.embedding())
         twin.embedding = lambda: twin.embed.weight
     for name, module in twin.named_modules():
-        if name in ternary:                                # lossless in every form; its activations have 8 bits
+        if name in ternary:  # lossless in every form; its activations have 8 bits
             round_input(module)
         elif isinstance(module, nn.Embedding):
             module.weight.copy_(rounded8(module.weight))
         elif isinstance(module, nn.Linear) and not name.endswith("dt_proj"):  # which the graphs keep: see `mamba`
             if quant == "int8" or name == "head":
                 module.weight.copy_(rounded8(module.weight))
-                if name != "head":                         # unembed rounds its input, below
+                if name != "head":  # unembed rounds its input, below
                     round_input(module)
             else:
                 module.weight.copy_(rounded4(module.weight))

@@ -10,7 +10,7 @@ from formats.names import n_hidden, n_kv_head
 from thimble.files import UserError
 
 SUFFIX = {"fp32": "", "int8": "_quantized", "int4": "_q4", "q2": "_q2"}  # transformers.js asks for these names
-DTYPE = {"fp32": "fp32", "int8": "q8", "int4": "q4", "q2": "q2"}         # and calls them so
+DTYPE = {"fp32": "fp32", "int8": "q8", "int4": "q4", "q2": "q2"}  # and calls them so
 PACKAGES = {  # of npm, and the files of each that the page needs: with WebGPU, without it, the tokenizer
     "onnxruntime-web@1.30.0": ["ort.webgpu.min.mjs", "ort-wasm-simd-threaded.asyncify.mjs",
                                "ort-wasm-simd-threaded.asyncify.wasm", "ort.wasm.min.mjs",

@@ -26,7 +26,7 @@ def ternary_weight(module, n_in):
         from kernels import ternary
         return ternary.unpack(module.codes, n_in).float(), module.scales.detach().float().t()
     t, scale, _ = module.rounded(torch.float32)
-    return t.to(torch.int8).float(), scale                 # by way of int8, which has no -0.0
+    return t.to(torch.int8).float(), scale  # by way of int8, which has no -0.0
 
 
 def ternary_parts(model):
@@ -42,7 +42,7 @@ def ternary_parts(model):
 def product(t, scale):
     """t (N, K) times its scale -> the matrix that they stand for."""
     if scale.dim():
-        scale = scale.repeat_interleave(t.size(1) // scale.size(1), 1)                       # (N, K)
+        scale = scale.repeat_interleave(t.size(1) // scale.size(1), 1)  # (N, K)
     return t * scale
 
 

@@ -99,4 +99,4 @@ def refused(path):
         load.read_tokenizer(path)
     message = str(error.value)
     assert "\n" not in message and str(path) in message and len(message) < 600, message
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000                # kB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB

@@ -49,7 +49,7 @@ def test_1000_hard_strings_are_the_same_ids_in_llama_cpp(tmp_path, kind, pretoke
         wrong = [(text, a, b) for text, a, b in zip(hard, want, there, strict=True) if list(a) != b]
         assert not wrong, (len(wrong), wrong[0])
         assert [reader.decode(ids) for ids in there[:100]] == hard[:100]
-        again = load.read_tokenizer(path)                  # and what we read of that file is the tokenizer it was
+        again = load.read_tokenizer(path)  # and what we read of that file is the tokenizer it was
         assert [list(ids) for ids in again.encode_batch(hard)] == there and again.eot == words.eot
     finally:
         reader.close()

@@ -37,7 +37,7 @@ CASES = {
     "jamba": ("hybrid_ssm", {"ssm": "mamba1", "n_layer": 3, "attn_layer_period": 3, "n_kv_head": 2}),
     "mamba2": ("hybrid_ssm", {"attn_layer_period": 2, "ssm_head_dim": 16, "d_state": 8, "rope": True, "qk_norm": True}),
 }
-WORDS = char_tokenizer(map(chr, range(65, 124)))           # 60 ids, with the end of text
+WORDS = char_tokenizer(map(chr, range(65, 124)))  # 60 ids, with the end of text
 
 
 @functools.cache

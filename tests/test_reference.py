@@ -82,10 +82,10 @@ def test_a_fork_leaves_as_what_it_computes_or_not_at_all(fork, tmp_path, change,
     window = arch == "cerebros"
     refusals = {"gguf": "llama.cpp has no architecture for this model",
                 "onnx": "computes something else than the ONNX form of its layers"}
-    if change == "a rounding":                             # the graph holds what the model's own Python rounded
+    if change == "a rounding":  # the graph holds what the model's own Python rounded
         del refusals["onnx"]
         assert send(model, words, tmp_path / "right.onnx", "onnx", prompts=4, prompt_tokens=8).get("delta", 0) < 0.05
-    for form, why in refusals.items():                     # also where nothing would run what was written
+    for form, why in refusals.items():  # also where nothing would run what was written
         with pytest.raises(UserError, match=why) as error:
             send(model, words, tmp_path / f"m.{form}", form, window=window and form == "onnx", check=False)
         assert "\n" not in str(error.value) and not (tmp_path / f"m.{form}").exists()
