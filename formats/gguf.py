@@ -50,12 +50,13 @@ def write(path, model, stock, tokenizer, quant, name, meta):
     kind = "ALL_F32" if quant == "f32" else f"MOSTLY_{quant.upper()}"
     writer.add_file_type(gguf.LlamaFileType[kind])
     writer.add_name(name)
+    # the package has a method for each key, which puts the architecture's name in front
     for key, value in sizes(model, stock).items():
         getattr(writer, f"add_{key}")(value)
     if hasattr(config, "act"):  # llama.cpp ignores it so far
         writer.add_string(f"{stock}.hidden_activation", config.act)
     add_tokenizer(gguf, writer, tokenizer, config.vocab_size, meta)
-    twin = plain(model)
+    twin = plain(model)  # llama.cpp does not round the activations of float weights
     stored, values = add_tensors(gguf, writer, model, twin, stock, quant)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -33,7 +33,7 @@ class Graph:
         self.count = itertools.count()
         self.is_body = False
 
-    def __getattr__(self, op):
+    def __getattr__(self, op):  # any operator of ONNX
         return functools.partial(self.add, op)
 
     def add(self, op, *inputs, n=1, name=None, domain="", **attributes):
@@ -115,6 +115,7 @@ def linear(g, x, module, name, n_in):
     if is_ternary(module):
         return ternary_linear(g, x, module, name, n_in)
     weight = module.weight.detach().numpy()
+    # a head at 4 bits would cost more than it saves
     if g.quant == "int8" or (g.quant == "int4" and name == "head"):
         codes, scales = quantise8(weight)
         q, scale = absmax(g, x)
@@ -152,6 +153,7 @@ def ternary_linear(g, x, module, name, n_in):
 def embed(g, ids, weight):
     """ids (B, T), weight (V, C) -> (B, T, C)."""
     if g.quant in ("int8", "int4"):
+        # looked up as bytes, so that the table stays one byte a number in memory, too
         codes, scales = quantise8(weight)
         x = g.Sub(g.Cast(g.Gather(g.weight(codes, "embed_q8"), ids), to=g.float), 128.0)
         return g.Mul(x, g.Gather(g.weight(scales[:, None], "embed_scales"), ids))

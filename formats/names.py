@@ -96,12 +96,13 @@ def n_kv_head(config):
 
 
 def n_hidden(model):
+    """Width of the MLP, from its matrix: a Config may leave it to the model file."""
     up = model.blocks[0].mlp.up_proj
     return len(up.codes if hasattr(up, "codes") else up.weight)
 
 
 def d_state(config):
-    return config.d_state or 16
+    return config.d_state or 16  # hybrid_ssm.py's default with ssm="mamba1"
 
 
 def dt_rank(config):
@@ -144,11 +145,12 @@ def shape(where, about, keys, rope_theta, head_dim):
             raise UserError(f"{where}: {name} is {str(value)[:40]!r}, not a number in its range")
         return value
 
+    # far beyond any model that exists; without them a damaged file could ask for any amount of memory
     limits = {"n_layer": 1000, "vocab_size": 2**24, "block_size": 2**28}
     config = {}
     for ours, theirs in keys.items():
         value = about.get(theirs)
-        if ours == "n_kv_head":
+        if ours == "n_kv_head":  # may be left out: then as many as queries
             value = value or config["n_head"]
         kind = float if ours == "norm_eps" else int
         config[ours] = number(theirs, value, kind, limits.get(ours, 2**20))

@@ -192,10 +192,10 @@ def differs(ours, theirs):
 
 
 def stock_tensors(wide, stock):
-    """{name in Hugging Face: tensor} of a `widened` model; KeyError with our name of one that the architecture lacks."""
+    """{name in Hugging Face: tensor} of a `widened` model; KeyError with our name of one that has none there."""
     tensors = weights(wide)
     for name, (t, scale) in ternary_parts(wide).items():
-        if scale.dim():
+        if scale.dim():  # every format has one scale a matrix
             raise KeyError(f"{name}.weight (with a scale for each group)")
         if tensors.pop(f"{name}.codes", None) is not None:  # packed
             del tensors[f"{name}.scales"]
@@ -217,7 +217,7 @@ def stock_architecture(model):
     """
     config = model.config
     tensors = model.state_dict()
-    stock = "llama"
+    stock = "llama"  # which has no tensor that the others lack
     if any(name.endswith("A_log") for name in tensors):
         stock = "jamba"
     elif any("sub_norm" in name for name in tensors):

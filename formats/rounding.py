@@ -74,7 +74,7 @@ def twin(model, quant):
         return copy.deepcopy(model).float().eval()
     ternary = ternary_parts(model)
     twin = plain(model)
-    if hasattr(twin, "embedding"):
+    if hasattr(twin, "embedding"):  # of a ternary model: float16 first, then 8 bits
         twin.embed.weight.copy_(twin.embedding())
         twin.embedding = lambda: twin.embed.weight
     for name, module in twin.named_modules():
@@ -89,6 +89,7 @@ def twin(model, quant):
                     round_input(module)
             else:
                 module.weight.copy_(rounded4(module.weight))
+    # here, and not at a head of its own: the head may be the embedding
     unembed = twin.unembed
     twin.unembed = lambda x: unembed(rounded_activations(x))
     return twin

@@ -33,6 +33,7 @@ def write(folder, model, tokenizer, quant, meta):
     ids = {"bos_token_id": bos, "eos_token_id": stop}
     heads = {"num_attention_heads": config.n_head, "num_key_value_heads": n_kv_head(config)}
     head_dim = config.n_embd // config.n_head
+    # transformers.js takes the number and shape of the caches from it
     about = {"model_type": "llama", "architectures": ["LlamaForCausalLM"],
              "original_model_type": type(model).__module__, "head_dim": head_dim,
              "intermediate_size": n_hidden(model), "max_position_embeddings": config.block_size,
@@ -40,7 +41,7 @@ def write(folder, model, tokenizer, quant, meta):
              "tie_word_embeddings": False, "vocab_size": config.vocab_size, "hidden_size": config.n_embd,
              "num_hidden_layers": config.n_layer} | heads | ids
     about["transformers.js_config"] = {"dtype": DTYPE[quant]}
-    if hasattr(model.blocks[0], "mixer"):
+    if hasattr(model.blocks[0], "mixer"):  # a hybrid: keys and values in some layers, states in the others
         kinds = ["attention" if hasattr(block.mixer, "q_proj") else "mamba" for block in model.blocks]
         about |= {"model_type": "granitemoehybrid", "architectures": ["GraniteMoeHybridForCausalLM"],
                   "layers_block_type": kinds}
@@ -77,6 +78,7 @@ def fetch_packages(folder):
     folder.mkdir()
     with tempfile.TemporaryDirectory() as work:
         command = ["npm", "install", "--prefix", work, "--ignore-scripts", "--no-audit", "--no-fund", *PACKAGES]
+        # --ignore-scripts: only the files are wanted
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]

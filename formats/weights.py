@@ -49,7 +49,7 @@ def product(t, scale):
 def plain(model):
     """A copy in float32 whose matrices are plain nn.Linear: a ternary model without the rounding of activations."""
     parts = ternary_parts(model)
-    if parts and model.config.packed:
+    if parts and model.config.packed:  # the norms and the embedding are all that it has as they were
         twin = type(model)(replace(model.config, packed=False))
         twin.load_state_dict(model.state_dict(), strict=False)
     else:
