@@ -9,8 +9,7 @@ What is written is read again by the program it is for: its logits and greedy te
 gets its name. A model goes out as Llama, BitNet or Jamba if it computes what these compute, which is tried out before
 anything is written: `model.py`, `ternary.py` and `hybrid_ssm.py --ssm=mamba1` do, and so may your fork. What no stock
 architecture can express (an activation of your own, mHC-lite streams) goes to Hugging Face with the model file itself
-as its code.
---checkpoint may also be a Hugging Face folder or a GGUF file.
+as its code. --checkpoint may also be a Hugging Face folder or a GGUF file.
 """
 import os
 import time

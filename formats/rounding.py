@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 
 from formats.weights import is_ternary, plain, ternary_parts
+from thimble.files import UserError
 
 BLOCK = 32  # inputs that share a scale at 4 bits, as in llama.cpp's Q4_0
 
@@ -72,6 +73,9 @@ def twin(model, quant):
     """The torch model whose weights and activations are rounded as the graph of this form rounds them."""
     if quant not in ("int8", "int4"):  # fp32, and q2, which holds -1, 0 and 1 as they are
         return copy.deepcopy(model).float().eval()
+    if not hasattr(model, "unembed"):
+        raise UserError(f"{type(model).__module__}.py has no method unembed, which turns the last norm's output into "
+                        "logits: without it only --quant=fp32 can be checked")
     ternary = ternary_parts(model)
     twin = plain(model)
     if hasattr(twin, "embedding"):  # of a ternary model: float16 first, then 8 bits

@@ -111,6 +111,14 @@ def test_a_copy_that_computes_the_same_leaves_as_the_same(fork, tmp_path, arch, 
         assert found["same"] + found["tied"] == 4
 
 
+def test_a_method_of_another_name_is_no_other_model(fork, tmp_path):
+    model = fork("model", "mine", "unembed", "to_logits")
+    assert stock_architecture(model)[0] == "llama"
+    send(model, tokenizer("byte"), tmp_path / "m.onnx", "onnx", check=False)
+    with pytest.raises(UserError, match="mine.py has no method unembed"):
+        send(model, tokenizer("byte"), tmp_path / "n.onnx", "onnx", "int8", check=False)
+
+
 def test_a_fork_that_sees_less_far_is_noticed(fork):
     """A sliding window shows only behind its width, so a whole context is compared."""
     model = fork("model", "mine", ".triu(1 + S - T)", ".triu(1 + S - T) + torch.full((T, S), -torch.inf).tril(-40)")
