@@ -1,11 +1,11 @@
-"""Hybrid: state space layers with a little attention, exactly Jamba-shaped with ssm="mamba1", faster with "mamba2".
+"""Hybrid: state space layers and some attention; exactly Jamba-shaped with ssm="mamba1", faster with "mamba2".
 
     python prepare/shakespeare.py --tokenizer=byte
     python train.py config/nexus_bytes.py --device=cpu
     python train.py config/nexus_bytes.py --device=cpu --ssm=mamba1
     python bench/hybrid.py
 
-Every layer is a mixer and an MLP, both with a residual around them; the mixer of layer i is attention where
+Every layer is a mixer and an MLP, each with a residual connection; the mixer of layer i is attention where
 i % attn_layer_period == attn_layer_offset, else Mamba (Lieber et al. 2024, Jamba, without the experts).
 
 Legend: B batch, T tokens, S keys seen so far (cache included), C n_embd, H query heads, K key/value heads,
@@ -20,16 +20,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-SPAN = 16                           # mamba1: tokens between the states that are kept for the backward pass
-WORK = 2**18                        # mamba1: numbers of state to work on at a time, which should stay in the cache
-CHUNK = 64                          # mamba2: tokens that see each other through one matrix
+SPAN = 16     # mamba1: tokens between the states that are kept for the backward pass
+WORK = 2**18  # mamba1: state numbers to work on at a time, few enough to stay in the CPU's cache
+CHUNK = 64    # mamba2: tokens that see each other through one matrix
 
 
 @dataclass(frozen=True)
 class Config:
     n_layer: int = 6                # blocks, each a mixer and an MLP
-    attn_layer_period: int = 6      # of so many layers, one is attention,
-    attn_layer_offset: int = 1      # this one (counted from 0); all others are state space layers
+    attn_layer_period: int = 6      # one layer in this many is attention:
+    attn_layer_offset: int = 1      # this one (counted from 0); the others are state space layers
     n_head: int = 4                 # attention: query heads
     n_kv_head: int = 0              # key/value heads, shared by n_head / n_kv_head queries each; 0: n_head
     n_embd: int = 128               # width of the residual stream
@@ -52,11 +52,13 @@ class Config:
     def __post_init__(self):
         for name in ("n_layer", "n_head", "n_embd", "block_size", "attn_layer_period", "expand", "d_conv",
                      "ssm_head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("n_kv_head", "n_hidden", "vocab_size", "d_state", "dt_rank"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        for name in ("rope_theta", "norm_eps"):
+            value = getattr(self, name)
+            if value <= 0:
+                raise ValueError(f"{name}={value} must be above 0")
         if not 0 <= self.attn_layer_offset < self.attn_layer_period:
             raise ValueError(f"attn_layer_offset={self.attn_layer_offset} must be in [0, "
                              f"attn_layer_period={self.attn_layer_period})")
@@ -65,14 +67,12 @@ class Config:
         if self.n_kv_head and self.n_head % self.n_kv_head:
             raise ValueError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
         if self.rope and self.n_embd // self.n_head % 2:
-            raise ValueError(f"n_embd={self.n_embd} / n_head={self.n_head} must be even: RoPE turns pairs of numbers")
+            raise ValueError(f"n_embd={self.n_embd} / n_head={self.n_head} must be even: RoPE rotates pairs of numbers")
         if self.ssm == "mamba2" and self.expand * self.n_embd % self.ssm_head_dim:
             raise ValueError(f"expand={self.expand} * n_embd={self.n_embd} must be a multiple of "
                              f"ssm_head_dim={self.ssm_head_dim}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
-        if self.rope_theta <= 0 or self.norm_eps <= 0:
-            raise ValueError(f"rope_theta={self.rope_theta} and norm_eps={self.norm_eps} must be above 0")
 
 
 # copied from model.py
@@ -87,74 +87,100 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         # the sum of squares as a vecdot: with its backward, less than half the time of F.rms_norm on a CPU
-        mean = torch.linalg.vecdot(wide, wide)[..., None] / x.size(-1)
-        return (wide * torch.rsqrt(mean + self.eps) * self.weight).to(x.dtype)
+        squares = torch.linalg.vecdot(wide, wide)                           # (...)
+        mean = squares[..., None] / x.size(-1)                              # (..., 1)
+        y = wide * torch.rsqrt(mean + self.eps) * self.weight
+        return y.to(x.dtype)
 
 
 # copied from model.py
 def rope_table(positions, head_dim, theta):
     """positions (..., T) -> cos and signed sin, each (..., T, D), for `rotate`. RoFormer (Su et al. 2021), eq. 34."""
-    freqs = theta ** (-torch.arange(0, head_dim, 2, device=positions.device) / head_dim)     # (D/2,)
-    angles = positions[..., None] * freqs                                                    # (..., T, D/2)
-    return torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
+    # pair i of a head turns by theta^(-2i / D) per token: the first pair fastest, the last hardly at all
+    pairs = torch.arange(0, head_dim, 2, device=positions.device)
+    freqs = theta ** (-pairs / head_dim)                                    # (D/2,)
+    angles = positions[..., None] * freqs                                   # (..., T, D/2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 # copied from model.py
 def rotate(x, cos, sin):
-    """Turn the pair (x_i, x_{i + D/2}) of every head by its position's angle. x: (B, T, heads, D)."""
-    return torch.addcmul(x * cos[..., None, :], x.roll(x.size(-1) // 2, -1), sin[..., None, :])
+    """Rotate the pair (x_i, x_{i + D/2}) of every head by its position's angle. x: (B, T, heads, D)."""
+    cos, sin = cos[..., None, :], sin[..., None, :]                         # (..., T, 1, D), for all heads alike
+    scaled = x * cos
+    partner = x.roll(x.size(-1) // 2, -1)
+    return torch.addcmul(scaled, partner, sin)
 
 
 # copied from model.py
 def attend(q, k, v, mask=None):
     """Causal softmax(q k^T / sqrt(D)) v. q: (B, H, T, D), the last T of S tokens; k, v: (B, K, S, D).
 
-    With T = 1, a mask (B, 1, 1, S) may say what each row sees.
+    With T = 1, a mask (B, 1, 1, S) may say which keys each row sees.
     """
     B, H, T, D = q.shape
-    S = k.size(2)
+    K, S = k.shape[1:3]
+    # On a CPU two plain matmuls train 2 to 3 times faster than the fused kernel, whose backward pass is slow, as long
+    # as the (T, S) scores are small.
     fused = q.is_cuda or T == 1 or T * S > 1 << 20
     if 1 < T < S or not fused:
-        mask = torch.full((T, S), -torch.inf, dtype=q.dtype, device=q.device).triu(1 + S - T)
-    if fused:                                              # nothing cached: half of the scores need no computing
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S > 1, enable_gqa=k.size(1) != H)
-    # On a CPU two plain matmuls train 2 to 3 times faster than the fused kernel, whose backward pass is slow,
-    # as long as the (T, S) scores are small.
-    if k.size(1) != H:
-        k, v = (t.repeat_interleave(H // t.size(1), 1) for t in (k, v))                      # (B, H, S, D)
-    q, k, v = (t.reshape(B * H, -1, D) for t in (q, k, v))
-    scores = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(D))                            # (B*H, T, S)
-    return (scores.softmax(-1) @ v).view(B, H, T, D)
+        # query t is token S - T + t: it sees the keys up to that one
+        mask = q.new_full((T, S), -torch.inf).triu(1 + S - T)
+    if fused:
+        # is_causal, where nothing is cached, skips the half of the scores that a mask would throw away
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S > 1, enable_gqa=K != H)
+    if K != H:
+        # each key/value head serves H / K query heads
+        k = k.repeat_interleave(H // K, 1)                                  # (B, H, S, D)
+        v = v.repeat_interleave(H // K, 1)                                  # (B, H, S, D)
+    q = q.reshape(B * H, T, D)
+    k = k.reshape(B * H, S, D)
+    v = v.reshape(B * H, S, D)
+    scores = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(D))           # (B*H, T, S)
+    y = scores.softmax(-1) @ v                                              # (B*H, T, D)
+    return y.view(B, H, T, D)
 
 
 # copied from model.py
 def remember(cache, k, v, start):
-    """Put k, v (B, K, T, D) into the cache at start -> all that it holds by now, (B, K, S, D), and a mask for attend.
+    """Put k, v (B, K, T, D) into the cache at start -> all that it holds now, (B, K, S, D), and a mask for attend.
 
-    start is an int; or (B, 1), rows of different lengths with T = 1, each of which sees no further than it goes.
+    start is an int; or (B, 1), rows of different lengths with T = 1, each of which sees its own tokens only.
     """
+    keys, values = cache["k"], cache["v"]                                   # (B, K, max_len, D) each
     if isinstance(start, int):
-        S, mask = start + k.size(2), None
-        cache["k"][:, :, start:S], cache["v"][:, :, start:S] = k, v
+        S = start + k.size(2)
+        keys[:, :, start:S] = k
+        values[:, :, start:S] = v
+        mask = None
     else:
-        S, rows, at = int(start.max()) + 1, torch.arange(len(k), device=k.device), start[:, 0]
-        mask = (torch.arange(S, device=k.device) <= start)[:, None, None]                    # (B, 1, 1, S)
-        cache["k"][rows, :, at], cache["v"][rows, :, at] = k[:, :, 0], v[:, :, 0]
-    return cache["k"][:, :, :S], cache["v"][:, :, :S], mask
+        S = int(start.max()) + 1  # of the longest row
+        rows = torch.arange(len(k), device=k.device)
+        keys[rows, :, start[:, 0]] = k[:, :, 0]
+        values[rows, :, start[:, 0]] = v[:, :, 0]
+        mask = torch.arange(S, device=k.device) <= start                    # (B, S)
+        mask = mask[:, None, None]                                          # (B, 1, 1, S)
+    return keys[:, :, :S], values[:, :, :S], mask
 
 
 # copied from model.py
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.head_dim = config.n_embd // config.n_head
+        C = config.n_embd
+        self.head_dim = C // config.n_head
         self.n_kv_head = config.n_kv_head or config.n_head
-        self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.k_proj = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        n_kv = self.n_kv_head * self.head_dim
+        self.q_proj = nn.Linear(C, C, bias=False)
+        self.k_proj = nn.Linear(C, n_kv, bias=False)
+        self.v_proj = nn.Linear(C, n_kv, bias=False)
+        self.o_proj = nn.Linear(C, C, bias=False)
+        self.q_norm = nn.Identity()
+        self.k_norm = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
 
     def init_cache(self, batch_size, max_len, **kind):
         shape = (batch_size, self.n_kv_head, max_len, self.head_dim)
@@ -162,16 +188,21 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, cache=None, start=0):
         B, T, C = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)                     # (B, K, T, D)
-        q = rotate(self.q_norm(q), *rope).transpose(1, 2)                                    # (B, H, T, D)
-        k = rotate(self.k_norm(k), *rope).transpose(1, 2)                                    # (B, K, T, D)
+        D = self.head_dim
+        q = self.q_proj(x).view(B, T, -1, D)                                # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, -1, D)                                # (B, T, K, D)
+        v = self.v_proj(x).view(B, T, -1, D)                                # (B, T, K, D)
+        q = rotate(self.q_norm(q), *rope)
+        k = rotate(self.k_norm(k), *rope)
+        q = q.transpose(1, 2)                                               # (B, H, T, D)
+        k = k.transpose(1, 2)                                               # (B, K, T, D)
+        v = v.transpose(1, 2)                                               # (B, K, T, D)
         mask = None
         if cache is not None:
-            k, v, mask = remember(cache, k, v, start)                                        # (B, K, S, D)
-        y = attend(q, k, v, mask)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+            k, v, mask = remember(cache, k, v, start)                       # (B, K, S, D)
+        y = attend(q, k, v, mask)                                           # (B, H, T, D)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.o_proj(y)
 
 
 # copied from model.py
@@ -180,13 +211,16 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        n_hidden = config.n_hidden or -(-config.n_embd * 8 // 3 // 32) * 32
-        self.gate_proj = nn.Linear(config.n_embd, n_hidden, bias=False)
-        self.up_proj = nn.Linear(config.n_embd, n_hidden, bias=False)
-        self.down_proj = nn.Linear(n_hidden, config.n_embd, bias=False)
+        C = config.n_embd
+        # 8/3 of C: three matrices that have as many weights as the two of a plain MLP of width 4 C
+        n_hidden = config.n_hidden or -(-C * 8 // 3 // 32) * 32
+        self.gate_proj = nn.Linear(C, n_hidden, bias=False)
+        self.up_proj = nn.Linear(C, n_hidden, bias=False)
+        self.down_proj = nn.Linear(n_hidden, C, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = F.silu(self.gate_proj(x))                                    # (B, T, F)
+        return self.down_proj(gate * self.up_proj(x))
 
 
 def causal_conv(x, weight, bias, window):
@@ -194,10 +228,11 @@ def causal_conv(x, weight, bias, window):
 
     x: (B, T, E); weight: (E, 1, k); window: (B, k - 1, E), the inputs before x -> y (B, T, E), the next window.
     """
-    T, seen = x.size(1), torch.cat((window, x), 1)                                           # (B, k - 1 + T, E)
+    T = x.size(1)
+    seen = torch.cat((window, x), 1)                                        # (B, k - 1 + T, E)
     y = bias
     for j in range(weight.size(-1)):
-        y = torch.addcmul(y, seen[:, j:j + T], weight[:, 0, j])
+        y = torch.addcmul(y, seen[:, j:j + T], weight[:, 0, j])             # (B, T, E)
     return y, seen[:, T:]
 
 
@@ -205,11 +240,11 @@ def causal_conv(x, weight, bias, window):
 #
 #     h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t,    y_t = sum over N of C_t h_t
 #
-# The state is N times as large as the input, so what costs is to pass over it, and the plain recurrence passes over it
-# least often. It is also sound for any dt: no decay exceeds 1 and none is divided by, as in cumulative products. All
-# of (B, N, E) is one step, enough to keep a CPU busy and small enough for its cache; where B is small, all but the
-# recurrence itself takes L tokens at once. Every SPAN-th state is kept; the backward pass computes those between
-# again, then follows the adjoint of h from the end: g_t = C_t dy_t + exp(dt_{t+1} A) g_{t+1}.
+# The state is N times as large as the input, so the cost is in passing over it, and the plain recurrence passes over it
+# least often. It is also stable for any dt: no decay exceeds 1, and there is no division by one, as with cumulative
+# products. One step works on all of (B, N, E), which is enough to keep a CPU busy and fits its cache; where B is small,
+# everything but the recurrence itself takes L tokens at once. Every SPAN-th state is kept; the backward pass recomputes
+# those between, then follows the adjoint of h from the end: g_t = C_t dy_t + exp(dt_{t+1} A) g_{t+1}.
 class SelectiveScan(torch.autograd.Function):
     """x, dt: (T, B, E); A: (N, E), negative; B, C: (T, B, N); h: (B, N, E) -> y (T, B, E), the last h."""
 
@@ -217,58 +252,75 @@ class SelectiveScan(torch.autograd.Function):
     def states(x, dt, A, B, h, decay, out):
         """Fill decay and out (L, B, N, E) with exp(dt A) and with the states that follow h -> the last of them."""
         torch.mul(dt[:, :, None], A / math.log(2), out=decay)
-        torch.exp2(decay, out=decay)                       # 3 times as fast as exp where that is MKL's
+        torch.exp2(decay, out=decay)  # three times as fast as exp where that is MKL's
         torch.mul((x * dt)[:, :, None], B[..., None], out=out)
-        for i in range(len(out)):
-            h = out[i].addcmul_(decay[i], h)
+        for t in range(len(out)):
+            h = out[t].addcmul_(decay[t], h)
         return h
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, h):
-        T, y, starts = len(x), torch.empty_like(x), []
-        ctx.L = L = min(SPAN, 1 << (max(1, WORK // h.numel()).bit_length() - 1))  # a power of 2, as SPAN is
-        decay, out, spare = h.new_empty(3, min(L, T), *h.shape)
+        T = len(x)
+        L = max(1, WORK // h.numel())  # tokens at once,
+        L = 1 << (L.bit_length() - 1)  # rounded down to a power of 2, to divide SPAN
+        ctx.L = L = min(SPAN, L)
+        y = torch.empty_like(x)
+        starts = []  # the states before tokens 0, SPAN, 2 SPAN, ...
+        decay, out, spare = h.new_empty(3, min(L, T), *h.shape)             # (L, B, N, E) each
         with torch.autocast(x.device.type, enabled=False):
             for t in range(0, T, L):
                 if t % SPAN == 0:
                     starts.append(h.clone())
-                n, now = min(L, T - t), slice(t, t + L)
+                n = min(L, T - t)
+                now = slice(t, t + L)
                 h = SelectiveScan.states(x[now], dt[now], A, B[now], h, decay[:n], out[:n])
-                y[now] = (C[now, :, None] @ out[:n])[:, :, 0]                                # (L, B, E)
-                out, spare = spare, out                    # h is a part of it
+                y[now] = (C[now, :, None] @ out[:n])[:, :, 0]               # (L, B, E)
+                out, spare = spare, out  # h is a part of out: write to the other one next
         ctx.save_for_backward(x, dt, A, B, C, *starts)
         return y, h.clone()
 
     @staticmethod
     def backward(ctx, dy, g):
+        """dy: (T, B, E), g: (B, N, E), the gradients of y and of the last h."""
         x, dt, A, B, C, *starts = ctx.saved_tensors
         T, L = len(x), ctx.L
-        dx, ddt, dA, dB, dC = (torch.empty_like(t) for t in (x, dt, g, B, C))
-        decay, (adjoint, flow, dlog) = g.new_empty(SPAN, *g.shape), g.new_empty(3, L, *g.shape)
-        out, ones = g.new_empty(SPAN + 1, *g.shape), A.new_ones(1, len(A))
-        dA.zero_()
+        dx = torch.empty_like(x)
+        ddt = torch.empty_like(dt)
+        dB = torch.empty_like(B)
+        dC = torch.empty_like(C)
+        dA = torch.zeros_like(g)                                            # (B, N, E), summed over B at the end
+        decay = g.new_empty(SPAN, *g.shape)
+        h = g.new_empty(SPAN + 1, *g.shape)  # h[0] is the state before the span
+        adjoint, flow, dlog = g.new_empty(3, L, *g.shape)
+        ones = A.new_ones(1, len(A))  # sums over N as a product
         with torch.autocast(x.device.type, enabled=False):
             for begin in reversed(range(0, T, SPAN)):
                 end = min(T, begin + SPAN)
-                out[0] = starts.pop()
+                h[0] = starts.pop()
                 for t in range(begin, end, L):
-                    now, i, j = slice(t, min(t + L, end)), t - begin, min(t + L, end) - begin
-                    SelectiveScan.states(x[now], dt[now], A, B[now], out[i], decay[i:j], out[i + 1:j + 1])
+                    now = slice(t, min(t + L, end))
+                    i, j = now.start - begin, now.stop - begin
+                    SelectiveScan.states(x[now], dt[now], A, B[now], h[i], decay[i:j], h[i + 1:j + 1])
                 for t in reversed(range(begin, end, L)):
-                    now, i, j = slice(t, min(t + L, end)), t - begin, min(t + L, end) - begin
+                    now = slice(t, min(t + L, end))
+                    i, j = now.start - begin, now.stop - begin
                     for k in reversed(range(j - i)):
+                        # g comes in as exp(dt_{t+1} A) g_{t+1}, the part of the adjoint from the token after
                         torch.addcmul(g, dy[t + k, :, None], C[t + k, :, :, None], out=adjoint[k])
                         g = torch.mul(decay[i + k], adjoint[k], out=flow[k])
-                    a = adjoint[:j - i]                                                      # (L, B, N, E)
-                    dB[now] = (a @ (x[now] * dt[now])[..., None])[..., 0]
-                    dC[now] = (out[i + 1:j + 1] @ dy[now, ..., None])[..., 0]
-                    dx[now] = (B[now, :, None] @ a)[:, :, 0]                                 # of x dt, for now
-                    p = torch.mul(flow[:j - i], out[i:j], out=dlog[:j - i])                  # of dt A
+                    a = adjoint[:j - i]                                     # (L, B, N, E)
+                    xdt = x[now] * dt[now]                                  # (L, B, E)
+                    dB[now] = (a @ xdt[..., None])[..., 0]
+                    dC[now] = (h[i + 1:j + 1] @ dy[now, ..., None])[..., 0]
+                    dx[now] = (B[now, :, None] @ a)[:, :, 0]  # for now the gradient of x dt
+                    # the gradient of dt A
+                    p = torch.mul(flow[:j - i], h[i:j], out=dlog[:j - i])   # (L, B, N, E)
                     for k in range(j - i):
                         dA.addcmul_(p[k], dt[t + k, :, None])
                     ddt[now] = (ones @ p.mul_(A))[:, :, 0]
         ddt.addcmul_(dx, x)
-        return dx.mul_(dt), ddt, dA.sum(0), dB, dC, g.clone()
+        dx.mul_(dt)
+        return dx, ddt, dA.sum(0), dB, dC, g.clone()
 
 
 def ssd(x, dt, A, B, C, h=None):
@@ -279,36 +331,51 @@ def ssd(x, dt, A, B, C, h=None):
     """
     rows, T, E = x.shape
     G, L = len(A), min(CHUNK, T)
-    # Sums of logarithms, and above all their differences, want more digits than float32 has if dt is large.
+    # sums of logarithms, and above all their differences, need more digits than float32 has where dt is large
     exact = torch.float32 if x.device.type == "mps" else torch.float64
-    if T % L:                                              # dt = 0: the state stays
+    if T % L:
+        # fill up the last chunk: with dt = 0 the state stays as it is
         x, dt, B, C = (F.pad(t, (0, 0, 0, -T % L)) for t in (x, dt, B, C))
-    x, dt, B, C = (t.unflatten(1, (-1, L)) for t in (x, dt, B, C))                           # (B, n, L, ...)
-    x = x.unflatten(-1, (G, -1)) * dt[..., None]                                             # (B, n, L, G, D)
-    sums = (dt * (A / math.log(2))).to(exact).cumsum(2)                                      # (B, n, L, G)
-    past = torch.ones(L, L, dtype=torch.bool, device=x.device).tril()
-    between = (sums.mT[..., None] - sums.mT[..., None, :]).to(x.dtype)                       # (B, n, G, L, L)
-    decay = between.masked_fill(~past, -torch.inf).exp2()
-    y = (((C @ B.mT)[:, :, None] * decay) @ x.transpose(2, 3)).transpose(2, 3)               # (B, n, L, G, D)
+    x, dt, B, C = (t.unflatten(1, (-1, L)) for t in (x, dt, B, C))          # (B, n, L, ...), n chunks
     n = x.size(1)
-    going = n if h is not None else n - 1                  # chunks whose state is needed after them
+    x = x.unflatten(-1, (G, -1)) * dt[..., None]                            # (B, n, L, G, D)
+    logs = (dt * (A / math.log(2))).to(exact)  # of the decays, base 2
+    sums = logs.cumsum(2)                                                   # (B, n, L, G)
+
+    # inside the chunks: token t sees token s with the decays of s + 1 to t
+    past = torch.ones(L, L, dtype=torch.bool, device=x.device).tril()
+    between = sums.mT[..., None] - sums.mT[..., None, :]                    # (B, n, G, L, L)
+    decay = between.to(x.dtype).masked_fill(~past, -torch.inf).exp2()
+    scores = C @ B.mT                                                       # (B, n, L, L)
+    y = (scores[:, :, None] * decay) @ x.transpose(2, 3)                    # (B, n, G, L, D)
+    y = y.transpose(2, 3)                                                   # (B, n, L, G, D)
+
+    # between the chunks
+    going = n if h is not None else n - 1  # chunks whose state is needed after them
     if going:
-        left = (sums[:, :going, -1:] - sums[:, :going]).to(x.dtype).exp2()                   # (B, n, L, G)
-        new = B[:, :going].mT @ (x[:, :going] * left[..., None]).flatten(3)                  # (B, n, N, E)
-        keep = sums[:, :going, -1:].to(x.dtype).exp2().repeat_interleave(E // G, -1)         # (B, n, 1, E)
+        ends = sums[:, :going, -1:]                                         # (B, n, 1, G)
+        # what is left of a token at the end of its chunk, and of the state before at the end of the next
+        left = (ends - sums[:, :going]).to(x.dtype).exp2()                  # (B, n, L, G)
+        keep = ends.to(x.dtype).exp2()                                      # (B, n, 1, G)
+        keep = keep.repeat_interleave(E // G, -1)                           # (B, n, 1, E)
+        kept = x[:, :going] * left[..., None]                               # (B, n, L, G, D)
+        new = B[:, :going].mT @ kept.flatten(3)                             # (B, n, N, E)
         states = [torch.zeros_like(new[:, 0]) if h is None else h]
         for i in range(going):
             states.append(torch.addcmul(new[:, i], keep[:, i], states[-1]))
-        before = torch.stack(states[:n], 1)                                                  # (B, n, N, E)
-        y = torch.addcmul(y, (C @ before).unflatten(-1, (G, -1)), sums.to(x.dtype).exp2()[..., None])
-        h = h if h is None else states[-1]
-    return y.flatten(3).flatten(1, 2)[:, :T], h
+        before = torch.stack(states[:n], 1)                                 # (B, n, N, E)
+        carried = (C @ before).unflatten(-1, (G, -1))                       # (B, n, L, G, D)
+        y = torch.addcmul(y, carried, sums.to(x.dtype).exp2()[..., None])
+        if h is not None:
+            h = states[-1]
+    y = y.flatten(3).flatten(1, 2)                                          # (B, n * L, E)
+    return y[:, :T], h
 
 
 def spread_steps(n):
     """(n,) biases whose softplus is log-uniform in [1e-3, 1e-1]: memories of many lengths from the start."""
     dt = torch.exp(torch.empty(n).uniform_(math.log(1e-3), math.log(1e-1)))
-    return dt + torch.log(-torch.expm1(-dt))
+    return dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus
 
 
 class Mamba1(nn.Module):
@@ -316,44 +383,51 @@ class Mamba1(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        E, self.n_state = config.expand * config.n_embd, config.d_state or 16
-        self.dt_rank = config.dt_rank or -(-config.n_embd // 16)
-        self.in_proj = nn.Linear(config.n_embd, 2 * E, bias=False)
+        C = config.n_embd
+        E = config.expand * C
+        self.n_state = N = config.d_state or 16
+        self.dt_rank = config.dt_rank or -(-C // 16)
+        self.in_proj = nn.Linear(C, 2 * E, bias=False)
         self.conv1d = nn.Conv1d(E, E, config.d_conv, groups=E)
-        self.x_proj = nn.Linear(E, self.dt_rank + 2 * self.n_state, bias=False)
+        self.x_proj = nn.Linear(E, self.dt_rank + 2 * N, bias=False)
         self.dt_norm = RMSNorm(self.dt_rank, config.norm_eps)
-        self.b_norm = RMSNorm(self.n_state, config.norm_eps)
-        self.c_norm = RMSNorm(self.n_state, config.norm_eps)
+        self.b_norm = RMSNorm(N, config.norm_eps)
+        self.c_norm = RMSNorm(N, config.norm_eps)
         self.dt_proj = nn.Linear(self.dt_rank, E)
-        self.A_log = nn.Parameter(torch.arange(1.0, self.n_state + 1).log().repeat(E, 1))
+        A = torch.arange(1.0, N + 1)                                        # (N)
+        self.A_log = nn.Parameter(A.log().repeat(E, 1))                     # (E, N)
         self.D = nn.Parameter(torch.ones(E))
-        self.out_proj = nn.Linear(E, config.n_embd, bias=False)
+        self.out_proj = nn.Linear(E, C, bias=False)
         with torch.no_grad():
             self.dt_proj.bias.copy_(spread_steps(E))
 
     def init_cache(self, batch_size, max_len, **kind):
         kind["dtype"] = torch.promote_types(kind["dtype"], torch.float32)
         E, _, k = self.conv1d.weight.shape
+        conv = torch.zeros(batch_size, k - 1, E, **kind)
         h = torch.zeros(batch_size, self.n_state, E, **kind)
-        return {"conv": torch.zeros(batch_size, k - 1, E, **kind), "h": h}
+        return {"conv": conv, "h": h}
 
     def forward(self, x, rope, cache=None, start=0):
-        x, z = self.in_proj(x).chunk(2, -1)                                                  # (B, T, E)
-        dtype, x = z.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
+        x, z = self.in_proj(x).chunk(2, -1)                                 # (B, T, E) each
+        dtype = z.dtype
+        x = x.to(torch.promote_types(dtype, torch.float32))
         state = cache or self.init_cache(len(x), 0, dtype=x.dtype, device=x.device)
         x, window = causal_conv(x, self.conv1d.weight, self.conv1d.bias, state["conv"])
         x = F.silu(x)
-        dt, B, C = self.x_proj(x.to(dtype)).split((self.dt_rank, self.n_state, self.n_state), -1)
-        dt = F.linear(self.dt_norm(dt), self.dt_proj.weight).to(x.dtype)                     # (B, T, E)
+        sizes = self.dt_rank, self.n_state, self.n_state
+        dt, B, C = self.x_proj(x.to(dtype)).split(sizes, -1)
+        dt = F.linear(self.dt_norm(dt), self.dt_proj.weight).to(x.dtype)    # (B, T, E)
         dt = F.softplus(dt + self.dt_proj.bias)
-        B, C = self.b_norm(B).to(x.dtype), self.c_norm(C).to(x.dtype)                        # (B, T, N)
-        A = -self.A_log.to(x.dtype).exp().T.contiguous()
-        y, h = SelectiveScan.apply(x.transpose(0, 1), dt.transpose(0, 1), A, B.transpose(0, 1), C.transpose(0, 1),
-                                   state["h"])
+        B = self.b_norm(B).to(x.dtype)                                      # (B, T, N)
+        C = self.c_norm(C).to(x.dtype)                                      # (B, T, N)
+        A = -self.A_log.to(x.dtype).exp().T.contiguous()                    # (N, E)
+        xs, dts, Bs, Cs = (t.transpose(0, 1) for t in (x, dt, B, C))        # (T, B, E), (T, B, E), (T, B, N), (T, B, N)
+        y, h = SelectiveScan.apply(xs, dts, A, Bs, Cs, state["h"])
         if cache is not None:
             cache["conv"].copy_(window)
             cache["h"].copy_(h)
-        y = torch.addcmul(y.transpose(0, 1), x, self.D).to(dtype)                            # (B, T, E)
+        y = torch.addcmul(y.transpose(0, 1), x, self.D).to(dtype)           # (B, T, E)
         return self.out_proj(y * F.silu(z))
 
 
@@ -362,12 +436,15 @@ class Mamba2(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        E, N = config.expand * config.n_embd, config.d_state or 64
-        self.n_state, self.n_head = N, E // config.ssm_head_dim
-        self.in_proj = nn.Linear(config.n_embd, 2 * E + 2 * N + self.n_head, bias=False)
-        self.conv1d = nn.Conv1d(E + 2 * N, E + 2 * N, config.d_conv, groups=E + 2 * N)
+        E = config.expand * config.n_embd
+        self.n_state = N = config.d_state or 64
+        self.n_head = E // config.ssm_head_dim
+        W = E + 2 * N  # channels of x, B and C together
+        self.in_proj = nn.Linear(config.n_embd, E + W + self.n_head, bias=False)
+        self.conv1d = nn.Conv1d(W, W, config.d_conv, groups=W)
         self.dt_bias = nn.Parameter(spread_steps(self.n_head))
-        self.A_log = nn.Parameter(torch.empty(self.n_head).uniform_(1, 16).log())
+        A = torch.empty(self.n_head).uniform_(1, 16)
+        self.A_log = nn.Parameter(A.log())
         self.D = nn.Parameter(torch.ones(self.n_head))
         self.norm = RMSNorm(E, config.norm_eps)
         self.out_proj = nn.Linear(E, config.n_embd, bias=False)
@@ -375,31 +452,40 @@ class Mamba2(nn.Module):
     def init_cache(self, batch_size, max_len, **kind):
         kind["dtype"] = torch.promote_types(kind["dtype"], torch.float32)
         W, _, k = self.conv1d.weight.shape
+        conv = torch.zeros(batch_size, k - 1, W, **kind)
         h = torch.zeros(batch_size, self.n_state, self.out_proj.in_features, **kind)
-        return {"conv": torch.zeros(batch_size, k - 1, W, **kind), "h": h}
+        return {"conv": conv, "h": h}
 
     def forward(self, x, rope, cache=None, start=0):
         E, N = self.out_proj.in_features, self.n_state
-        z, x, dt = self.in_proj(x).split((E, E + 2 * N, self.n_head), -1)
-        dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
-        state = cache or {"conv": x.new_zeros(len(x), self.conv1d.kernel_size[0] - 1, E + 2 * N, dtype=wide), "h": None}
+        W, _, k = self.conv1d.weight.shape
+        z, x, dt = self.in_proj(x).split((E, W, self.n_head), -1)
+        dtype = x.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        state = cache
+        if cache is None:
+            # no h at all is cheaper than one of zeros
+            state = {"conv": x.new_zeros(len(x), k - 1, W, dtype=wide), "h": None}
         x, window = causal_conv(x.to(wide), self.conv1d.weight, self.conv1d.bias, state["conv"])
-        x, B, C = F.silu(x).split((E, N, N), -1)
-        dt = F.softplus(dt.to(wide) + self.dt_bias)                                          # (B, T, G)
+        x, B, C = F.silu(x).split((E, N, N), -1)                            # (B, T, E), (B, T, N) twice
+        dt = F.softplus(dt.to(wide) + self.dt_bias)                         # (B, T, G)
         with torch.autocast(x.device.type, enabled=False):
-            y, h = ssd(x, dt, -self.A_log.to(wide).exp(), B, C, state["h"])
+            A = -self.A_log.to(wide).exp()                                  # (G)
+            y, h = ssd(x, dt, A, B, C, state["h"])
         if cache is not None:
             cache["conv"].copy_(window)
             cache["h"].copy_(h)
-        y = torch.addcmul(y, x, self.D.repeat_interleave(E // self.n_head)).to(dtype)        # (B, T, E)
+        D = self.D.repeat_interleave(E // self.n_head)
+        y = torch.addcmul(y, x, D).to(dtype)                                # (B, T, E)
         return self.out_proj(self.norm(y * F.silu(z)))
 
 
 class Block(nn.Module):
     def __init__(self, config, index):
         super().__init__()
-        attention = index % config.attn_layer_period == config.attn_layer_offset
-        mixer = Attention if attention else Mamba1 if config.ssm == "mamba1" else Mamba2
+        mixer = Mamba1 if config.ssm == "mamba1" else Mamba2
+        if index % config.attn_layer_period == config.attn_layer_offset:
+            mixer = Attention
         self.mixer_norm = RMSNorm(config.n_embd, config.norm_eps)
         self.mixer = mixer(config)
         self.mlp_norm = RMSNorm(config.n_embd, config.norm_eps)
@@ -407,8 +493,10 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rope, cache=None, start=0):
-        x = x + self.dropout(self.mixer(self.mixer_norm(x), rope, cache, start))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        y = self.mixer(self.mixer_norm(x), rope, cache, start)
+        x = x + self.dropout(y)
+        y = self.mlp(self.mlp_norm(x))
+        return x + self.dropout(y)
 
 
 class Model(nn.Module):
@@ -421,11 +509,13 @@ class Model(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
-        self.head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = None  # tied: the embedding is the head
+        if not config.tie_embeddings:
+            self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.init_weights()
 
     def init_weights(self):
-        """Normal weights, so small at the exits that every model starts at a loss of ln V. The rest is as the mixers
+        """Normal weights, so small at the outputs that every model starts at a loss of ln V. The rest is as the mixers
         made it: A = -1 ... -N (mamba1) or in [-16, -1] (mamba2), dt in [0.001, 0.1], convolutions in [-1, 1] / sqrt(k).
         """
         for name, p in self.named_parameters():
@@ -433,52 +523,67 @@ class Model(nn.Module):
                 continue
             std = 0.02
             if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight")):
-                std /= math.sqrt(2 * self.config.n_layer)  # GPT-2: the residual stream keeps its size with depth
+                # GPT-2: each of 2 n_layer layers adds to the residual stream, whose size must not grow with depth
+                std /= math.sqrt(2 * self.config.n_layer)
             elif name.endswith("dt_proj.weight"):
-                std = p.size(1) ** -0.5                    # of a normalised vector: dt varies by a factor of e
+                # it multiplies a normalised vector: at the start dt varies by a factor of e
+                std = p.size(1) ** -0.5
             elif p is self.embed.weight and self.head is None:
-                std = min(std, 4 / self.config.n_embd)     # tied: a token's own logit starts at std * n_embd
+                # tied: the logit of the token itself starts at std * n_embd
+                std = min(std, 4 / self.config.n_embd)
             elif name == "head.weight":
                 std /= 2
             nn.init.normal_(p, std=std)
 
     def _hidden(self, idx, cache=None):
-        B, T = idx.shape
-        start = 0
-        if cache is not None:                              # or (B, 1), a position of its own for each row
-            start = cache["pos"][:, None] if cache["pos"].dim() else int(cache["pos"])
-        x = self.embed(idx)                                                                  # (B, T, C)
+        """idx (B, T) -> what the head reads, (B, T, C); a cache is read and filled in."""
+        c = self.config
+        T = idx.size(1)
+        start = 0  # position of the first token
+        layers = [None] * c.n_layer
+        if cache is not None:
+            pos = cache["pos"]
+            start = pos[:, None] if pos.dim() else int(pos)                 # (B, 1): rows of different lengths
+            layers = cache["layers"]
+        x = self.embed(idx)                                                 # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # the residual stream too: half the memory traffic
+            # the residual stream too: half the memory traffic
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         x = self.dropout(x)
-        rope = torch.ones(T, 1, device=x.device), torch.zeros(T, 1, device=x.device)         # nothing turns
-        if self.config.rope:
-            positions = torch.arange(T, device=idx.device) + start
-            rope = rope_table(positions, self.config.n_embd // self.config.n_head, self.config.rope_theta)
-        rope = [t.to(x.dtype) for t in rope]
-        for i, block in enumerate(self.blocks):
-            x = block(x, rope, None if cache is None else cache["layers"][i], start)
+        if c.rope:
+            positions = torch.arange(T, device=idx.device) + start          # (T), or (B, 1)
+            cos, sin = rope_table(positions, c.n_embd // c.n_head, c.rope_theta)
+        else:
+            cos = torch.ones(T, 1, device=x.device)  # no rotation
+            sin = torch.zeros(T, 1, device=x.device)
+        rope = cos.to(x.dtype), sin.to(x.dtype)                             # (..., T, D or 1) each
+        for block, layer in zip(self.blocks, layers, strict=True):
+            x = block(x, rope, layer, start)
         return self.norm(x)
 
     # copied from model.py
     def unembed(self, x):
-        return F.linear(x, self.embed.weight if self.head is None else self.head.weight).float()
+        head = self.embed if self.head is None else self.head
+        return F.linear(x, head.weight).float()
 
     # copied from model.py
     def forward(self, idx, targets=None):
-        """idx, targets: (B, T) ids; target -1 counts for nothing -> (logits (B, T, V) float32, mean loss or None)."""
+        """idx, targets: (B, T) ids -> (logits (B, T, V) float32, mean loss or None). Targets of -1 are ignored."""
         if idx.size(1) > self.config.block_size:
             raise ValueError(f"{idx.size(1)} tokens do not fit block_size={self.config.block_size}")
-        logits = self.unembed(self._hidden(idx))
+        logits = self.unembed(self._hidden(idx))                            # (B, T, V)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, loss
 
     def init_cache(self, batch_size, max_len):
         """An empty cache for max_len tokens: keys and values, windows and states of every layer, and the position."""
-        kind = {"dtype": self.embed.weight.dtype, "device": self.embed.weight.device}
+        weight = self.embed.weight
+        kind = {"dtype": weight.dtype, "device": weight.device}
         layers = [block.mixer.init_cache(batch_size, max_len, **kind) for block in self.blocks]
-        return {"pos": torch.zeros((), dtype=torch.long), "layers": layers}
+        pos = torch.zeros((), dtype=torch.long)
+        return {"pos": pos, "layers": layers}
 
     # copied from model.py
     def step(self, idx, cache):
@@ -486,16 +591,22 @@ class Model(nn.Module):
 
         With T = 1, cache["pos"] may be (B,) instead of (): rows of different lengths, as a server has them.
         """
-        x = self._hidden(idx, cache)
-        return self.unembed(x[:, -1]), cache | {"pos": cache["pos"] + idx.size(1)}
+        x = self._hidden(idx, cache)                                        # (B, T, C)
+        logits = self.unembed(x[:, -1])                                     # (B, V)
+        return logits, cache | {"pos": cache["pos"] + idx.size(1)}
 
     def param_groups(self):
         """{role: [parameters]}: optim.py knows what each role gets. A tied matrix is an embedding."""
-        groups = {"embed": [self.embed.weight], "head": [] if self.head is None else [self.head.weight],
-                  "matrix": [], "vector": [], "ssm": []}
-        for name, p in [*self.blocks.named_parameters(), ("norm.weight", self.norm.weight)]:
-            ssm = "conv1d" in name or name.endswith(("A_log", ".D", "dt_bias", "dt_proj.bias"))
-            groups["ssm" if ssm else "matrix" if p.dim() == 2 else "vector"].append(p)
+        groups = {"embed": [self.embed.weight], "head": [], "matrix": [], "vector": [], "ssm": []}
+        if self.head is not None:
+            groups["head"].append(self.head.weight)
+        for name, p in self.blocks.named_parameters():
+            if "conv1d" in name or name.endswith(("A_log", ".D", "dt_bias", "dt_proj.bias")):
+                role = "ssm"
+            else:
+                role = "matrix" if p.dim() == 2 else "vector"
+            groups[role].append(p)
+        groups["vector"].append(self.norm.weight)
         return {role: params for role, params in groups.items() if params}
 
     def flops_per_token(self, seq_len):
@@ -505,12 +616,19 @@ class Model(nn.Module):
         times backward, all else in it is elementwise; mamba2 has two products within chunks and two between them.
         """
         c, T = self.config, seq_len
-        attention = sum(isinstance(block.mixer, Attention) for block in self.blocks)
-        n = sum(p.numel() for p in self.param_groups()["matrix"]) + self.embed.weight.numel()  # the last: the head
-        E, N = c.expand * c.n_embd, c.d_state or (16 if c.ssm == "mamba1" else 64)
-        scan = 10 * N * E
-        if c.ssm == "mamba2":
+        n_attention = sum(isinstance(block.mixer, Attention) for block in self.blocks)
+        matrices = self.param_groups()["matrix"]
+        n = sum(p.numel() for p in matrices)
+        n += self.embed.weight.numel()  # of the head, tied or not: it has the same shape
+        E = c.expand * c.n_embd
+        if c.ssm == "mamba1":
+            scan = 10 * (c.d_state or 16) * E
+        else:
+            N = c.d_state or 64
             L, chunks = min(CHUNK, T), -(-T // CHUNK)
-            scan = 6 * (N + E) * chunks * L * L + (chunks > 1) * 6 * N * E * (2 * chunks - 1) * L
+            scan = 6 * (N + E) * chunks * L * L
+            if chunks > 1:
+                scan += 6 * N * E * (2 * chunks - 1) * L
             scan /= T
-        return 6 * n + 12 * attention * c.n_embd * T + (c.n_layer - attention) * scan
+        attention = 12 * c.n_embd * T
+        return 6 * n + n_attention * attention + (c.n_layer - n_attention) * scan

@@ -33,7 +33,7 @@ import torch
 
 import optim
 import train
-from thimble import checkpoint, configurator, data, files, load, machine, runlog
+from thimble import checkpoint, configurator, data, files, load, machine, runlog, wiring
 from thimble.files import UserError
 from thimble.generate import Decoder
 
@@ -433,9 +433,9 @@ def write_reports(study, space):
         if len(study.cfg.objectives) > 1:
             plot_pareto(study, done)
         module = import_module(best.params.get("arch", study.cfg.arch))
-        if hasattr(module, "draw") and run.exists():
+        if hasattr(module.Config, "wiring") and run.exists():
             config = configurator.from_flat(module.Config, checkpoint.load_run(run, "best").meta["model_config"])
-            module.draw(config, study.folder / "wiring.png")
+            wiring.draw(config, study.folder / "wiring.png")
     return best
 
 

@@ -1,7 +1,7 @@
 """BitNet b1.58: weights of -1, 0 and 1, activations of 8 bits (Ma et al. 2024); optionally mHC-lite residual streams.
 
-Trained, each matrix is kept in float32 (the shadow) and rounded for use; packed (`Config.packed`), it takes 2 bits a
-weight and runs on integers (kernels/ternary.py). `diff model.py ternary.py` shows the idea and nothing else.
+In training each matrix is kept in float32 (the shadow weights) and rounded for use; packed (`Config.packed`), it takes
+2 bits per weight and runs on integers (kernels/ternary.py). `diff model.py ternary.py` shows the idea and nothing else.
 
 Legend: B batch, T tokens, S keys seen so far (cache included), C n_embd, H query heads, K key/value heads,
 D head size, F MLP width, V vocabulary, n residual streams.
@@ -25,35 +25,35 @@ class Config:
     n_hidden: int = 0               # width of the MLP; 0: 8/3 of n_embd, up to a multiple of 32 (or of group_size)
     vocab_size: int = 0             # 0: the dataset's
     block_size: int = 256           # longest context, in tokens
-    act: Literal["silu", "relu2"] = "silu"  # of the MLP's gate; llama.cpp knows no relu(x)^2 here
-    group_size: int = 0             # inputs that share a scale; 0: one scale a matrix, as BitNet has it
+    act: Literal["silu", "relu2"] = "silu"  # of the MLP's gate; llama.cpp has no relu(x)^2 here
+    group_size: int = 0             # inputs that share a scale; 0: one scale per matrix, as in BitNet
     sub_norm: bool = True           # BitNet's RMSNorms before the last matrix of attention and MLP
     n_streams: int = 1              # mHC-lite: residual streams; 1: the plain residual
     static_streams: bool = False    # mHC-lite: the same mixing for every token
     rope_theta: float = 10000.0     # base of RoPE's wavelengths
     norm_eps: float = 1e-5          # inside the root of RMSNorm
-    packed: bool = False            # 2 bits a weight: to run, not to train (sample.py --packed writes it)
+    packed: bool = False            # 2 bits per weight: to run, not to train (sample.py --packed writes it)
 
     def __post_init__(self):
         for name in ("n_layer", "n_head", "n_embd", "block_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("n_kv_head", "n_hidden", "vocab_size", "group_size"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        for name in ("rope_theta", "norm_eps"):
+            value = getattr(self, name)
+            if value <= 0:
+                raise ValueError(f"{name}={value} must be above 0")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
         if self.n_kv_head and self.n_head % self.n_kv_head:
             raise ValueError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
         if self.n_embd // self.n_head % 2:
-            raise ValueError(f"n_embd={self.n_embd} / n_head={self.n_head} must be even: RoPE turns pairs of numbers")
+            raise ValueError(f"n_embd={self.n_embd} / n_head={self.n_head} must be even: RoPE rotates pairs of numbers")
         if self.group_size and (self.n_embd % self.group_size or self.n_hidden % self.group_size):
             raise ValueError(f"n_embd={self.n_embd} and n_hidden={self.n_hidden} must be multiples of "
                              f"group_size={self.group_size}")
         if self.n_streams not in (1, 2, 4):
             raise ValueError(f"n_streams={self.n_streams} must be 1, 2 or 4: mHC-lite mixes with all n! permutations")
-        if self.rope_theta <= 0 or self.norm_eps <= 0:
-            raise ValueError(f"rope_theta={self.rope_theta} and norm_eps={self.norm_eps} must be above 0")
 
 
 # copied from model.py
@@ -68,8 +68,10 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         # the sum of squares as a vecdot: with its backward, less than half the time of F.rms_norm on a CPU
-        mean = torch.linalg.vecdot(wide, wide)[..., None] / x.size(-1)
-        return (wide * torch.rsqrt(mean + self.eps) * self.weight).to(x.dtype)
+        squares = torch.linalg.vecdot(wide, wide)                           # (...)
+        mean = squares[..., None] / x.size(-1)                              # (..., 1)
+        y = wide * torch.rsqrt(mean + self.eps) * self.weight
+        return y.to(x.dtype)
 
 
 def absmean(weight, group_size=0):
@@ -79,27 +81,32 @@ def absmean(weight, group_size=0):
     """
     if not group_size:
         scale = weight.abs().mean().clamp(min=1e-5)
-        return (weight / scale).round().clamp(-1, 1), scale
-    groups = weight.unflatten(1, (-1, group_size))                                           # (N, groups, group_size)
-    scale = groups.abs().mean(-1).clamp(min=1e-5)
-    return (groups / scale[..., None]).round().clamp(-1, 1).flatten(1), scale
+        t = (weight / scale).round().clamp(-1, 1)
+        return t, scale
+    groups = weight.unflatten(1, (-1, group_size))                          # (N, groups, group_size)
+    scale = groups.abs().mean(-1).clamp(min=1e-5)                           # (N, groups)
+    t = (groups / scale[..., None]).round().clamp(-1, 1)
+    return t.flatten(1), scale
 
 
 def absmax(x):
     """x (..., K) -> (q, scale (..., 1)): q = round(x * scale), integers from -127 to 127 in x's dtype.
 
-    The scale is float32 even where x is bfloat16, whose eight bits would make it 128 and round one in eight otherwise.
+    The scale is float32 even where x is bfloat16: with eight bits it would be 128 instead of 127 and misround one
+    number in eight.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    scale = 127 / x.abs().amax(-1, keepdim=True).to(wide).clamp(min=1e-5)
-    return (x.to(wide) * scale).round_().to(x.dtype), scale
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    largest = x.abs().amax(-1, keepdim=True)                                # (..., 1)
+    scale = 127 / largest.to(wide.dtype).clamp(min=1e-5)
+    q = (wide * scale).round_()
+    return q.to(x.dtype), scale
 
 
 class TernaryMatmul(torch.autograd.Function):
-    """x (..., K), weight (N, K) -> (..., N), both rounded; to the gradient the roundings are the identity.
+    """x (..., K), weight (N, K) -> (..., N), both rounded; the gradient passes the roundings as if they were not there.
 
-    t and w_scale are what `absmean` makes of the weight, w = t * w_scale. In float32 and float64 the sums run over
-    integers, which are exact in any order: the packed model gives the same bits.
+    t and w_scale are `absmean` of the weight, w = t * w_scale. In float32 and float64 the sums run over integers, which
+    are exact in any order: the packed model gives the same bits.
     """
 
     @staticmethod
@@ -107,19 +114,26 @@ class TernaryMatmul(torch.autograd.Function):
         q, scale = absmax(x)
         ctx.save_for_backward(q, scale, w)
         if not w_scale.dim():
-            return F.linear(q, t) * (w_scale / scale).to(x.dtype)
-        if x.dtype == torch.bfloat16:                      # seven bits of each sum remain anyway: one product is faster
-            return (F.linear(q, w) / scale).to(x.dtype)
-        y, size = 0, t.size(1) // w_scale.size(1)
-        for q_g, t_g, s_g in zip(q.split(size, -1), t.split(size, -1), w_scale.unbind(1), strict=True):
-            y = y + F.linear(q_g, t_g) * s_g
+            factor = (w_scale / scale).to(x.dtype)                          # (..., 1)
+            return F.linear(q, t) * factor
+        if x.dtype == torch.bfloat16:
+            # each sum keeps only seven bits anyway, and one product is faster than one for each group
+            y = F.linear(q, w) / scale
+            return y.to(x.dtype)
+        size = t.size(1) // w_scale.size(1)  # inputs of a group
+        groups = zip(q.split(size, -1), t.split(size, -1), w_scale.unbind(1), strict=True)
+        y = 0
+        for q_g, t_g, scale_g in groups:
+            y = y + F.linear(q_g, t_g) * scale_g                            # (..., N)
         return y / scale
 
     @staticmethod
     def backward(ctx, grad):
         q, scale, w = ctx.saved_tensors
-        grad_weight = (grad / scale).to(grad.dtype).flatten(0, -2).mT @ q.flatten(0, -2)
-        return grad @ w, grad_weight.to(torch.promote_types(grad.dtype, torch.float32)), None, None, None
+        rows = (grad / scale).to(grad.dtype).flatten(0, -2)                 # (tokens, N)
+        grad_weight = rows.mT @ q.flatten(0, -2)                            # (N, K)
+        grad_weight = grad_weight.to(torch.promote_types(grad.dtype, torch.float32))
+        return grad @ w, grad_weight, None, None, None
 
 
 class TernaryLinear(nn.Module):
@@ -127,32 +141,43 @@ class TernaryLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.group_size = group_size
-        self.cache = None, None
+        self.cache = None, None                                             # (what was rounded, the result)
 
     @torch.no_grad()
     def rounded(self, dtype):
-        t, scale = absmean(self.weight.float(), self.group_size)  # in float32, whatever the model runs in
-        w = t * (scale.repeat_interleave(self.group_size, 1) if self.group_size else scale)
-        return t.to(dtype), scale.to(torch.promote_types(dtype, torch.float32)), w.to(dtype)
+        """(t, w_scale, w) for TernaryMatmul."""
+        t, scale = absmean(self.weight.float(), self.group_size)  # in float32, whatever dtype the model runs in
+        wide = scale
+        if self.group_size:
+            wide = scale.repeat_interleave(self.group_size, 1)              # (N, K)
+        w = t * wide
+        scale = scale.to(torch.promote_types(dtype, torch.float32))
+        return t.to(dtype), scale, w.to(dtype)
 
     def forward(self, x):
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        if torch.compiler.is_compiling():                  # which could not follow the cache, and fuses the rounding
-            return TernaryMatmul.apply(x.to(dtype), self.weight, *self.rounded(dtype))
-        made_for = self.weight._version, self.weight.data_ptr(), dtype
-        if self.cache[0] != made_for:                      # once per optimizer step, not per micro-batch
-            self.cache = made_for, self.rounded(dtype)
-        return TernaryMatmul.apply(x.to(dtype), self.weight, *self.cache[1])
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        x = x.to(dtype)
+        if torch.compiler.is_compiling():
+            # The compiler could not follow the cache; and it fuses the rounding, which then costs little.
+            return TernaryMatmul.apply(x, self.weight, *self.rounded(dtype))
+        key = self.weight._version, self.weight.data_ptr(), dtype
+        if self.cache[0] != key:
+            # once per optimizer step, not per micro-batch
+            self.cache = key, self.rounded(dtype)
+        return TernaryMatmul.apply(x, self.weight, *self.cache[1])
 
 
 class PackedLinear(nn.Module):
-    """TernaryLinear at 2 bits a weight, in the layout of kernels/ternary.py."""
+    """TernaryLinear at 2 bits per weight, in the layout of kernels/ternary.py."""
 
     def __init__(self, n_in, n_out, group_size):
         super().__init__()
         self.group_size = group_size
-        self.register_buffer("codes", torch.zeros(n_out, -(-n_in // 256) * 64, dtype=torch.uint8))
-        self.register_buffer("scales", torch.zeros((n_in // group_size, n_out) if group_size else ()))
+        codes = torch.zeros(n_out, -(-n_in // 256) * 64, dtype=torch.uint8)  # four to a byte, in blocks of 256
+        scales = torch.zeros((n_in // group_size, n_out) if group_size else ())
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
 
     def forward(self, x):
         from kernels import ternary
@@ -162,66 +187,89 @@ class PackedLinear(nn.Module):
 # copied from model.py
 def rope_table(positions, head_dim, theta):
     """positions (..., T) -> cos and signed sin, each (..., T, D), for `rotate`. RoFormer (Su et al. 2021), eq. 34."""
-    freqs = theta ** (-torch.arange(0, head_dim, 2, device=positions.device) / head_dim)     # (D/2,)
-    angles = positions[..., None] * freqs                                                    # (..., T, D/2)
-    return torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
+    # pair i of a head turns by theta^(-2i / D) per token: the first pair fastest, the last hardly at all
+    pairs = torch.arange(0, head_dim, 2, device=positions.device)
+    freqs = theta ** (-pairs / head_dim)                                    # (D/2,)
+    angles = positions[..., None] * freqs                                   # (..., T, D/2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 # copied from model.py
 def rotate(x, cos, sin):
-    """Turn the pair (x_i, x_{i + D/2}) of every head by its position's angle. x: (B, T, heads, D)."""
-    return torch.addcmul(x * cos[..., None, :], x.roll(x.size(-1) // 2, -1), sin[..., None, :])
+    """Rotate the pair (x_i, x_{i + D/2}) of every head by its position's angle. x: (B, T, heads, D)."""
+    cos, sin = cos[..., None, :], sin[..., None, :]                         # (..., T, 1, D), for all heads alike
+    scaled = x * cos
+    partner = x.roll(x.size(-1) // 2, -1)
+    return torch.addcmul(scaled, partner, sin)
 
 
 # copied from model.py
 def attend(q, k, v, mask=None):
     """Causal softmax(q k^T / sqrt(D)) v. q: (B, H, T, D), the last T of S tokens; k, v: (B, K, S, D).
 
-    With T = 1, a mask (B, 1, 1, S) may say what each row sees.
+    With T = 1, a mask (B, 1, 1, S) may say which keys each row sees.
     """
     B, H, T, D = q.shape
-    S = k.size(2)
+    K, S = k.shape[1:3]
+    # On a CPU two plain matmuls train 2 to 3 times faster than the fused kernel, whose backward pass is slow, as long
+    # as the (T, S) scores are small.
     fused = q.is_cuda or T == 1 or T * S > 1 << 20
     if 1 < T < S or not fused:
-        mask = torch.full((T, S), -torch.inf, dtype=q.dtype, device=q.device).triu(1 + S - T)
-    if fused:                                              # nothing cached: half of the scores need no computing
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S > 1, enable_gqa=k.size(1) != H)
-    # On a CPU two plain matmuls train 2 to 3 times faster than the fused kernel, whose backward pass is slow,
-    # as long as the (T, S) scores are small.
-    if k.size(1) != H:
-        k, v = (t.repeat_interleave(H // t.size(1), 1) for t in (k, v))                      # (B, H, S, D)
-    q, k, v = (t.reshape(B * H, -1, D) for t in (q, k, v))
-    scores = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(D))                            # (B*H, T, S)
-    return (scores.softmax(-1) @ v).view(B, H, T, D)
+        # query t is token S - T + t: it sees the keys up to that one
+        mask = q.new_full((T, S), -torch.inf).triu(1 + S - T)
+    if fused:
+        # is_causal, where nothing is cached, skips the half of the scores that a mask would throw away
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S > 1, enable_gqa=K != H)
+    if K != H:
+        # each key/value head serves H / K query heads
+        k = k.repeat_interleave(H // K, 1)                                  # (B, H, S, D)
+        v = v.repeat_interleave(H // K, 1)                                  # (B, H, S, D)
+    q = q.reshape(B * H, T, D)
+    k = k.reshape(B * H, S, D)
+    v = v.reshape(B * H, S, D)
+    scores = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(D))           # (B*H, T, S)
+    y = scores.softmax(-1) @ v                                              # (B*H, T, D)
+    return y.view(B, H, T, D)
 
 
 # copied from model.py
 def remember(cache, k, v, start):
-    """Put k, v (B, K, T, D) into the cache at start -> all that it holds by now, (B, K, S, D), and a mask for attend.
+    """Put k, v (B, K, T, D) into the cache at start -> all that it holds now, (B, K, S, D), and a mask for attend.
 
-    start is an int; or (B, 1), rows of different lengths with T = 1, each of which sees no further than it goes.
+    start is an int; or (B, 1), rows of different lengths with T = 1, each of which sees its own tokens only.
     """
+    keys, values = cache["k"], cache["v"]                                   # (B, K, max_len, D) each
     if isinstance(start, int):
-        S, mask = start + k.size(2), None
-        cache["k"][:, :, start:S], cache["v"][:, :, start:S] = k, v
+        S = start + k.size(2)
+        keys[:, :, start:S] = k
+        values[:, :, start:S] = v
+        mask = None
     else:
-        S, rows, at = int(start.max()) + 1, torch.arange(len(k), device=k.device), start[:, 0]
-        mask = (torch.arange(S, device=k.device) <= start)[:, None, None]                    # (B, 1, 1, S)
-        cache["k"][rows, :, at], cache["v"][rows, :, at] = k[:, :, 0], v[:, :, 0]
-    return cache["k"][:, :, :S], cache["v"][:, :, :S], mask
+        S = int(start.max()) + 1  # of the longest row
+        rows = torch.arange(len(k), device=k.device)
+        keys[rows, :, start[:, 0]] = k[:, :, 0]
+        values[rows, :, start[:, 0]] = v[:, :, 0]
+        mask = torch.arange(S, device=k.device) <= start                    # (B, S)
+        mask = mask[:, None, None]                                          # (B, 1, 1, S)
+    return keys[:, :, :S], values[:, :, :S], mask
 
 
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         linear = PackedLinear if config.packed else TernaryLinear
-        self.head_dim = config.n_embd // config.n_head
+        C = config.n_embd
+        self.head_dim = C // config.n_head
         self.n_kv_head = config.n_kv_head or config.n_head
-        self.q_proj = linear(config.n_embd, config.n_embd, config.group_size)
-        self.k_proj = linear(config.n_embd, self.n_kv_head * self.head_dim, config.group_size)
-        self.v_proj = linear(config.n_embd, self.n_kv_head * self.head_dim, config.group_size)
-        self.o_proj = linear(config.n_embd, config.n_embd, config.group_size)
-        self.sub_norm = RMSNorm(config.n_embd, config.norm_eps) if config.sub_norm else nn.Identity()
+        n_kv = self.n_kv_head * self.head_dim
+        self.q_proj = linear(C, C, config.group_size)
+        self.k_proj = linear(C, n_kv, config.group_size)
+        self.v_proj = linear(C, n_kv, config.group_size)
+        self.o_proj = linear(C, C, config.group_size)
+        self.sub_norm = nn.Identity()
+        if config.sub_norm:
+            self.sub_norm = RMSNorm(C, config.norm_eps)
 
     # copied from model.py
     def init_cache(self, batch_size, max_len, **kind):
@@ -230,16 +278,21 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, cache=None, start=0):
         B, T, C = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)                     # (B, K, T, D)
-        q = rotate(q, *rope).transpose(1, 2)                                                 # (B, H, T, D)
-        k = rotate(k, *rope).transpose(1, 2)                                                 # (B, K, T, D)
+        D = self.head_dim
+        q = self.q_proj(x).view(B, T, -1, D)                                # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, -1, D)                                # (B, T, K, D)
+        v = self.v_proj(x).view(B, T, -1, D)                                # (B, T, K, D)
+        q = rotate(q, *rope)
+        k = rotate(k, *rope)
+        q = q.transpose(1, 2)                                               # (B, H, T, D)
+        k = k.transpose(1, 2)                                               # (B, K, T, D)
+        v = v.transpose(1, 2)                                               # (B, K, T, D)
         mask = None
         if cache is not None:
-            k, v, mask = remember(cache, k, v, start)                                        # (B, K, S, D)
-        y = attend(q, k, v, mask)
-        return self.o_proj(self.sub_norm(y.transpose(1, 2).reshape(B, T, C)))
+            k, v, mask = remember(cache, k, v, start)                       # (B, K, S, D)
+        y = attend(q, k, v, mask)                                           # (B, H, T, D)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.o_proj(self.sub_norm(y))
 
 
 class MLP(nn.Module):
@@ -247,18 +300,23 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        linear, unit = PackedLinear if config.packed else TernaryLinear, config.group_size or 32
-        n_hidden = config.n_hidden or -(-config.n_embd * 8 // 3 // unit) * unit
+        linear = PackedLinear if config.packed else TernaryLinear
+        C = config.n_embd
+        unit = config.group_size or 32
+        n_hidden = config.n_hidden or -(-C * 8 // 3 // unit) * unit
         self.act = config.act
-        self.gate_proj = linear(config.n_embd, n_hidden, config.group_size)
-        self.up_proj = linear(config.n_embd, n_hidden, config.group_size)
-        self.down_proj = linear(n_hidden, config.n_embd, config.group_size)
-        self.sub_norm = RMSNorm(n_hidden, config.norm_eps) if config.sub_norm else nn.Identity()
+        self.gate_proj = linear(C, n_hidden, config.group_size)
+        self.up_proj = linear(C, n_hidden, config.group_size)
+        self.down_proj = linear(n_hidden, C, config.group_size)
+        self.sub_norm = nn.Identity()
+        if config.sub_norm:
+            self.sub_norm = RMSNorm(n_hidden, config.norm_eps)
 
     def forward(self, x):
-        gate = self.gate_proj(x)
+        gate = self.gate_proj(x)                                            # (B, T, F)
         gate = F.silu(gate) if self.act == "silu" else F.relu(gate).square()
-        return self.down_proj(self.sub_norm(gate * self.up_proj(x)))
+        y = gate * self.up_proj(x)
+        return self.down_proj(self.sub_norm(y))
 
 
 class Residual(nn.Module):
@@ -269,54 +327,68 @@ class Residual(nn.Module):
 class Streams(nn.Module):
     """mHC-lite: n residual streams, mixed around one layer by a convex combination of all n! permutations.
 
-    That is every doubly stochastic matrix and no other (Birkhoff), so the streams' sum passes unchanged and no depth
-    can blow it up. Coefficients come from the token itself, or with static_streams are the same for all.
+    These are exactly the doubly stochastic matrices (Birkhoff), so the sum of the streams passes unchanged and does not
+    grow with depth. The coefficients come from the token itself, or are the same for all tokens with static_streams.
     arXiv 2601.05732 (mHC-lite), after hyper-connections (Zhu et al. 2024). x: (B, T, n, C).
     """
 
     def __init__(self, config, index):
         super().__init__()
-        n, self.n = config.n_streams, config.n_streams
-        orders = torch.tensor(list(itertools.permutations(range(n))))                        # (n!, n), identity first
-        self.register_buffer("permutations", F.one_hot(orders).float(), persistent=False)    # (n!, n, n)
-        favoured = torch.where(torch.arange(n) == index % n, 1.0, -1.0)  # each layer starts out on a stream of its own
-        n_res = len(orders) - config.static_streams        # static: the identity's logit is 0, only differences count
-        self.sizes = n, n, n_res
-        self.bias = nn.Parameter(torch.cat((favoured, favoured, torch.full((n_res,), -8.0))))
+        n, width = config.n_streams, config.n_streams * config.n_embd
+        self.n = n
+        orders = torch.tensor(list(itertools.permutations(range(n))))       # (n!, n), identity first
+        permutations = F.one_hot(orders).float()                            # (n!, n, n)
+        self.register_buffer("permutations", permutations, persistent=False)
+        # Only differences of logits count in a softmax: the identity's is left out if static, and starts at 0 if not.
+        n_res = len(orders) - config.static_streams
+        self.sizes = n, n, n_res  # of pre, post, res
+        # each layer starts out reading and writing mostly one stream, in turn
+        favoured = torch.where(torch.arange(n) == index % n, 1.0, -1.0)     # (n)
+        unlikely = torch.full((n_res,), -8.0)
+        self.bias = nn.Parameter(torch.cat((favoured, favoured, unlikely)))
         self.proj = None
-        if not config.static_streams:
-            with torch.no_grad():
-                self.bias[2 * n] = 0
-            self.gain = nn.Parameter(torch.ones(n * config.n_embd))  # of an RMSNorm over all streams
-            self.proj = nn.Parameter(torch.empty(sum(self.sizes), n * config.n_embd))
-            self.norm_eps = config.norm_eps
-            self.scale = nn.Parameter(torch.full((3,), 0.01))  # of pre, post, res
+        if config.static_streams:
+            return
+        with torch.no_grad():
+            self.bias[2 * n] = 0
+        self.gain = nn.Parameter(torch.ones(width))  # of an RMSNorm over all streams
+        self.proj = nn.Parameter(torch.empty(sum(self.sizes), width))
+        self.norm_eps = config.norm_eps
+        self.scale = nn.Parameter(torch.full((3,), 0.01))  # of pre, post, res
 
     def coefficients(self, x):
         """-> pre (..., n), post (..., n), res (..., n, n), in float32; stream s goes to stream t with res[s, t]."""
-        logits = self.bias
+        logits = self.bias                                                  # (2 n + n_res)
         if self.proj is not None:
-            x = x.flatten(-2)
+            x = x.flatten(-2)                                               # (B, T, n * C)
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            norm = torch.rsqrt(torch.linalg.vecdot(wide, wide) / x.size(-1) + self.norm_eps)
+            squares = torch.linalg.vecdot(wide, wide)                       # (B, T)
+            norm = torch.rsqrt(squares / x.size(-1) + self.norm_eps)
             scale = torch.cat([s.expand(size) for s, size in zip(self.scale, self.sizes, strict=True)])
-            # the norm of x comes out of the product: a pass over the small side of it
-            logits = torch.addcmul(logits, F.linear(x, self.proj * self.gain) * norm[..., None], scale)
+            # The norm of x is a factor of the product: cheaper to apply to its n! numbers than to the n * C of x.
+            y = F.linear(x, self.proj * self.gain) * norm[..., None]
+            logits = torch.addcmul(logits, y, scale)                        # (B, T, 2 n + n_res)
         pre, post, res = logits.split(self.sizes, -1)
-        res = F.pad(res, (len(self.permutations) - res.size(-1), 0)).softmax(-1)
-        mix = self.permutations.flatten(1)                                                   # (n!, n * n)
-        with torch.autocast(res.device.type, enabled=False):  # in bfloat16 rows would miss 1 by half a percent
+        missing = len(self.permutations) - res.size(-1)
+        res = F.pad(res, (missing, 0)).softmax(-1)                          # (..., n!)
+        mix = self.permutations.flatten(1)                                  # (n!, n * n)
+        with torch.autocast(res.device.type, enabled=False):
+            # in bfloat16 the rows would miss 1 by half a percent
             mix = mix.mT @ res if self.proj is None else res @ mix
-        return pre.sigmoid(), 2 * post.sigmoid(), mix.unflatten(-1, (self.n, self.n))
+        mix = mix.unflatten(-1, (self.n, self.n))
+        return pre.sigmoid(), 2 * post.sigmoid(), mix
 
     def forward(self, x, f):
         B, T, n, C = x.shape
         pre, post, res = self.coefficients(x)
-        weights = torch.cat((pre[..., None, :], res.mT), -2).to(x.dtype).expand(B, T, n + 1, n)
-        mixed = weights.reshape(-1, n + 1, n) @ x.reshape(-1, n, C)                          # (B*T, n + 1, C)
+        # one product mixes both: the layer's input in row 0, the streams that pass it by in the others
+        weights = torch.cat((pre[..., None, :], res.mT), -2).to(x.dtype)    # (..., n + 1, n)
+        weights = weights.expand(B, T, n + 1, n).reshape(-1, n + 1, n)
+        mixed = weights @ x.reshape(-1, n, C)                               # (B*T, n + 1, C)
         y = f(mixed[:, 0].view(B, T, C))
         post = post.to(x.dtype).expand(B, T, n).reshape(-1, n, 1)
-        return torch.baddbmm(mixed[:, 1:], post, y.view(-1, 1, C)).view(B, T, n, C)
+        x = torch.baddbmm(mixed[:, 1:], post, y.view(-1, 1, C))             # (B*T, n, C)
+        return x.view(B, T, n, C)
 
 
 class Block(nn.Module):
@@ -324,14 +396,25 @@ class Block(nn.Module):
         super().__init__()
         self.attn_norm = RMSNorm(config.n_embd, config.norm_eps)
         self.attn = Attention(config)
-        self.attn_residual = Residual() if config.n_streams == 1 else Streams(config, 2 * index)
+        self.attn_residual = residual(config, 2 * index)
         self.mlp_norm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
-        self.mlp_residual = Residual() if config.n_streams == 1 else Streams(config, 2 * index + 1)
+        self.mlp_residual = residual(config, 2 * index + 1)
 
     def forward(self, x, rope, cache=None, start=0):
-        x = self.attn_residual(x, lambda x: self.attn(self.attn_norm(x), rope, cache, start))
-        return self.mlp_residual(x, lambda x: self.mlp(self.mlp_norm(x)))
+        def attention(x):
+            return self.attn(self.attn_norm(x), rope, cache, start)
+
+        def mlp(x):
+            return self.mlp(self.mlp_norm(x))
+
+        x = self.attn_residual(x, attention)
+        return self.mlp_residual(x, mlp)
+
+
+def residual(config, index):
+    """What leads around layer `index` of 2 n_layer: attention and MLP count one each."""
+    return Residual() if config.n_streams == 1 else Streams(config, index)
 
 
 class Model(nn.Module):
@@ -343,92 +426,100 @@ class Model(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)  # and the head: BitNet ties them
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
-        self._stepper = None                               # of the packed model: (its tensors then, Stepper)
         self.init_weights()
 
     def init_weights(self):
-        """Normal weights, so small at the exits that every model starts at a loss of ln V; mixing starts static."""
+        """Normal weights, so small at the outputs that every model starts at a loss of ln V; mixing starts static."""
+        c = self.config
         for name, p in self.named_parameters():
             if p.dim() < 2:
-                continue                                   # norm gains stay 1
+                continue  # norm gains stay 1
             std = 0.02
             if name.endswith(("o_proj.weight", "down_proj.weight")):
-                std /= math.sqrt(2 * self.config.n_layer)  # GPT-2: the residual stream keeps its size with depth
+                # GPT-2: each of 2 n_layer layers adds to the residual stream, whose size must not grow with depth
+                std /= math.sqrt(2 * c.n_layer)
             elif p is self.embed.weight:
-                std = min(std, 4 / self.config.n_embd) / self.config.n_streams  # a token's own logit: n * n_embd * std
+                # the logit of the token itself starts at std * n_embd, times the streams that are summed
+                std = min(std, 4 / c.n_embd) / c.n_streams
             elif "residual" in name:
-                std = 0.0                                  # mHC-lite: at first no token mixes differently
+                std = 0.0  # mHC-lite: at first all tokens are mixed alike
             nn.init.normal_(p, std=std)
 
     def _hidden(self, idx, cache=None):
+        """idx (B, T) -> what the head reads, (B, T, C); a cache is read and filled in."""
+        c = self.config
         B, T = idx.shape
-        start = 0
-        if cache is not None:                              # or (B, 1), a position of its own for each row
-            start = cache["pos"][:, None] if cache["pos"].dim() else int(cache["pos"])
-        x = F.embedding(idx, self.embedding())                                              # (B, T, C)
+        start = 0  # position of the first token
+        layers = [None] * c.n_layer
+        if cache is not None:
+            pos = cache["pos"]
+            start = pos[:, None] if pos.dim() else int(pos)                 # (B, 1): rows of different lengths
+            layers = cache["layers"]
+        x = F.embedding(idx, self.embedding())                              # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # the residual stream too: half the memory traffic
-        if self.config.n_streams > 1:
-            x = x[..., None, :].expand(B, T, self.config.n_streams, -1)                      # (B, T, n, C)
-        positions = torch.arange(T, device=idx.device) + start
-        rope = rope_table(positions, self.config.n_embd // self.config.n_head, self.config.rope_theta)
-        rope = [t.to(x.dtype) for t in rope]
-        for i, block in enumerate(self.blocks):
-            x = block(x, rope, None if cache is None else cache["layers"][i], start)
+            # the residual stream too: half the memory traffic
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if c.n_streams > 1:
+            x = x[..., None, :].expand(B, T, c.n_streams, -1)               # (B, T, n, C)
+        positions = torch.arange(T, device=idx.device) + start              # (T), or (B, 1)
+        cos, sin = rope_table(positions, c.n_embd // c.n_head, c.rope_theta)
+        rope = cos.to(x.dtype), sin.to(x.dtype)                             # (..., T, D) each
+        for block, layer in zip(self.blocks, layers, strict=True):
+            x = block(x, rope, layer, start)
         x = self.norm(x)
-        return x if self.config.n_streams == 1 else x.sum(-2)                                # (B, T, C)
+        if c.n_streams > 1:
+            x = x.sum(-2)
+        return x                                                            # (B, T, C)
 
     def embedding(self):
         """(V, C), rounded to float16 as it ships; the gradient goes to the float32 weights unchanged."""
         w = self.embed.weight
-        return w + (w.half().to(w.dtype) - w).detach()
+        rounding = w.half().to(w.dtype) - w
+        return w + rounding.detach()
 
     def unembed(self, x):
-        return F.linear(x, self.embedding()).float()
+        return F.linear(x, self.embedding()).float()                        # (..., V)
 
     # copied from model.py
     def forward(self, idx, targets=None):
-        """idx, targets: (B, T) ids; target -1 counts for nothing -> (logits (B, T, V) float32, mean loss or None)."""
+        """idx, targets: (B, T) ids -> (logits (B, T, V) float32, mean loss or None). Targets of -1 are ignored."""
         if idx.size(1) > self.config.block_size:
             raise ValueError(f"{idx.size(1)} tokens do not fit block_size={self.config.block_size}")
-        logits = self.unembed(self._hidden(idx))
+        logits = self.unembed(self._hidden(idx))                            # (B, T, V)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, loss
 
     def init_cache(self, batch_size, max_len):
         """An empty cache for max_len tokens: keys and values of every layer, and the position."""
         weight = self.embed.weight
-        if self._stepper and self._stepper[0] != self._versions():
-            self._stepper = None                           # other weights than those that it has copies of
-        kind = {"dtype": torch.float64 if self._compiled() else weight.dtype, "device": weight.device}
+        kind = {"dtype": weight.dtype, "device": weight.device}
+        if self.compiled_step(renew=True):
+            kind["dtype"] = torch.float64  # it computes in that
         layers = [block.attn.init_cache(batch_size, max_len, **kind) for block in self.blocks]
-        return {"pos": torch.zeros((), dtype=torch.long), "layers": layers}
+        pos = torch.zeros((), dtype=torch.long)
+        return {"pos": pos, "layers": layers}
 
     def step(self, idx, cache):
         """idx: (B, T >= 1) more ids -> (logits (B, V) float32 of the last, cache). Use the returned cache.
 
         With T = 1, cache["pos"] may be (B,) instead of (): rows of different lengths, as a server has them.
         """
-        if compiled := self._compiled():
-            return compiled(idx, cache), cache | {"pos": cache["pos"] + idx.size(1)}
-        x = self._hidden(idx, cache)
-        return self.unembed(x[:, -1]), cache | {"pos": cache["pos"] + idx.size(1)}
+        compiled = self.compiled_step()
+        if compiled:
+            logits = compiled(idx, cache)                                   # (B, V)
+        else:
+            x = self._hidden(idx, cache)                                    # (B, T, C)
+            logits = self.unembed(x[:, -1])                                 # (B, V)
+        return logits, cache | {"pos": cache["pos"] + idx.size(1)}
 
-    def _compiled(self):
-        """What does a whole step of the packed model; None where no kernel fits this machine and these dtypes."""
+    def compiled_step(self, renew=False):
+        """The packed model's step in C++, which must agree with the Python above; None where it does not or cannot."""
         if not self.config.packed:
             return None
-        if self._stepper is None:
-            from kernels import ternary
-            self._stepper = self._versions(), ternary.stepper(self, rope_table)
-        return self._stepper[1]
-
-    def _versions(self):
-        return [(t.data_ptr(), t._version) for t in self.state_dict().values()]
-
-    def __getstate__(self):                                # deepcopy: the copy's tensors lie elsewhere
-        return self.__dict__ | {"_stepper": None}
+        from kernels import ternary
+        return ternary.stepper(self, rope_table, renew)
 
     def param_groups(self):
         """{role: [parameters]}: optim.py knows what each role gets. A tied matrix is an embedding."""
@@ -436,8 +527,11 @@ class Model(nn.Module):
             raise ValueError("packed=True is to run a model, not to train it: start from the one that was packed")
         groups = {"embed": [self.embed.weight], "ternary": [], "vector": []}
         for name, p in self.named_parameters():
-            if p is not self.embed.weight:                 # what mixes streams is small: no orthogonal updates
-                groups["ternary" if p.dim() == 2 and "residual" not in name else "vector"].append(p)
+            if p is self.embed.weight:
+                continue
+            # the matrices that mix streams are small: orthogonal updates are not for them
+            ternary = p.dim() == 2 and "residual" not in name
+            groups["ternary" if ternary else "vector"].append(p)
         return {role: params for role, params in groups.items() if params}
 
     def flops_per_token(self, seq_len):
@@ -447,18 +541,28 @@ class Model(nn.Module):
         is n + 1 by n by C and n by 1 by C, its coefficients n! by n x n (without a gradient of the permutations).
         """
         L, C, n = self.config.n_layer, self.config.n_embd, self.config.n_streams
-        flops = 6 * sum(p.numel() for p in self.parameters() if p.dim() == 2) + 12 * L * C * seq_len
+        matrices = sum(p.numel() for p in self.parameters() if p.dim() == 2)
+        attention = 12 * L * C * seq_len
+        flops = 6 * matrices + attention
         if n > 1:
-            flops += 2 * L * (6 * n * (n + 2) * C + (not self.config.static_streams) * 4 * math.factorial(n) * n * n)
+            mixing = 6 * n * (n + 2) * C
+            if not self.config.static_streams:
+                mixing += 4 * math.factorial(n) * n * n
+            flops += 2 * L * mixing  # 2 L layers: attention and MLP count one each
         return flops
 
     def deploy_state(self):
         """{name: tensor} of this model with `packed=True`: 2-bit codes and their scales, a float16 embedding."""
         from kernels import ternary
-        state = {name: p for name, p in self.state_dict().items() if not name.endswith("_proj.weight")}
-        state["embed.weight"] = state["embed.weight"].half()
+        state = {}
+        for name, tensor in self.state_dict().items():
+            if not name.endswith("_proj.weight"):
+                state[name] = tensor
+        state["embed.weight"] = self.embed.weight.detach().half()
         for name, module in self.named_modules():
-            if isinstance(module, TernaryLinear):          # from the shadow: rounding twice would shrink the scale
+            if isinstance(module, TernaryLinear):
+                # from the shadow weights: rounding what is rounded already would shrink the scale
                 t, scale = absmean(module.weight.detach(), module.group_size)
-                state |= {f"{name}.codes": ternary.pack(t), f"{name}.scales": scale.t().contiguous()}
+                state[f"{name}.codes"] = ternary.pack(t)
+                state[f"{name}.scales"] = scale.t().contiguous()            # () or (K / group_size, N)
         return state

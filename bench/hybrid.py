@@ -1,11 +1,11 @@
-"""The hybrid: training beside transformers' Jamba, and what a longer context costs, beside a dense model.
+"""The hybrid beside transformers' Jamba and beside a dense model: training, longer contexts, decoding.
 
     python bench/hybrid.py                                   # all of it
     python bench/hybrid.py --parts=decode --rounds=1
 
-A training step is forward, backward, clipping at 1 and AdamW, as in bench/speed.py. The shape is that of the recipe;
-the dense model (model.py) has the same, with an MLP so wide that it has as many parameters. transformers takes part in
-the first comparison, without mamba-ssm: with bfloat16 autocast, as ours, and in float32.
+A training step is that of train.py (forward, backward, clipping at 1, update) with AdamW. The shape is that of the
+recipe; the dense model (model.py) has the same, with an MLP that makes up for the difference in parameters.
+transformers takes part in the first comparison, without mamba-ssm: with bfloat16 autocast, as ours, and in float32.
 """
 import json
 import re
@@ -15,6 +15,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -25,75 +26,102 @@ import hybrid_ssm as hybrid
 import model as dense
 import optim
 import train
-from bench.speed import stepper, turn
-from thimble import configurator, files, machine
+from bench.speed import BETAS, LEARNING_RATE, WEIGHT_DECAY, turn
+from thimble import configurator, machine
+from thimble.files import UserError
 
-CPU = torch.device("cpu")
 MODELS = ("mamba2", "mamba1", "dense")
 
 
 @dataclass(frozen=True)
 class Config:
     parts: tuple[str, ...] = ("length", "jamba", "decode")  # what to measure
-    recipe: str = str(ROOT / "config/nexus_bytes.py")  # whose shape to take
-    batch_size: int = 16            # jamba: sequences a step
-    tokens: int = 8192              # length: tokens a step
+    recipe: str = str(ROOT / "config/nexus_bytes.py")  # recipe whose shape to take
+    batch_size: int = 16            # jamba: sequences in a step
+    tokens: int = 8192              # length: tokens in a step
     lengths: tuple[int, ...] = (128, 512, 2048, 8192)  # length: contexts to train with
     contexts: tuple[int, ...] = (100, 8000)  # decode: tokens before the one that is timed
     rounds: int = 3                 # the contestants take turns, so that all see the same machine
     seconds: float = 4.0            # of each turn
-    case: str = ""                  # for the script's own use: measure this model at the first of the lengths, as JSON
+    case: str = ""                  # internal: measure this model alone, at the first of the lengths; prints JSON
 
     def __post_init__(self):
-        for name in ("batch_size", "tokens", "lengths", "contexts", "rounds", "seconds"):
-            value = getattr(self, name)
-            if not value or min(value if isinstance(value, tuple) else (value,)) <= 0:
-                raise ValueError(f"{name}={value} must be above 0")
+        configurator.check(self, positive=("batch_size", "tokens", "lengths", "contexts", "rounds", "seconds"))
+        for name in ("lengths", "contexts"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}=() must name at least one")
+        for part in self.parts:
+            if part not in PARTS:
+                raise ValueError(f"parts={part} must be one of {', '.join(PARTS)}")
+        for length in self.lengths:
+            if self.tokens % length:
+                raise ValueError(f"lengths={length} must divide tokens={self.tokens}")
 
 
-def parameters(kind, c):
-    with torch.device("meta"):
-        return sum(p.numel() for p in kind.Model(c).parameters())
+def size(model):
+    return sum(p.numel() for p in model.parameters())
 
 
 def build(cfg, name, block_size):
     """A model of the recipe's shape. The dense one gets the MLP with which it comes closest to mamba2's size."""
     recipe = configurator.load(train.Config, cfg.recipe)
     if recipe.arch != "hybrid_ssm":
-        raise files.UserError(f"--recipe={cfg.recipe} is of a {recipe.arch}: give one of hybrid_ssm")
+        raise UserError(f"--recipe={cfg.recipe} is for {recipe.arch}: name one for hybrid_ssm")
     c = replace(recipe.model, block_size=block_size, vocab_size=recipe.model.vocab_size or 257)
     if name != "dense":
         return hybrid.Model(replace(c, ssm=name))
-    shared = {f.name: getattr(c, f.name) for f in fields(dense.Config) if hasattr(c, f.name)}
-    thin = dense.Config(**shared | {"n_hidden": 1})
-    missing = parameters(hybrid, replace(c, ssm="mamba2")) - parameters(dense, thin)
-    return dense.Model(replace(thin, n_hidden=1 + round(missing / (3 * c.n_embd * c.n_layer))))
+    shared = {}
+    for field in fields(dense.Config):
+        if hasattr(c, field.name):
+            shared[field.name] = getattr(c, field.name)
+    thin = replace(dense.Config(**shared), n_hidden=1)
+    with torch.device("meta"):                             # sizes only
+        missing = size(hybrid.Model(replace(c, ssm="mamba2"))) - size(dense.Model(thin))
+    per_neuron = 3 * c.n_embd * c.n_layer                  # its weights in gate, up and down
+    return dense.Model(replace(thin, n_hidden=1 + round(missing / per_neuron)))
 
+
+# ---- training
 
 def training(model, batch_size, dtype=torch.bfloat16):
-    optimizer = optim.Optimizer(model, "adamw", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
-    return stepper(model, model, lambda: optimizer.step(1.0), batch_size, model.config, CPU, dtype)
+    """A function that makes one training step of a model of ours."""
+    optimizer = optim.Optimizer(model, "adamw", lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=BETAS)
+    return stepper(model, model, optimizer, batch_size, model.config, dtype)
 
 
 def jamba_training(c, batch_size, dtype):
+    """The same of transformers' Jamba in the shape of `c`, a config of ours. ImportError without transformers."""
     import transformers
-    hf = transformers.JambaForCausalLM(transformers.JambaConfig(
+    config = transformers.JambaConfig(
         vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_hidden or -(-c.n_embd * 8 // 3 // 32) * 32,
         num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head or c.n_head,
         attn_layer_period=c.attn_layer_period, attn_layer_offset=c.attn_layer_offset, mamba_d_state=c.d_state or 16,
         mamba_d_conv=c.d_conv, mamba_expand=c.expand, mamba_dt_rank=c.dt_rank or "auto", num_experts=1,
         num_experts_per_tok=1, expert_layer_period=1, expert_layer_offset=0, tie_word_embeddings=c.tie_embeddings,
-        pad_token_id=None, use_cache=False, use_mamba_kernels=False)).train()
-    optimizer = torch.optim.AdamW(hf.parameters(), lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
+        pad_token_id=None, use_cache=False, use_mamba_kernels=False)
+    model = transformers.JambaForCausalLM(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=BETAS)
 
     def forward(idx, targets):
-        logits = hf(idx).logits.float()
+        logits = model(idx).logits.float()
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    return stepper(hf, forward, optimizer.step, batch_size, c, CPU, dtype)
+
+    # torch's optimizers keep their rate to themselves; ours takes a factor on it
+    optimizer = SimpleNamespace(step=lambda scale, update=optimizer.step: update())
+    return stepper(model, forward, optimizer, batch_size, c, dtype)
 
 
-def rounds_of(cfg, steps):
-    """{name: step} -> {name: [seconds of a step in each round]}, in turns, after a warm-up."""
+def stepper(model, forward, optimizer, batch_size, c, dtype):
+    """A function that makes one training step, always on the same random tokens."""
+    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+    idx = torch.randint(c.vocab_size, (batch_size, c.block_size + 1))  # (B, T + 1)
+    x = idx[:, :-1].contiguous()
+    y = idx[:, 1:].contiguous()
+    return lambda: train.training_step(forward, model, optimizer, x, y, batch_size, autocast, grad_clip=1.0, scale=1.0)
+
+
+def take_turns(cfg, steps):
+    """{name: step} -> {name: [seconds of a step in each round]}, after a warm-up."""
     for step in steps.values():
         turn(step, 0)
     times = {name: [] for name in steps}
@@ -104,94 +132,113 @@ def rounds_of(cfg, steps):
 
 
 def beside_jamba(cfg):
+    """Training steps of both kinds of Mamba and of transformers' Jamba."""
     block_size = configurator.load(train.Config, cfg.recipe).model.block_size
-    models = {name: build(cfg, name, block_size) for name in MODELS[:2]}
-    steps = {f"{name}, bfloat16": training(m, cfg.batch_size) for name, m in models.items()}
+    steps = {}
+    for name in ("mamba2", "mamba1"):
+        model = build(cfg, name, block_size)
+        steps[f"{name}, bfloat16"] = training(model, cfg.batch_size)
     try:
         for dtype in (torch.bfloat16, torch.float32):
             name = f"transformers' Jamba, {str(dtype).removeprefix('torch.')}"
-            steps[name] = jamba_training(models["mamba1"].config, cfg.batch_size, dtype)
+            steps[name] = jamba_training(model.config, cfg.batch_size, dtype)
     except ImportError:
-        print("\nno Jamba beside it: pip install transformers")
+        print("\nwithout Jamba: pip install transformers")
     print(f"\ntraining, {cfg.batch_size} x {block_size} tokens a step")
-    times = rounds_of(cfg, steps)
-    first = next(iter(times.values()))
+    times = take_turns(cfg, steps)
+    first = times["mamba2, bfloat16"]
     for name, seconds in times.items():
+        median = statistics.median(seconds)
         ratio = statistics.median(b / a for a, b in zip(first, seconds, strict=True))
-        print(f"  {name:<30} {statistics.median(seconds) * 1e3:10.1f} ms a step "
-              f"{cfg.batch_size * block_size / statistics.median(seconds):10,.0f} tokens/s "
-              f"{ratio:8.2f} x the time of the first", flush=True)
+        speed = cfg.batch_size * block_size / median
+        print(f"  {name:<30} {median * 1e3:10.1f} ms a step {speed:10,.0f} tokens/s {ratio:8.2f} x the time of the "
+              "first", flush=True)
 
+
+# ---- training by length of context
 
 def peak():
-    """Most memory that this process ever held, in MiB."""
+    """The most memory that this process has held, in MiB."""
     status = Path("/proc/self/status")
-    if status.exists():                                    # getrusage would begin at what the parent held
+    if status.exists():
+        # getrusage would start at what the parent process held
         return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    unit = 1 if sys.platform == "darwin" else 2**10        # macOS counts bytes, others KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def one_case(cfg):
+    """Print tokens per second and memory beyond the weights, as JSON."""
     length = cfg.lengths[0]
     model = build(cfg, cfg.case, length)
-    before, step = peak(), training(model, cfg.tokens // length)
+    before = peak()
+    step = training(model, cfg.tokens // length)
     turn(step, 0)
     speed = cfg.tokens / turn(step, cfg.seconds)
     print(json.dumps({"tokens_per_second": speed, "mib": peak() - before}))
 
 
+def measured(cfg, name, length):
+    """What `one_case` prints in a process of its own: memory that one case has held must not count for the next."""
+    command = [sys.executable, __file__, f"--case={name}", f"--lengths={length}", f"--tokens={cfg.tokens}",
+               f"--recipe={cfg.recipe}", f"--seconds={cfg.seconds}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        *_, last = ["no output", *done.stderr.strip().splitlines()]
+        raise UserError(f"{name} at context {length} failed: {last}")
+    return json.loads(done.stdout)
+
+
 def by_length(cfg):
-    """Each case in a process of its own."""
-    sizes = {name: sum(p.numel() for p in build(cfg, name, 128).parameters()) for name in MODELS}
-    print("\ntraining by context, " + ", ".join(f"{name} {n:,} parameters" for name, n in sizes.items())
-          + f"; {cfg.tokens:,} tokens a step: tokens/s (x dense), peak MiB beyond the weights")
+    """Training steps of the same number of tokens in fewer, longer sequences."""
+    sizes = ", ".join(f"{name} {size(build(cfg, name, 128)):,} parameters" for name in MODELS)
+    print(f"\ntraining by context, {sizes}; {cfg.tokens:,} tokens a step: tokens/s (x dense), peak MiB beyond the "
+          "weights")
     print(f"  {'context':>8}" + "".join(f"{name:>28}" for name in MODELS), flush=True)
     for length in cfg.lengths:
         results = {name: [] for name in MODELS}
         for _ in range(cfg.rounds):
             for name in MODELS:
-                command = [sys.executable, __file__, f"--case={name}", f"--lengths={length}", f"--tokens={cfg.tokens}",
-                           f"--recipe={cfg.recipe}", f"--seconds={cfg.seconds}"]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    raise files.UserError(f"{name} at context {length} failed: "
-                                                 f"{(done.stderr.strip().splitlines() or ['?'])[-1]}")
-                results[name].append(json.loads(done.stdout))
+                results[name].append(measured(cfg, name, length))
         line = f"  {length:>8,}"
         for name in MODELS:
-            speeds = [r["tokens_per_second"] for r in results[name]]
-            ratio = statistics.median(a / b["tokens_per_second"] for a, b in zip(speeds, results["dense"], strict=True))
-            mib = max(r["mib"] for r in results[name])
+            speeds = [result["tokens_per_second"] for result in results[name]]
+            of_dense = [result["tokens_per_second"] for result in results["dense"]]
+            ratio = statistics.median(a / b for a, b in zip(speeds, of_dense, strict=True))
+            mib = max(result["mib"] for result in results[name])
             line += f"{f'{statistics.median(speeds):,.0f} ({ratio:.2f})':>18}{mib:>6,.0f} MiB"
         print(line, flush=True)
 
 
+# ---- decoding
+
 @torch.no_grad()
 def decoding(cfg):
-    size = max(cfg.contexts) + 1
+    """One token after contexts of several lengths."""
+    max_len = max(cfg.contexts) + 1
     print(f"\ndecoding one row in float32, tokens/s\n  {'context':>8}" + "".join(f"{name:>12}" for name in MODELS))
-    models = {name: build(cfg, name, size).eval() for name in MODELS}
+    models = {name: build(cfg, name, max_len).eval() for name in MODELS}
     for context in cfg.contexts:
-        steps = {}
-        for name, m in models.items():
-            cache, idx = m.init_cache(1, size), torch.randint(m.config.vocab_size, (1, context))
-            for part in idx.split(500, 1):
-                _, cache = m.step(part, cache)
-            # the same cache for every step: its position, and so the context, stays
-            steps[name] = lambda m=m, token=idx[:, :1], cache=cache: m.step(token, cache)
-        times = rounds_of(cfg, steps)
-        print(f"  {context:>8,}" + "".join(f"{1 / statistics.median(times[name]):>12,.0f}" for name in MODELS),
-              flush=True)
+        steps = {name: decoder(model, context, max_len) for name, model in models.items()}
+        times = take_turns(cfg, steps)
+        speeds = [1 / statistics.median(times[name]) for name in MODELS]
+        print(f"  {context:>8,}" + "".join(f"{speed:>12,.0f}" for speed in speeds), flush=True)
+
+
+def decoder(model, context, max_len):
+    """A function that decodes the token after a random context, always the same one."""
+    cache = model.init_cache(1, max_len)
+    idx = torch.randint(model.config.vocab_size, (1, context))
+    for part in idx.split(500, 1):
+        _, cache = model.step(part, cache)
+    # what step returns is dropped: so the position, and with it the context, stays
+    return lambda: model.step(idx[:, :1], cache)
 
 
 PARTS = {"length": by_length, "jamba": beside_jamba, "decode": decoding}
 
 
 def main(cfg):
-    if unknown := set(cfg.parts) - set(PARTS):
-        raise files.UserError(f"--parts={','.join(sorted(unknown))}: there are {', '.join(PARTS)}")
-    if wrong := [n for n in cfg.lengths if cfg.tokens % n]:
-        raise files.UserError(f"--lengths={wrong[0]}: must divide --tokens={cfg.tokens}")
     machine.keep_freed_memory()
     torch.manual_seed(0)
     if cfg.case:

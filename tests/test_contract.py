@@ -2,7 +2,8 @@
 import importlib
 import math
 import re
-from dataclasses import fields
+import sys
+from dataclasses import asdict, fields
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import optim
+from kernels import ternary as kernel
+from thimble import checkpoint, configurator, load
+from thimble.tokenizer import byte_tokenizer
 
 ARCHS = sorted(p.stem for p in ROOT.glob("*.py")
                if len(set(re.findall(r"^class (Config|Model)\b", p.read_text(), re.M))) == 2)
@@ -175,3 +179,73 @@ def test_float64_works(model):
 def test_too_long_a_sequence_is_refused(model):
     with pytest.raises(ValueError, match="block_size=48"):
         model(ids(1, 49))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_impossible_numbers_are_refused_by_name(arch):
+    """Relations by the Config itself, however it is made; what is negative by the configurator, for every file."""
+    module = importlib.import_module(arch)
+    for name in ("n_layer", "n_embd", "block_size"):
+        with pytest.raises(ValueError, match=f"{name}=0 "):
+            module.Config(**{name: 0})
+    for field in fields(module.Config):
+        if type(field.default) in (int, float):
+            with pytest.raises(ValueError, match=f"{field.name}=-1"):
+                configurator.load(module.Config, **{field.name: type(field.default)(-1)})
+
+
+# ---- forks: what a copy of a model file says is what samples and serves
+
+# one line of each model file, and what a fork has in its place
+ALTERED = {"model": ("F.silu(self.gate_proj(x))", "torch.sin(self.gate_proj(x))"),
+           "ternary": ("F.silu(gate)", "torch.sin(gate)"),
+           "hybrid_ssm": ("F.softplus(dt + self.dt_proj.bias)", "torch.sigmoid(dt + self.dt_proj.bias)"),
+           "cerebros": ('"silu": F.silu', '"silu": torch.sin')}
+
+
+@pytest.fixture(params=[*((arch, "") for arch in ARCHS), *((arch, "mine_") for arch in ARCHS)],
+                ids=lambda case: case[1] + case[0])
+def saved(request, tmp_path, monkeypatch):
+    """A checkpoint on disk of each model file, or of a fork of it, and its arch."""
+    arch, prefix = request.param
+    extra = {"ssm": "mamba1"} if arch == "hybrid_ssm" else {}
+    source = (ROOT / f"{arch}.py").read_text()
+    if prefix:
+        old, new = ALTERED[arch]
+        assert source.count(old) == 1
+        (tmp_path / f"mine_{arch}.py").write_text(source.replace(old, new))
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, f"mine_{arch}", raising=False)
+    arch = prefix + arch
+    module = importlib.import_module(arch)
+    torch.manual_seed(0)
+    config = module.Config(n_layer=2, n_embd=32, vocab_size=300, block_size=48, **extra)
+    model = shaken(module.Model(config))
+    (tmp_path / "tokenizer.json").write_text(byte_tokenizer().to_json())
+    meta = {"arch": arch, "model_config": asdict(model.config)}
+    checkpoint.save(tmp_path / "run", 1, model.state_dict(), None, meta, tmp_path / "tokenizer.json")
+    yield arch, tmp_path / "run"
+    if prefix:
+        del sys.modules[arch]
+
+
+@pytest.mark.parametrize("chop", [[40], [1] * 40, [7, 1, 1, 13, 18]])
+@torch.no_grad()
+def test_step_as_sample_py_loads_it_equals_forward(saved, chop, capsys):
+    arch, run = saved
+    kernel.note.cache_clear()
+    model = load.load(run, "latest").model                 # as sample.py and serve.py do, for a CPU
+    exact = checkpoint.load_model(checkpoint.load(run, "latest")).eval()
+    if arch == "ternary" and kernel.library():             # which computes in float64: in float32 a rounding may tip
+        assert model.compiled_step(renew=True) is not None
+        exact = exact.double()
+    idx = torch.randint(300, (2, 40), generator=torch.Generator().manual_seed(2))
+    whole, _ = exact(idx)
+    cache, end = model.init_cache(2, 48), 0
+    for n in chop:
+        logits, cache = model.step(idx[:, end:end + n], cache)
+        end += n
+        assert (logits - whole[:, end - 1]).abs().max() < 1e-4, f"after {end} tokens"
+    notes = capsys.readouterr().err
+    assert notes.count("\n") == (arch == "mine_ternary" and kernel.library() is not None)
+    assert not notes or "mine_ternary.py" in notes
