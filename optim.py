@@ -29,7 +29,6 @@ Group = namedtuple("Group", "rule lr weight_decay params state")
 
 
 # ---- schedules
-
 def lr_scale(step, schedule, max_steps, warmup_steps=0, min_lr=0.1, decay_frac=0.2, restart_steps=1000,
              restart_mul=1.0, restart_decay=1.0):
     """Factor in [0, 1] on the peak rate for optimizer step 1 <= step <= max_steps; a pure function of the step.
@@ -45,7 +44,7 @@ def lr_scale(step, schedule, max_steps, warmup_steps=0, min_lr=0.1, decay_frac=0
     if schedule == "constant":
         return 1.0
     if schedule == "restarts":
-        since = step - warmup_steps                        # steps into the current cycle
+        since = step - warmup_steps  # steps into the current cycle
         length = restart_steps
         cycle = 0
         while since >= length:
@@ -53,7 +52,7 @@ def lr_scale(step, schedule, max_steps, warmup_steps=0, min_lr=0.1, decay_frac=0
             length = max(1, round(length * restart_mul))
             cycle += 1
         return restart_decay ** cycle * cosine(since, length, min_lr)
-    begin = warmup_steps                                   # the step at which the rate starts to fall
+    begin = warmup_steps  # the step at which the rate starts to fall
     if schedule == "wsd":
         begin = max(warmup_steps, round((1 - decay_frac) * max_steps))
     progress = (step - begin) / max(1, max_steps - begin)
@@ -69,7 +68,6 @@ def cosine(at, length, low):
 
 
 # ---- update rules
-
 def orthogonalize(x, steps=5):
     """x: (n, rows, cols) -> roughly the nearest semi-orthogonal matrices: singular values end in about [0.7, 1.2].
 
@@ -79,13 +77,13 @@ def orthogonalize(x, steps=5):
     """
     wide = x.size(-2) <= x.size(-1)
     if not wide:
-        x = x.mT.contiguous()                              # x x^T below is then the smaller of the two products
+        x = x.mT.contiguous()  # x x^T below is then the smaller of the two products
     # the Frobenius norm bounds the largest singular value, so that all of them start in [0, 1]
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
-        a = x @ x.mT                                       # (n, short, short)
+        a = x @ x.mT  # (n, short, short)
         b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, b, x, beta=3.4445)            # 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x
+        x = torch.baddbmm(x, b, x, beta=3.4445)  # 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x
     return x if wide else x.mT
 
 
@@ -96,7 +94,7 @@ def muon_update(grads, momentum, beta=0.95):
     their code: with it an update of a tall matrix changes the RMS of its outputs by about lr times that of its inputs.
     """
     momentum.lerp_(grads, 1 - beta)
-    ahead = torch.lerp(grads, momentum, beta)              # Nesterov: one more step along the momentum
+    ahead = torch.lerp(grads, momentum, beta)  # Nesterov: one more step along the momentum
     update = orthogonalize(ahead.bfloat16()).to(grads.dtype)
     rows, cols = grads.shape[-2:]
     return update * max(1, rows / cols) ** 0.5
@@ -121,7 +119,6 @@ def adamw_step(params, grads, state, lr, betas, weight_decay):
 
 
 # ---- the optimizer
-
 class Optimizer:
     """One optimizer over a model's roles: `optimizer` for the matrices, `rest_optimizer` for all else under Muon.
 
@@ -132,8 +129,8 @@ class Optimizer:
 
     def __init__(self, model, optimizer, lr, rest_optimizer="adamw", rest_lr=None, weight_decay=0.0,
                  betas=(0.9, 0.95), momentum=0.95):
-        self.betas = betas                                 # of AdamW; Lion has its own, those of its paper
-        self.momentum = momentum                           # of Muon
+        self.betas = betas  # of AdamW; Lion has its own, those of its paper
+        self.momentum = momentum  # of Muon
         self.groups = []
         for role, params in checked_roles(model).items():
             takes_muon, takes_decay = ROLES[role]
@@ -149,7 +146,7 @@ class Optimizer:
                 self.groups.append(Group(rule, peak, decay, alike, zero_state(rule, alike)))
 
         names = {p: name for name, p in model.named_parameters()}
-        self.state = {}                                    # "name.what" -> tensor, shared with the groups
+        self.state = {}  # "name.what" -> tensor, shared with the groups
         for group in self.groups:
             for what, tensors in group.state.items():
                 for p, tensor in zip(group.params, tensors, strict=True):
@@ -212,7 +209,7 @@ def zero_state(rule, params):
     """{what: a tensor for each of params}, zeros: m and v are running means of gradients and of their squares."""
     m = [torch.zeros_like(p) for p in params]
     if rule == "muon":
-        return {"m": torch.stack(m)}                       # (n, rows, cols), for the batched iteration
+        return {"m": torch.stack(m)}  # (n, rows, cols), for the batched iteration
     if rule == "lion":
         return {"m": m}
     v = [torch.zeros_like(p) for p in params]

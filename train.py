@@ -5,12 +5,14 @@
     python train.py config/shakespeare_char.py --arch=mine      # your own copy of model.py
     python train.py --resume                                    # continue the newest run, bit for bit
 
-The words of its log. The loss is the mean of -ln p, where p is the probability that the model gave to the token that
-came next; its unit is the nat (1 nat = 1 / ln 2 = 1.44 bits). Perplexity is e^loss: the number of equally likely tokens
-among which a guess would be as hard. Both depend on the tokenizer. Bits per byte do not: the bits that the model needs
-for the whole text, divided by the length of the text in UTF-8 bytes. MFU, model FLOPs utilization, is the share of the
-machine's speed at a large matrix product that goes into the arithmetic of the model (Chowdhery et al. 2022, PaLM,
-appendix B).
+The words of its log:
+    loss            the mean of -ln p, where p is the probability that the model gave to the token that came next. Its
+                    unit is the nat: 1 / ln 2 = 1.44 bits
+    perplexity      e^loss: how many equally likely tokens would be as hard to guess among
+    bits per byte   the bits that the model needs for the whole text, divided by the text's length in UTF-8 bytes. The
+                    two above depend on the tokenizer; this one compares models of any vocabulary
+    MFU             model FLOPs utilization: the share of the machine's speed at a large matrix product that goes into
+                    the arithmetic of the model (Chowdhery et al. 2022, PaLM, appendix B)
 """
 import json
 import math
@@ -115,7 +117,6 @@ CAN_CHANGE_ON_RESUME = {"out_dir", "resume", "init_from", "prepare", "eval_every
 
 
 # ---- setting up
-
 def open_dataset(cfg):
     """The Dataset that `cfg` names, prepared first if it is missing and the recipe says how. Raises UserError."""
     path = data.folder_of(cfg.dataset)
@@ -158,7 +159,7 @@ def build(cfg, dataset, device, resumed, given):
         lora = Lora(model, cfg.lora_rank) if cfg.lora_rank else None
         optimizer = optim.Optimizer(lora or model, cfg.optimizer, cfg.lr, cfg.rest_optimizer, cfg.rest_lr,
                                     cfg.weight_decay, cfg.betas, cfg.momentum)
-    except ValueError as e:                                # model files and optim.py import nothing of ours
+    except ValueError as e:  # model files and optim.py import nothing of ours
         raise UserError(e) from None
     return model, lora, optimizer
 
@@ -172,7 +173,7 @@ def starting_model(cfg, dataset, given):
     if start.meta.get("arch") != cfg.arch:
         raise UserError(f"--init_from={cfg.init_from} was trained with --arch={start.meta.get('arch')}, this run has "
                         f"--arch={cfg.arch}: use the same")
-    tokenizer = start.path                                 # a GGUF file holds its own
+    tokenizer = start.path  # a GGUF file holds its own
     if start.path.is_dir():
         tokenizer = start.path / "tokenizer.json"
     if dataset.tokenizer().to_json() != load.read_tokenizer(tokenizer).to_json():
@@ -194,23 +195,23 @@ def starting_model(cfg, dataset, given):
     try:
         start.meta["model_config"] = was | new
         return checkpoint.load_model(start)
-    except UserError as e:                                 # a model file may have weights for each position
+    except UserError as e:  # a model file may have weights for each position
         raise UserError(f"--init_from={cfg.init_from} cannot change to {', '.join(shown.values())}: {e}") from None
 
 
 def new_state():
     """All that a checkpoint must hold besides tensors, as plain JSON."""
     return {
-        "step": 0,                                         # optimizer steps that are done
-        "tokens": 0,                                       # that were trained on
-        "seconds": 0.0,                                    # of training, without evaluating and saving
-        "best_loss": None,                                 # lowest validation loss, in nats per token
+        "step": 0,  # optimizer steps that are done
+        "tokens": 0,  # that were trained on
+        "seconds": 0.0,  # of training, without evaluating and saving
+        "best_loss": None,  # lowest validation loss, in nats per token
         "best_step": 0,
-        "waited": 0,                                       # evaluations since then
-        "lr_factor": 1.0,                                  # halved by each roll-back
+        "waited": 0,  # evaluations since then
+        "lr_factor": 1.0,  # halved by each roll-back
         "rollbacks": 0,
-        "bad_steps": 0,                                    # skipped in a row
-        "record": {},                                      # of the last evaluation
+        "bad_steps": 0,  # skipped in a row
+        "record": {},  # of the last evaluation
     }
 
 
@@ -262,7 +263,7 @@ def checkpoint_meta(cfg, dataset, environment):
         "environment": environment,
         "dataset": {"path": str(dataset.path), "files": dataset.meta["files"]},
     }
-    if "template" in dataset.meta:                         # of a dataset of conversations: how they are written
+    if "template" in dataset.meta:  # of a dataset of conversations: how they are written
         meta["template"] = dataset.meta["template"]
     return meta
 
@@ -297,7 +298,6 @@ def restore(model, lora, optimizer, state, saved):
 
 
 # ---- the parts of the loop
-
 def evaluate(model, dataset, autocast):
     """The loss over the whole validation split, each token once, as a dict.
 
@@ -312,7 +312,7 @@ def evaluate(model, dataset, autocast):
         "val_loss": loss,
         "val_error": error,
         "val_bpb": loss / math.log(2) / dataset.bytes_per_token("val"),
-        "val_ppl": math.exp(min(loss, 700)),               # e^710 is too large for a float
+        "val_ppl": math.exp(min(loss, 700)),  # e^710 is too large for a float
         "val_tokens": int(counts.sum()),
     }
 
@@ -357,9 +357,9 @@ def training_step(forward, learner, optimizer, x, y, micro_batch_size, autocast,
     the factor on the peak learning rates. If loss or gradient norm is not finite, the weights stay as they were.
     """
     loss = 0.0
-    n_targets = (y >= 0).sum()                             # targets of -1 are ignored
+    n_targets = (y >= 0).sum()  # targets of -1 are ignored
     for part, targets in zip(x.split(micro_batch_size), y.split(micro_batch_size), strict=True):
-        share = (targets >= 0).sum() / n_targets           # of the targets: masked micro-batches differ
+        share = (targets >= 0).sum() / n_targets  # of the targets: masked micro-batches differ
         if not share:
             continue
         with autocast:
@@ -400,7 +400,6 @@ def roll_back(run_dir, model, lora, optimizer, state, log):
 
 
 # ---- the loop
-
 def train(cfg, report=None, command=None):
     """Train as `cfg` says -> the record of the last evaluation (step, val_loss, val_bpb, best_loss, ...).
 
@@ -420,8 +419,8 @@ def train(cfg, report=None, command=None):
         machine.keep_freed_memory()
     resumed = open_run(run_dir, cfg.resume)
     model, lora, optimizer = build(cfg, dataset, device, resumed, command.given)
-    learner = lora or model                                # the module whose parameters learn
-    cfg = replace(cfg, model=model.config)                 # with what the dataset or --init_from decided
+    learner = lora or model  # the module whose parameters learn
+    cfg = replace(cfg, model=model.config)  # with what the dataset or --init_from decided
     state = new_state()
     environment = choose_environment(cfg, device, resumed)
     if resumed:
@@ -431,11 +430,11 @@ def train(cfg, report=None, command=None):
     dtype = getattr(torch, environment["dtype"])
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     micro_batch_size = cfg.micro_batch_size or cfg.batch_size
-    x, y = next_batch(cfg, dataset, 0, device)             # fails here if the text is too short
+    x, y = next_batch(cfg, dataset, 0, device)  # fails here if the text is too short
     forward = model
     if environment["compile"]:
         forward = machine.compiled(model, x[:micro_batch_size], y[:micro_batch_size], autocast)
-        learner.zero_grad()                                # of the compiler's trial
+        learner.zero_grad()  # of the compiler's trial
         environment["compile"] = forward is not model
     flops_per_token = model.flops_per_token(cfg.model.block_size)
     peak_flops = machine.matmul_rate(device, dtype)
@@ -449,26 +448,26 @@ def train(cfg, report=None, command=None):
     runlog.describe(cfg, model, lora, dataset, environment, run_dir)
 
     saved_at = state["step"] if resumed else None
-    since = dict(state)                                    # speeds are means from here on
+    since = dict(state)  # speeds are means from here on
     with machine.catch_signals() as caught:
         while True:
             step = state["step"]
             at_end = step == cfg.max_steps
-            last = at_end or bool(caught)                  # of the turns of this loop: it ends before a further step
+            last = at_end or bool(caught)  # of the turns of this loop: no further step is taken
 
             # 1. evaluate and save
             at_evaluation = step > 0 and (at_end or step % cfg.eval_every == 0)
             at_save = last or step == 0 or (cfg.save_every > 0 and step % cfg.save_every == 0)
-            # not again what was done before a resume or a roll-back
+            # a run that was resumed or rolled back may have done this evaluation before
             evaluating = at_evaluation and step != state["record"].get("step")
-            healthy = state["bad_steps"] == 0              # only such a state is worth going back to
+            healthy = state["bad_steps"] == 0  # only such a state is worth going back to
             better = False
             if evaluating:
                 result = evaluate(model, dataset, autocast)
                 healthy = healthy and math.isfinite(result["val_loss"])
                 better = healthy and (state["best_loss"] is None or result["val_loss"] < state["best_loss"])
                 remember(state, result, better)
-                log.record(state["record"])                # before the save: killed in between, a resume drops it
+                log.record(state["record"])  # before the save: killed in between, a resume drops it
             if healthy and (evaluating or (at_save and step != saved_at)):
                 checkpoint.save(run_dir, step, model.state_dict(), tensors_to_resume(lora, optimizer),
                                 meta | {"state": state}, dataset.path / "tokenizer.json", cfg.keep_last, better)
@@ -487,7 +486,7 @@ def train(cfg, report=None, command=None):
             # 2. one optimizer step
             started = time.perf_counter()
             x, y = next_batch(cfg, dataset, step, device)
-            if not (y >= 0).any():                         # every token is masked: there is nothing to learn
+            if not (y >= 0).any():  # every token is masked: there is nothing to learn
                 state["step"] += 1
                 continue
             scale = state["lr_factor"] * rate(cfg, step + 1)
@@ -526,11 +525,10 @@ def exit_by_signal(number, run_dir, saved_at):
     out_dir = "" if run_dir.parent == Path("runs") else f" --out_dir={shlex.quote(str(run_dir))}"
     print(f"stopped by {signal.Signals(number).name} and saved at step {saved_at}. "
           f"Continue with: python train.py{out_dir} --resume", flush=True)
-    raise SystemExit(128 + number)                         # the exit code that shells give to a signal
+    raise SystemExit(128 + number)  # the exit code that shells give to a signal
 
 
 # ---- the command
-
 def main(cfg, command):
     recipe = Path(command.files[-1]).stem if command.files else ""
     if cfg.resume:
@@ -541,7 +539,7 @@ def main(cfg, command):
     elif not cfg.out_dir:
         cfg = replace(cfg, out_dir=str(runlog.unused(Path("runs") / (recipe or cfg.arch))))
     if "dataset" in command.typed and "prepare" not in command.typed:
-        cfg = replace(cfg, prepare="")                     # the recipe's script makes another dataset
+        cfg = replace(cfg, prepare="")  # the recipe's script makes another dataset
 
     record = train(cfg, command=command)
     best = math.nan if record["best_loss"] is None else record["best_loss"]

@@ -4,7 +4,7 @@
     python export.py --format=gguf --checkpoint=SmolLM2-135M-Instruct.Q4_1.gguf --out=smol.gguf --check=false
     python bench/foreign.py --file=smol.gguf                       # the same weights in float32: nothing is rounded
 
-Where two texts part it says how far our two tokens were apart, in log p.
+Where two texts part, it says how far apart the two tokens were for us, in log p.
 """
 import sys
 from dataclasses import dataclass
@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import export
+from formats.check import LlamaCpp
 from thimble import checkpoint, configurator, files, load
+from thimble.generate import greedy
 
 PROMPTS = ("The capital of France is", "Once upon a time", "Water boils at", "def fibonacci(n):",
            "The largest planet is", "In 1969, humans", "My favourite food is", "To be, or not to be,",
@@ -28,27 +29,38 @@ class Config:
     file: str = ""                  # GGUF file of architecture llama
     tokens: int = 32                # greedy tokens after each prompt
 
+    def __post_init__(self):
+        configurator.check(self, positive=("tokens",))
+
+
+def compare(model, tokenizer, ids, ours, theirs):
+    """-> (whether the texts are equal, where and by how much they part)."""
+    n = min(len(theirs), len(ours))  # llama.cpp stops at the end of text
+    different = [i for i in range(n) if ours[i] != theirs[i]]
+    if not different:
+        return True, "equal"
+    at = different[0]
+    logits = model(torch.tensor([[*ids, *ours[:at]]]))[0][0, -1]
+    lead = logits[ours[at]] - logits[theirs[at]]
+    one, other = tokenizer.decode([ours[at]]), tokenizer.decode([theirs[at]])
+    return False, f"part at token {at}: {one!r} is {lead:.3f} ahead of {other!r}"
+
 
 @torch.no_grad()
 def main(cfg):
     loaded = load.read(cfg.file)
-    model, tokenizer = checkpoint.load_model(loaded).eval(), load.read_tokenizer(cfg.file)
-    there, same = export.LlamaCpp(cfg.file, model), 0
+    model = checkpoint.load_model(loaded).eval()
+    tokenizer = load.read_tokenizer(cfg.file)
+    there = LlamaCpp(cfg.file)
+    same = 0
     for prompt in PROMPTS:
         ids = tokenizer.encode(prompt)
         if there.encode(prompt) != ids:
-            raise files.UserError(f"{prompt!r} is {ids} to us, {there.encode(prompt)} to llama.cpp")
-        ours = export.greedy(model, torch.tensor([ids]), cfg.tokens)[0].tolist()
-        theirs = there.greedy(torch.tensor([ids]), cfg.tokens)[0]
-        n = min(len(theirs), cfg.tokens)                   # llama.cpp stops at the end of text
-        at = next((i for i in range(n) if ours[i] != theirs[i]), n)
-        same += at == n
-        note = "equal" if at == n else ""
-        if at < n:
-            logits = model(torch.tensor([[*ids, *ours[:at]]]))[0][0, -1]
-            lead = logits[ours[at]] - logits[theirs[at]]
-            one, other = (tokenizer.decode([ids[at]]) for ids in (ours, theirs))
-            note = f"part at token {at}: {one!r} is {lead:.3f} before {other!r}"
+            raise files.UserError(f"{prompt!r} is {ids} here, {there.encode(prompt)} in llama.cpp")
+        idx = torch.tensor([ids])
+        ours = greedy(model, idx, cfg.tokens)[0].tolist()
+        equal, note = compare(model, tokenizer, ids, ours, there.greedy(idx, cfg.tokens)[0])
+        same += equal
         print(f"{prompt!r:34} {tokenizer.decode(ours)[:40]!r:44} {note}", flush=True)
     there.close()
     print(f"{same} of {len(PROMPTS)} equal over {cfg.tokens} tokens")

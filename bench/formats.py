@@ -1,10 +1,11 @@
-"""Every model file in every format: does its own program load it, and does it say the same?
+"""Every model file in every format: does its own program load it, and does it compute the same?
 
     python bench/formats.py                                         # minutes; small models with random weights
     python bench/formats.py --only=jamba,bitnet --prompts=10
 
-max |dlogit| is against torch with the weights as stored, "cost" against the checkpoint's own weights. The weights are
-far from those of a fresh model, so that logits spread by 1 and more, and greedy texts tell models apart.
+max |dlog p| is against torch with the weights as stored, "cost" the largest difference of a logit between those and the
+checkpoint's own weights. The weights are far from those of a fresh model, so that logits spread by 1 and more, and
+greedy texts tell models apart.
 """
 import contextlib
 import importlib
@@ -18,6 +19,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import export
+from formats.names import QUANTS
+from formats.reference import stock_architecture
+from formats.weights import is_ternary
 from prepare.make_tokenizer import train_bpe
 from thimble import configurator, files, load
 from thimble.tokenizer import byte_tokenizer, char_tokenizer
@@ -42,25 +46,28 @@ FORMS = [("hf", "f32"), ("hf", "bf16"), ("hf", "online"), ("hf", "packed"), ("hf
 
 @dataclass(frozen=True)
 class Config:
-    only: tuple[str, ...] = ()      # models whose name begins so; empty: all
+    only: tuple[str, ...] = ()      # models whose names begin with one of these; empty: all
     format: str = ""                # hf, gguf, onnx or window; empty: all
-    prompts: int = 50               # greedy texts
+    prompts: int = 50               # greedy texts to compare
     prompt_tokens: int = 64         # length of each
+
+    def __post_init__(self):
+        configurator.check(self, positive=("prompts", "prompt_tokens"))
 
 
 def tokenizers():
-    """{kind: tokenizer} made of this repository's own text."""
+    """{kind: tokenizer}, trained on this repository's own text."""
     text = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(export.__file__).parent.glob("*.py")))
     text += "héllo — ¿ 🎉 日本語 naïve 1234567"
-    return {"bpe": train_bpe([text], 600, "gpt2"), "byte": byte_tokenizer(),
-            "char": char_tokenizer(text)}
+    return {"bpe": train_bpe([text], 600, "gpt2"), "byte": byte_tokenizer(), "char": char_tokenizer(text)}
 
 
 def build(arch, settings, vocab_size):
     """A model with weights that spread its logits by about 1."""
-    module, packed = importlib.import_module(arch), settings.get("packed", False)
+    module = importlib.import_module(arch)
+    settings = dict(settings)
+    packed = settings.pop("packed", False)
     torch.manual_seed(0)
-    settings = {key: value for key, value in settings.items() if key != "packed"}
     model = module.Model(module.Config(**SHAPE | settings, vocab_size=vocab_size))
     with torch.no_grad():
         for p in model.parameters():
@@ -68,37 +75,56 @@ def build(arch, settings, vocab_size):
     return (load.deployed(model) if packed else model).eval()
 
 
+def forms_of(model, stock, cfg):
+    """Those of FORMS that make sense for a model, as (form, quant)."""
+    ternary = any(is_ternary(module) for module in model.modules())
+    packed = getattr(model.config, "packed", False)
+    found = []
+    for form, quant in FORMS:
+        allowed = QUANTS["onnx"] if form == "window" else QUANTS[form]
+        if form == "hf" and stock == "bitnet":
+            allowed = QUANTS["hf, ternary"]
+        if cfg.format not in ("", form) or quant not in allowed or (quant == "online" and packed):
+            continue
+        if quant in ("tq1_0", "tq2_0", "q2") and not ternary:
+            continue
+        if form == "gguf" and not stock and quant != "f32":
+            continue  # one row says why there is none
+        found.append((form, quant))
+    return found
+
+
+def row(loaded, form, quant, folder, cfg):
+    """The cells of a row: what the check found, or why there is nothing to check."""
+    suffix = {"gguf": ".gguf", "window": ".onnx"}.get(form, "")
+    settings = export.Config(format="onnx" if form == "window" else form, quant=quant, window=form == "window",
+                             out=str(Path(folder, f"model{suffix}")), prompts=cfg.prompts,
+                             prompt_tokens=cfg.prompt_tokens)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            found = export.export(loaded, settings)
+    except files.UserError as error:
+        return [str(error), "", "", ""]
+    texts = f"{found['same']} of {found['prompts']}"
+    if found["tied"]:
+        texts += f", {found['tied']} part at a near tie"
+    return [f"{found['delta']:.1e}", f"{found['loss']:.1e}", texts, f"{found['bytes']:,}"]
+
+
 def main(cfg):
     made = tokenizers()
-    print("| model | format | max abs dlogit | cost | greedy texts | bytes |\n|---|---|---|---|---|---|")
+    print("| model | format | max abs dlog p | cost | greedy texts | bytes |\n|---|---|---|---|---|---|")
     for name, (arch, settings, kind) in MODELS.items():
         if cfg.only and not name.startswith(cfg.only):
             continue
-        model = build(arch, settings, made[kind].vocab_size)
-        for form, quant in FORMS:
-            stock = export.architecture(model)[0]
-            bitnet = form == "hf" and stock == "bitnet"
-            allowed = export.QUANTS["onnx" if form == "window" else "hf, ternary" if bitnet else form]
-            if cfg.format not in ("", form) or quant not in allowed or quant == "online" and "packed" in settings:
-                continue
-            if quant in ("tq1_0", "tq2_0", "q2") and arch != "ternary":
-                continue
-            if form == "gguf" and not stock and quant != "f32":
-                continue                                   # one row says why there is none
+        tokenizer = made[kind]
+        model = build(arch, settings, tokenizer.vocab_size)
+        stop_ids = {tokenizer.eot}
+        loaded = load.Loaded(Path(name), name, {}, model, tokenizer, "elite", stop_ids, stop_ids)
+        for form, quant in forms_of(model, stock_architecture(model)[0], cfg):
             with tempfile.TemporaryDirectory() as folder:
-                suffix = {"gguf": ".gguf", "window": ".onnx"}.get(form, "")
-                try:
-                    with contextlib.redirect_stdout(io.StringIO()):
-                        found = export.export(model, made[kind], Path(folder, "model" + suffix),
-                                              "onnx" if form == "window" else form, quant, window=form == "window",
-                                              prompts=cfg.prompts, prompt_tokens=cfg.prompt_tokens)
-                    texts = f"{found['same']} of {found['prompts']}"
-                    if found.get("tied"):
-                        texts += f", {found['tied']} part at a near tie"
-                    row = [f"{found['delta']:.1e}", f"{found['loss']:.1e}", texts, f"{found['bytes']:,}"]
-                except files.UserError as error:
-                    row = [str(error), "", "", ""]
-            print("|", " | ".join([name, f"{form} {quant}", *row]), "|", flush=True)
+                cells = row(loaded, form, quant, folder, cfg)
+            print("|", " | ".join([name, f"{form} {quant}", *cells]), "|", flush=True)
 
 
 if __name__ == "__main__":

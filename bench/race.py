@@ -77,12 +77,12 @@ def main(cfg):
     text = Path(cfg.input).resolve()
     if not (clone / "train.py").is_file() or not text.is_file():
         raise UserError("give --nanogpt=FOLDER of a clone and --input=FILE, the text of tinyshakespeare")
-    for package in ("requests", "torch"):                  # nanoGPT's prepare script imports requests
+    for package in ("requests", "torch"):  # nanoGPT's prepare script imports requests
         if importlib.util.find_spec(package) is None:
             raise UserError(f"the race needs {package}: pip install {package}")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        peer = work / "nanoGPT"                            # a copy: it writes its data and its checkpoint into itself
+        peer = work / "nanoGPT"  # a copy: it writes its data and its checkpoint into itself
         shutil.copytree(clone, peer, ignore=shutil.ignore_patterns(".git"))
         ours, theirs = race(text, peer, work, cfg.rounds)
     ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))

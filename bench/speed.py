@@ -113,14 +113,14 @@ def compare(cfg, batch_size):
             steps[row] = stepper(cfg, model, optimizer, batch_size, device, dtype)
 
     for step in steps.values():
-        turn(step, 0)                                      # warms up, and compiles
+        turn(step, 0)  # warms up, and compiles
     times = {name: [] for name in steps}
     for _ in range(cfg.rounds):
         for name, step in steps.items():
             times[name].append(turn(step, cfg.seconds))
 
     first = next(iter(times.values()))
-    tokens = batch_size * c.block_size                     # a step
+    tokens = batch_size * c.block_size  # a step
     for name, seconds in times.items():
         # round by round: whatever slows the machine down for a while slows down both
         ratio = statistics.median(b / a for a, b in zip(first, seconds, strict=True))

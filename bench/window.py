@@ -1,4 +1,4 @@
-"""The ONNX form of a window, in onnxruntime from Python and from Node: the largest error, and milliseconds a call.
+"""The ONNX form of a window, in onnxruntime from Python and from Node: the largest error, and milliseconds per call.
 
     python export.py --format=onnx --window --checkpoint=runs/cerebros_bible --out=window.onnx
     python bench/window.py --checkpoint=runs/cerebros_bible --file=window.onnx
@@ -8,6 +8,7 @@ Node finds onnxruntime-node where `npm install onnxruntime-node` in this folder 
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from formats import onnx_check
+from formats.check import OnnxRuntime
 from thimble import checkpoint, configurator, load
 from thimble.files import UserError
 
@@ -46,43 +47,43 @@ main()
 @dataclass(frozen=True)
 class Config:
     checkpoint: str = ""            # run or checkpoint folder; empty: the newest
-    file: str = "window.onnx"       # what export.py --format=onnx --window made of it
+    file: str = "window.onnx"       # what export.py --format=onnx --window wrote
     rows: int = 32                  # windows whose logits are compared
-    calls: int = 1000               # timed, of one window each, in one thread
+    calls: int = 1000               # timed calls with one window each, in one thread
 
     def __post_init__(self):
-        if self.rows < 1 or self.calls < 1:
-            raise ValueError(f"rows={self.rows} and calls={self.calls} must be at least 1")
+        configurator.check(self, positive=("rows", "calls"))
 
 
 def node(file, ids, calls, folder):
     """ids (B, T) -> (logits (B, V), milliseconds of each call of one row), by onnxruntime-node."""
-    given, out = Path(folder, "ids.json"), Path(folder, "logits.bin")
+    given = Path(folder, "ids.json")
+    out = Path(folder, "logits.bin")
     given.write_text(json.dumps(ids.tolist()))
     try:
         run = subprocess.run(["node", "-e", NODE, str(file), str(given), str(out), str(calls)], capture_output=True,
                              text=True, cwd=ROOT / "bench")
     except FileNotFoundError:
-        raise UserError("to run the file in Node install Node.js") from None
+        raise UserError("the row of Node needs Node.js: install it") from None
     if run.returncode:
-        lines = [line for line in run.stderr.splitlines() if "Error" in line] or ["no reason given"]
-        raise UserError(f"Node does not run {file}: {lines[0]:.150}; npm install onnxruntime-node?")
+        lines = [line for line in run.stderr.splitlines() if "Error" in line] or ["it gives no reason"]
+        raise UserError(f"Node does not run {file}: {lines[0]:.150}; is onnxruntime-node installed (npm install)?")
     return np.frombuffer(out.read_bytes(), np.float32).reshape(len(ids), -1), json.loads(run.stdout)
 
 
 def python(file, ids, calls, _=None):
-    """The same, by onnxruntime here."""
-    run, times = onnx_check.session(file), []
-    logits, = run.run(None, {"input_ids": ids})
+    """The same, by onnxruntime in this process."""
+    session = OnnxRuntime(file).session
+    logits = session.run(None, {"input_ids": ids})[0]
+    times = []
     for _ in range(calls):
         begun = time.perf_counter()
-        run.run(None, {"input_ids": ids[:1]})
+        session.run(None, {"input_ids": ids[:1]})
         times.append(1e3 * (time.perf_counter() - begun))
     return logits, times
 
 
 def main(cfg):
-    import tempfile
     torch.set_num_threads(1)
     model = checkpoint.load_model(load.read(cfg.checkpoint, "best")).eval()
     length = getattr(model.config, "window", 40)

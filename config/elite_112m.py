@@ -13,7 +13,7 @@ tie_embeddings = True
 block_size = 2048
 dropout = 0.05
 
-batch_size = 128                    # x 2,048 = 262,144 tokens per step
+batch_size = 128  # x 2,048 = 262,144 tokens per step
 micro_batch_size = 8
 schedule = "wsd"
 decay_frac = 0.4

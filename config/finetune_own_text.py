@@ -8,8 +8,8 @@ arch = "ternary"
 init_from = "runs/tiny_cpu"
 
 batch_size = 16
-lr = 0.02                           # a quarter of the rate of the first training
-rest_lr = 0.0025                    # an eighth
+lr = 0.02  # a quarter of the rate of the first training
+rest_lr = 0.0025  # an eighth
 warmup_steps = 20
 max_steps = 200
 eval_every = 50

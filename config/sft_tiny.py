@@ -8,9 +8,9 @@ dataset = "sft_tiny"
 init_from = "runs/tiny_cpu"
 arch = "ternary"
 
-block_size = 512                    # the rows of the dataset
+block_size = 512  # the rows of the dataset
 batch_size = 8
-lr = 0.02                           # both rates are a quarter of those of the first training
+lr = 0.02  # both rates are a quarter of those of the first training
 rest_lr = 0.005
 warmup_steps = 20
 max_steps = 600

@@ -1,202 +1,55 @@
-"""Our models as ONNX graphs, built from the weights: opset 14, IR 7, one file, plain ai.onnx operators.
+"""A model as an ONNX graph, built from its weights: opset 14, IR 7, one file, plain ai.onnx operators.
 
-    from formats import onnx as onnx_graph
-    onnx_graph.export(model, "model.onnx")                         # input_ids and a cache -> logits and the cache
-    onnx_graph.export(model, "model_q4.onnx", quant="int4")        # "int8", "int4" and, for ternary models, "q2"
-    onnx_graph.export(model, "window.onnx", window=True)           # (batch, block) ids -> logits of the last one
-    print(onnx_check.check(model, "model.onnx"))                   # onnxruntime beside torch
+    from formats import onnx as onnx_format
+    onnx_format.write("model.onnx", model)                         # input_ids and a cache -> logits and the cache
+    onnx_format.write("model_q4.onnx", model, quant="int4")        # "int8", "int4" and, for ternary models, "q2"
+    onnx_format.write("window.onnx", model, window=True)           # (batch, block) ids -> logits of the last one
 
-The cache has the names and shapes that onnxruntime-genai and transformers.js know.
+The layers of our model files are spelled out here a second time, so no graph is written before it gave the logits of
+the model's own forward (`hold`). The cache has the names and shapes that onnxruntime-genai and transformers.js know.
+
 Legend: as in model.py; P tokens in the cache, S = P + T, N outputs and K inputs of a matrix
-(in Mamba E channels with N numbers of state each).
+(in Mamba: E channels, each with N numbers of state).
 """
+import copy
 import functools
-import itertools
 import math
-import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 
-from thimble.files import UserError
+from formats.check import empty_shape
+from formats.graph import Graph, embed, linear, tied_head
+from formats.names import QUANTS, n_hidden
+from formats.reference import differs, in_float64, own_logits, some_ids, widened
+from formats.rounding import twin
+from formats.weights import is_ternary
+from thimble import files
+from thimble.files import UserError, short
 
-QUANTS = ("fp32", "int8", "int4", "q2")
-FLOAT, INT32, INT64 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64
-
-
-class Graph:
-    """Nodes and weights under construction: g.Mul(x, 2.0) adds a node and returns the name of what it gives.
-
-    Inputs are such names, arrays, floats (float32) or lists of int (int64).
-    """
-
-    def __init__(self, config=None, quant="fp32", cached=False):
-        self.config, self.quant, self.cached = config, quant, cached
-        self.inputs, self.outputs, self.outer = {}, {}, None  # {name: (type, shape)}
-        self.nodes, self.weights, self.constants, self.count = [], {}, {}, itertools.count()
-
-    def __getattr__(self, op):
-        return functools.partial(self.add, op)
-
-    def add(self, op, *inputs, n=1, name=None, domain="", **attributes):
-        outputs = [name or f"{op}_{next(self.count)}"] if n == 1 else [f"{op}_{next(self.count)}" for _ in range(n)]
-        inputs = [x if isinstance(x, str) else self.weight(x) for x in inputs]
-        self.nodes.append(helper.make_node(op, inputs, outputs, f"{op}:{outputs[0]}", domain=domain, **attributes))
-        return outputs[0] if n == 1 else outputs
-
-    def weight(self, value, name=None):
-        """Name of a constant; equal small ones are kept once."""
-        array = np.ascontiguousarray(value.detach().numpy() if isinstance(value, torch.Tensor) else value)
-        array = array.reshape(np.shape(value))             # ascontiguousarray makes a vector of a scalar
-        array = array.astype(np.float32) if array.dtype == np.float64 else array
-        if name is None:
-            key = array.dtype.str, array.shape, array.tobytes()
-            name = self.constants.setdefault(key, f"constant_{len(self.constants)}")
-        self.weights[name] = array
-        return name
-
-    def inner(self):
-        """Graph for the body of a loop, which sees the constants of this one."""
-        body = Graph()
-        body.outer, body.weights, body.constants, body.count = self, self.weights, self.constants, self.count
-        return body
-
-    def input(self, name, shape, kind=FLOAT):
-        self.inputs[name] = kind, shape
-        return name
-
-    def build(self, name):
-        values = [[helper.make_tensor_value_info(key, *kind) for key, kind in side.items()]
-                  for side in (self.inputs, self.outputs)]
-        weights = [numpy_helper.from_array(array, key) for key, array in self.weights.items() if not self.outer]
-        return helper.make_graph(self.nodes, name, *values, weights)
+INT32, INT64 = TensorProto.INT32, TensorProto.INT64
+OPSET, IR_VERSION = 14, 7  # what runtimes of 2021 read, such as Elixir's Ortex
+MOST_BYTES = 2**31 - 2**20  # of weights: a protobuf message ends at 2 GB
+END = 2**31  # as the end of a Slice: up to the last
 
 
-# ---- weights
+# ---- small layers
+def root_mean_square(g, x, eps):
+    """x (..., C) -> (..., 1)."""
+    mean = g.ReduceMean(g.Pow(x, 2.0), axes=[-1])
+    return g.Sqrt(g.Add(mean, eps))
 
-def ternary_weight(module, n_in):
-    """TernaryLinear or PackedLinear -> (t (N, K) int8 of -1, 0, 1; scale () or (N, K / group_size) float32)."""
-    if hasattr(module, "codes"):
-        from kernels import ternary
-        return ternary.unpack(module.codes, n_in).numpy(), module.scales.numpy().T
-    from ternary import absmean
-    t, scale = absmean(module.weight.detach(), module.group_size)
-    return t.to(torch.int8).numpy(), scale.numpy()
-
-
-def pack(codes, bits, block):
-    """codes (N, K) below 2 ** bits -> uint8 (N, ceil(K / block), block * bits / 8), little end first: MatMulNBits."""
-    codes = np.pad(codes, ((0, 0), (0, -codes.shape[1] % block)), constant_values=1 << (bits - 1))  # which means 0
-    codes = codes.reshape(len(codes), -1, block * bits // 8, 8 // bits).astype(np.uint8)
-    return sum(codes[..., i] << (bits * i) for i in range(8 // bits)).astype(np.uint8)
-
-
-def matmul_nbits(g, x, codes, scales, bits, block, name):
-    """x (..., K) times codes (N, K) less 2 ** (bits - 1) times scales (N, ceil(K / block)) -> (..., N).
-
-    A com.microsoft operator: its weights stay packed in memory.
-    """
-    n, k = codes.shape
-    weights = g.weight(pack(codes, bits, block), f"{name}_q{bits}"), g.weight(scales, f"{name}_scales")
-    return g.MatMulNBits(x, *weights, domain="com.microsoft", K=k, N=n, bits=bits, block_size=block)
-
-
-def quantise4(weight, block=32):
-    """weight (N, K) -> codes (N, K) from 0 to 15, scales (N, blocks): w is near (code - 8) * scale.
-
-    The number of largest size in a block becomes -8, so the 16 codes are all of use (llama.cpp's Q4_0 does the same).
-    """
-    n, k = weight.shape
-    blocks = np.pad(weight, ((0, 0), (0, -k % block))).reshape(n, -1, block)
-    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1, keepdims=True), -1)
-    scales = largest / -8
-    codes = np.clip(np.round(blocks / np.where(scales, scales, 1)) + 8, 0, 15)
-    return codes.reshape(n, -1)[:, :k].astype(np.uint8), scales[..., 0].astype(np.float32)
-
-
-def quantise8(weight):
-    """weight (N, K) -> uint8 codes (N, K), scales (N,): w is near (code - 128) * scale."""
-    scales = np.maximum(np.abs(weight).max(1), 1e-12) / 127
-    return (np.round(weight / scales[:, None]) + 128).astype(np.uint8), scales.astype(np.float32)
-
-
-def absmax(g, x):
-    """x (..., K) -> (whole numbers from -127 to 127 in float32, their scale (..., 1)), as ternary.absmax."""
-    scale = g.Div(127.0, g.Max(g.ReduceMax(g.Abs(x), axes=[-1]), 1e-5))
-    return g.Round(g.Mul(x, scale)), scale
-
-
-def matmul_int8(g, x, codes, scales):
-    """Whole numbers x (..., K) times uint8 codes (K, N) less 128 -> (..., N) float32, times scales.
-
-    Both sides unsigned: x86 processors without VNNI overflow on signed times unsigned.
-    """
-    x = g.Cast(g.Add(x, 128.0), to=TensorProto.UINT8)
-    return g.Mul(g.Cast(g.MatMulInteger(x, codes, np.uint8(128), np.uint8(128)), to=FLOAT), scales)
-
-
-def linear(g, x, module, name, n_in):
-    """x (..., K) -> (..., N) by an nn.Linear, a TernaryLinear or a PackedLinear."""
-    if hasattr(module, "group_size"):
-        return ternary_linear(g, x, module, name, n_in)
-    weight = module.weight.detach().numpy()
-    if g.quant == "int8" or (g.quant == "int4" and name == "head"):
-        codes, scales = quantise8(weight)
-        q, scale = absmax(g, x)
-        return matmul_int8(g, q, g.weight(codes.T, f"{name}_q8"), g.Div(g.weight(scales), scale))
-    if g.quant == "int4":
-        return matmul_nbits(g, x, *quantise4(weight), bits=4, block=32, name=name)
-    return g.MatMul(x, g.weight(weight.T, name))
-
-
-def ternary_linear(g, x, module, name, n_in):
-    """ternary.TernaryLinear, activations rounded in the graph. Every form of it loses nothing."""
-    t, w_scale = ternary_weight(module, n_in)
-    k, group = t.shape[1], module.group_size
-    q, scale = absmax(g, x)
-    scale = g.Div(1.0 if group else w_scale, scale)        # (..., 1)
-    block = 128 if not group else math.gcd(group, 256)     # of inputs that share a scale in the file
-    bits = {"int4": 4, "q2": 2}.get(g.quant)
-    if bits and block >= 16:
-        # without groups the scales in the file are 1, so that it adds whole numbers, which float32 does exactly
-        scales = np.repeat(w_scale, group // block, 1) if group else np.ones((len(t), -(-k // block)), np.float32)
-        return g.Mul(matmul_nbits(g, q, t + np.int8(1 << (bits - 1)), scales, bits, block, name), scale)
-    if g.quant == "int8" and not group:
-        return matmul_int8(g, q, g.weight((t + np.int16(128)).astype(np.uint8).T, f"{name}_q8"), scale)
-    t = t * (np.repeat(w_scale, group, 1) if group else np.float32(1))
-    return g.Mul(g.MatMul(q, g.weight(t.T, name)), scale)
-
-
-def embed(g, ids, weight):
-    """ids (B, T), weight (V, C) -> (B, T, C)."""
-    if g.quant in ("int8", "int4"):
-        codes, scales = quantise8(weight)
-        x = g.Sub(g.Cast(g.Gather(g.weight(codes, "embed_q8"), ids), to=FLOAT), 128.0)
-        return g.Mul(x, g.Gather(g.weight(scales[:, None], "embed_scales"), ids))
-    if g.quant == "q2" and (weight.astype(np.float16) == weight).all():  # a ternary model's
-        # not the other way round: a runtime folds this Cast when it loads, and not every GPU knows float16
-        return g.Gather(g.Cast(g.weight(weight.astype(np.float16), "embed_f16"), to=FLOAT, name="embed"), ids)
-    return g.Gather(g.weight(weight, "embed"), ids)
-
-
-def tied_head(g, x):
-    """x (..., C) -> logits (..., V) by the matrix of `embed`, which the file holds once."""
-    if "embed_q8" in g.weights:
-        q, scale = absmax(g, x)
-        scales = g.Transpose("embed_scales", perm=[1, 0])
-        return matmul_int8(g, q, g.Transpose("embed_q8", perm=[1, 0]), g.Div(scales, scale))
-    return g.MatMul(x, g.Transpose("embed", perm=[1, 0]))
-
-
-# ---- layers
 
 def rms_norm(g, x, module, name):
-    if isinstance(module, torch.nn.Identity):
+    if isinstance(module, torch.nn.Identity):  # where a Config switches the norm off
         return x
-    root = g.Sqrt(g.Add(g.ReduceMean(g.Pow(x, 2.0), axes=[-1]), module.eps))
+    root = root_mean_square(g, x, module.eps)
     return g.Mul(g.Div(x, root), g.weight(module.weight, name))
 
 
@@ -205,225 +58,358 @@ def silu(g, x):
 
 
 def gelu(g, x):
-    return g.Mul(g.Mul(x, 0.5), g.Add(g.Erf(g.Mul(x, math.sqrt(0.5))), 1.0))
+    """The exact one, as F.gelu: x / 2 * (1 + erf(x / sqrt(2)))."""
+    half = g.Mul(x, 0.5)
+    erf = g.Erf(g.Mul(x, math.sqrt(0.5)))
+    return g.Mul(half, g.Add(erf, 1.0))
+
+
+def softplus(g, x):
+    return g.Softplus(x)
 
 
 def rope_table(g, positions, head_dim, theta):
     """positions (B, T) -> cos and signed sin, (B, T, 1, D), for `rotate`."""
-    freqs = theta ** (-torch.arange(0, head_dim, 2) / head_dim)
-    angles = g.Mul(g.Unsqueeze(g.Cast(positions, to=FLOAT), [2, 3]), freqs)
-    cos, sin = g.Cos(angles), g.Sin(angles)
-    return g.Concat(cos, cos, axis=-1), g.Concat(g.Neg(sin), sin, axis=-1)
+    freqs = theta ** (-torch.arange(0, head_dim, 2) / head_dim)  # (D/2,)
+    positions = g.Unsqueeze(g.Cast(positions, to=g.float), [2, 3])  # (B, T, 1, 1)
+    angles = g.Mul(positions, freqs)
+    cos = g.Cos(angles)
+    sin = g.Sin(angles)
+    cos = g.Concat(cos, cos, axis=-1)
+    sin = g.Concat(g.Neg(sin), sin, axis=-1)
+    return cos, sin
 
 
 def rotate(g, x, cos, sin):
+    """Turn the pair (x_i, x_{i + D/2}) of every head by its position's angle. x: (B, T, heads, D)."""
     left, right = g.Split(x, n=2, axis=-1)
-    return g.Add(g.Mul(x, cos), g.Mul(g.Concat(right, left, axis=-1), sin))
+    kept = g.Mul(x, cos)
+    swapped = g.Concat(right, left, axis=-1)
+    return g.Add(kept, g.Mul(swapped, sin))
 
 
-def attention(g, x, attn, name, i, rope, mask):
-    """x (B, T, C), mask (B or 1, 1, 1, T, S); keys and values of layer i come from the cache and go there."""
-    D, K, C = attn.head_dim, attn.n_kv_head, g.config.n_embd
+# ---- attention and mlp
+class Shared(NamedTuple):
+    """What every layer reads, computed once."""
+    rope: tuple | None              # cos and sin of each position; None: there is no RoPE
+    mask: str                       # (B or 1, 1, 1, T, S), 0 or -1e9, to be added to scores
+    present: str | None             # (B, T, 1), 0 on padding; None: no layer must be told
 
-    def heads(kind, shape, norm=None):
-        y = g.Reshape(linear(g, x, getattr(attn, f"{kind}_proj"), f"{name}.{kind}_proj", C), shape)
-        if norm is not None:
-            y = rms_norm(g, y, norm, f"{name}.{kind}_norm.weight")
-        return g.Transpose(rotate(g, y, *rope) if rope and kind != "v" else y, perm=[0, 2, 1, 3])
 
-    q = heads("q", [0, 0, -1, D], getattr(attn, "q_norm", None))                             # (B, H, T, D)
-    k = heads("k", [0, 0, K, D], getattr(attn, "k_norm", None))                              # (B, K, T, D)
-    v = heads("v", [0, 0, K, D])
+def heads(g, x, attn, name, kind, n_head, rope=None):
+    """The queries, keys or values (kind "q", "k" or "v") of x (B, T, C) -> (B, n_head, T, D)."""
+    projected = linear(g, x, getattr(attn, f"{kind}_proj"), f"{name}.{kind}_proj", g.config.n_embd)
+    y = g.Reshape(projected, [0, 0, n_head, attn.head_dim])  # 0: as it is
+    norm = getattr(attn, f"{kind}_norm", None)
+    if norm is not None:
+        y = rms_norm(g, y, norm, f"{name}.{kind}_norm.weight")
+    if rope:
+        y = rotate(g, y, *rope)
+    return g.Transpose(y, perm=[0, 2, 1, 3])
+
+
+def attention(g, x, attn, name, i, shared):
+    """x (B, T, C) -> (B, T, C); the keys and values of layer i come from the cache and go there."""
+    D = attn.head_dim
+    K = attn.n_kv_head
+    C = g.config.n_embd
+    q = heads(g, x, attn, name, "q", -1, shared.rope)  # (B, H, T, D)
+    k = heads(g, x, attn, name, "k", K, shared.rope)  # (B, K, T, D)
+    v = heads(g, x, attn, name, "v", K)
     if g.cached:
-        shape = ["batch_size", K, "past_sequence_length", D]
-        k = g.Concat(g.input(f"past_key_values.{i}.key", shape), k, axis=2, name=f"present.{i}.key")  # (B, K, S, D)
-        v = g.Concat(g.input(f"past_key_values.{i}.value", shape), v, axis=2, name=f"present.{i}.value")
-        g.outputs |= {f"present.{i}.{s}": (FLOAT, ["batch_size", K, "total_sequence_length", D])
-                      for s in ("key", "value")}
-    q = g.Reshape(g.Mul(q, 1 / math.sqrt(D)), [0, K, g.config.n_head // K, -1, D])           # (B, K, H / K, T, D)
-    scores = g.MatMul(q, g.Unsqueeze(g.Transpose(k, perm=[0, 1, 3, 2]), [2]))                # (B, K, H / K, T, S)
-    y = g.MatMul(g.Softmax(g.Add(scores, mask), axis=-1), g.Unsqueeze(v, [2]))               # (B, K, H / K, T, D)
-    y = g.Reshape(g.Transpose(y, perm=[0, 3, 1, 2, 4]), [0, 0, C])                           # (B, T, C)
+        past_shape = ["batch_size", K, "past_sequence_length", D]
+        present_shape = ["batch_size", K, "total_sequence_length", D]
+        past = g.input(f"past_key_values.{i}.key", past_shape)
+        k = g.Concat(past, k, axis=2, name=f"present.{i}.key")  # (B, K, S, D)
+        past = g.input(f"past_key_values.{i}.value", past_shape)
+        v = g.Concat(past, v, axis=2, name=f"present.{i}.value")
+        g.output(f"present.{i}.key", present_shape)
+        g.output(f"present.{i}.value", present_shape)
+    # queries in K groups, which share their key and value by broadcasting
+    q = g.Mul(q, 1 / math.sqrt(D))
+    q = g.Reshape(q, [0, K, g.config.n_head // K, -1, D])  # (B, K, H / K, T, D)
+    k = g.Unsqueeze(g.Transpose(k, perm=[0, 1, 3, 2]), [2])  # (B, K, 1, D, S)
+    scores = g.Add(g.MatMul(q, k), shared.mask)  # (B, K, H / K, T, S)
+    weights = g.Softmax(scores, axis=-1)
+    y = g.MatMul(weights, g.Unsqueeze(v, [2]))  # (B, K, H / K, T, D)
+    y = g.Transpose(y, perm=[0, 3, 1, 2, 4])
+    y = g.Reshape(y, [0, 0, C])  # (B, T, C)
     if hasattr(attn, "sub_norm"):
         y = rms_norm(g, y, attn.sub_norm, f"{name}.sub_norm.weight")
     return linear(g, y, attn.o_proj, f"{name}.o_proj", C)
 
 
-def mlp(g, x, module, name):
-    C, F = g.config.n_embd, module.up_proj
-    F = len(F.codes if hasattr(F, "codes") else F.weight)
-    up = linear(g, x, module.up_proj, f"{name}.up_proj", C)
-    if hasattr(module, "gate_proj"):
-        gate = linear(g, x, module.gate_proj, f"{name}.gate_proj", C)
-        gate = g.Pow(g.Relu(gate), 2.0) if getattr(module, "act", "silu") == "relu2" else silu(g, gate)
-        up = g.Mul(gate, up)
-    else:
+def mlp(g, x, module, name, n_hidden):
+    """x (B, T, C) -> (B, T, C): SwiGLU, GELU, or the MLP of ternary.py."""
+    C = g.config.n_embd
+    up = linear(g, x, module.up_proj, f"{name}.up_proj", C)  # (B, T, F)
+    if not hasattr(module, "gate_proj"):
         up = gelu(g, up)
+    else:
+        gate = linear(g, x, module.gate_proj, f"{name}.gate_proj", C)
+        if getattr(module, "act", "silu") == "relu2":
+            gate = g.Pow(g.Relu(gate), 2.0)
+        else:
+            gate = silu(g, gate)
+        up = g.Mul(gate, up)
     if hasattr(module, "sub_norm"):
         up = rms_norm(g, up, module.sub_norm, f"{name}.sub_norm.weight")
-    return linear(g, up, module.down_proj, f"{name}.down_proj", F)
+    return linear(g, up, module.down_proj, f"{name}.down_proj", n_hidden)
 
 
-def mamba(g, x, mixer, name, i, seen):
-    """hybrid_ssm.Mamba1 and Mamba2. x (B, T, C) -> (B, T, C), with layer i's last inputs and state in the cache.
-
-    seen: (B, T, 1), 0 on padding, or None. Both kinds are one Scan: Mamba-2 has one decay for many channels.
-    """
-    E, N, second = mixer.out_proj.in_features, mixer.n_state, hasattr(mixer, "dt_bias")
-    W, _, width = mixer.conv1d.weight.shape                # E, or E + 2 N in Mamba-2, which convolves B and C too
-    u = linear(g, x, mixer.in_proj, f"{name}.in_proj", g.config.n_embd)
-    if second:
-        z, u, dt = g.Split(u, [E, W, mixer.n_head], n=3, axis=-1)
+# ---- state space layers
+def mamba(g, x, mixer, name, i, present):
+    """hybrid_ssm.Mamba1 and Mamba2. x (B, T, C) -> (B, T, C); layer i's last inputs and state are in the cache."""
+    E = mixer.out_proj.in_features
+    N = mixer.n_state
+    is_mamba2 = hasattr(mixer, "dt_bias")
+    projected = linear(g, x, mixer.in_proj, f"{name}.in_proj", g.config.n_embd)
+    if is_mamba2:
+        # u, B and C go through the convolution together
+        z, u, dt = g.Split(projected, [E, E + 2 * N, mixer.n_head], n=3, axis=-1)
     else:
-        u, z = g.Split(u, n=2, axis=-1)                                                      # (B, T, E)
-    u = g.Transpose(g.Mul(u, seen) if seen else u, perm=[0, 2, 1])                           # (B, W, T)
+        u, z = g.Split(projected, n=2, axis=-1)  # (B, T, E)
+    u = convolution(g, u, mixer, name, i, present)
     if g.cached:
-        conv = g.Concat(g.input(f"past_conv.{i}", ["batch_size", W, width]), u, axis=2)      # (B, W, width + T)
-        g.Slice(conv, [-width], [2**31], [2], name=f"present_conv.{i}")
-        u = g.Slice(conv, [1], [2**31], [2])
         h = g.input(f"past_ssm.{i}", ["batch_size", 1, E, N])
-        g.outputs |= {f"present_conv.{i}": (FLOAT, ["batch_size", W, width]),
-                      f"present_ssm.{i}": (FLOAT, ["batch_size", 1, E, N])}
+        g.output(f"present_ssm.{i}", ["batch_size", 1, E, N])
     else:
-        h = g.Expand(np.float32(0), g.Concat(g.Slice(g.Shape(x), [0], [1]), [1, E, N], axis=0))
-    conv = g.weight(mixer.conv1d.weight, f"{name}.conv1d.weight"), g.weight(mixer.conv1d.bias)
-    u = silu(g, g.Conv(u, *conv, group=W, pads=[0 if g.cached else width - 1, 0]))
-    u = g.Transpose(u, perm=[0, 2, 1])                                                       # (B, T, W)
-    u = g.Mul(u, seen) if seen else u
-    if second:
-        u, b, c = g.Split(u, [E, N, N], n=3, axis=-1)
-        a, skip = (p.repeat_interleave(E // mixer.n_head) for p in (-mixer.A_log.exp(), mixer.D))
-        spread = torch.eye(mixer.n_head).repeat_interleave(E // mixer.n_head, 1)             # heads to channels
-        dt, a = g.MatMul(g.Softplus(g.Add(dt, mixer.dt_bias)), spread), a[:, None]           # (B, T, E), (E, 1)
+        batch_size = g.Slice(g.Shape(x), [0], [1])
+        h = g.Expand(np.float32(0), g.Concat(batch_size, [1, E, N], axis=0))
+    if is_mamba2:
+        inputs, a, skip = mamba2_inputs(g, u, dt, mixer)
     else:
-        dt, b, c = g.Split(linear(g, u, mixer.x_proj, f"{name}.x_proj", E), [mixer.dt_rank, N, N], n=3, axis=-1)
-        dt, b, c = (rms_norm(g, y, getattr(mixer, f"{kind}_norm"), f"{name}.{kind}_norm.weight")
-                    for kind, y in (("dt", dt), ("b", b), ("c", c)))
-        dt = g.MatMul(dt, g.weight(mixer.dt_proj.weight.T, f"{name}.dt_proj"))
-        dt, a, skip = g.Softplus(g.Add(dt, mixer.dt_proj.bias)), -mixer.A_log.exp(), mixer.D  # (B, T, E), (E, N), (E,)
-    body = g.inner()                                       # h = exp(dt a) h + dt u b, y = h c: a token at a time
-    for key, shape in {"h": [None, 1, E, N], "u": [None, E], "dt": [None, E], "b": [None, N], "c": [None, N]}.items():
-        body.input(f"{name}.{key}", shape)
-    h_in, u_in, dt_in, b_in, c_in = body.inputs
-    decay = body.Exp(body.Mul(body.Unsqueeze(dt_in, [1, 3]), g.weight(a, f"{name}.A")))      # (B, 1, E, N or 1)
-    new = body.MatMul(body.Unsqueeze(body.Mul(dt_in, u_in), [1, 3]), body.Unsqueeze(b_in, [1, 2]))
-    body.Add(body.Mul(decay, h_in), new, name=f"{name}.h_out")
-    body.Squeeze(body.MatMul(f"{name}.h_out", body.Unsqueeze(c_in, [1, 3])), [1, 3], name=f"{name}.y")
-    body.outputs = {f"{name}.h_out": (FLOAT, [None, 1, E, N]), f"{name}.y": (FLOAT, [None, E])}
-    h, y = g.Scan(h, u, dt, b, c, n=2, body=body.build(name), num_scan_inputs=4, scan_input_axes=[1] * 4,
-                  scan_output_axes=[1])
+        inputs, a, skip = mamba1_inputs(g, u, mixer, name)
+    h, y = scan(g, h, inputs, a, N, name)
     if g.cached:
         g.Identity(h, name=f"present_ssm.{i}")
-    y = g.Mul(g.Add(y, g.Mul(u, g.weight(skip, f"{name}.D"))), silu(g, z))
-    y = rms_norm(g, y, mixer.norm, f"{name}.norm.weight") if second else y
+    y = g.Add(y, g.Mul(inputs[0], g.weight(skip, f"{name}.D")))
+    y = g.Mul(y, silu(g, z))
+    if is_mamba2:
+        y = rms_norm(g, y, mixer.norm, f"{name}.norm.weight")
     return linear(g, y, mixer.out_proj, f"{name}.out_proj", E)
 
 
+def convolution(g, u, mixer, name, i, present):
+    """u (B, T, W) -> silu(conv(u)) (B, T, W), causal, behind the inputs that layer i's cache holds."""
+    W, _, width = mixer.conv1d.weight.shape
+    if present:
+        u = g.Mul(u, present)
+    u = g.Transpose(u, perm=[0, 2, 1])  # (B, W, T)
+    if g.cached:
+        past = g.input(f"past_conv.{i}", ["batch_size", W, width])
+        u = g.Concat(past, u, axis=2)  # (B, W, width + T)
+        g.Slice(u, [-width], [END], [2], name=f"present_conv.{i}")
+        g.output(f"present_conv.{i}", ["batch_size", W, width])
+        u = g.Slice(u, [1], [END], [2])  # the first token sees width - 1 before it; transformers.js caches width
+    kernel = g.weight(mixer.conv1d.weight, f"{name}.conv1d.weight")
+    bias = g.weight(mixer.conv1d.bias)
+    padding = 0 if g.cached else width - 1
+    u = silu(g, g.Conv(u, kernel, bias, group=W, pads=[padding, 0]))
+    u = g.Transpose(u, perm=[0, 2, 1])  # (B, T, W)
+    return g.Mul(u, present) if present else u
+
+
+def mamba1_inputs(g, u, mixer, name):
+    """u (B, T, E) -> what `scan` reads (u, dt, b, c), a (E, N) and D (E,)."""
+    E = mixer.out_proj.in_features
+    N = mixer.n_state
+    projected = linear(g, u, mixer.x_proj, f"{name}.x_proj", E)
+    dt, b, c = g.Split(projected, [mixer.dt_rank, N, N], n=3, axis=-1)
+    dt = rms_norm(g, dt, mixer.dt_norm, f"{name}.dt_norm.weight")
+    b = rms_norm(g, b, mixer.b_norm, f"{name}.b_norm.weight")
+    c = rms_norm(g, c, mixer.c_norm, f"{name}.c_norm.weight")
+    # not rounded in any form: it is small, and an error in dt adds up along the text
+    dt = g.MatMul(dt, g.weight(mixer.dt_proj.weight.T, f"{name}.dt_proj"))
+    dt = g.Softplus(g.Add(dt, mixer.dt_proj.bias))  # (B, T, E)
+    return (u, dt, b, c), -mixer.A_log.exp(), mixer.D
+
+
+def mamba2_inputs(g, u, dt, mixer):
+    """u (B, T, E + 2 N), dt (B, T, heads) -> what `scan` reads (u, dt, b, c), a (E, 1) and D (E,)."""
+    E = mixer.out_proj.in_features
+    N = mixer.n_state
+    width = E // mixer.n_head  # channels that share a decay
+    u, b, c = g.Split(u, [E, N, N], n=3, axis=-1)
+    spread = torch.eye(mixer.n_head).repeat_interleave(width, 1)  # heads to channels
+    dt = g.MatMul(g.Softplus(g.Add(dt, mixer.dt_bias)), spread)  # (B, T, E)
+    a = -mixer.A_log.exp().repeat_interleave(width)[:, None]
+    return (u, dt, b, c), a, mixer.D.repeat_interleave(width)
+
+
+def scan(g, h, inputs, a, n_state, name):
+    """h_t = exp(dt_t a) h_{t-1} + dt_t u_t b_t, y_t = c_t h_t, one token at a time -> the last h, y (B, T, E).
+
+    h: (B, 1, E, N); inputs: u, dt (B, T, E) and b, c (B, T, N); a: (E, N), or (E, 1) for one decay a channel (Mamba-2).
+    """
+    E, N = len(a), n_state
+    body = g.body()  # of one token: its inputs lack T
+    h_in = body.input(f"{name}.h", [None, 1, E, N])
+    u = body.input(f"{name}.u", [None, E])
+    dt = body.input(f"{name}.dt", [None, E])
+    b = body.input(f"{name}.b", [None, N])
+    c = body.input(f"{name}.c", [None, N])
+    decay = body.Exp(body.Mul(body.Unsqueeze(dt, [1, 3]), g.weight(a, f"{name}.A")))  # (B, 1, E, N or 1)
+    step = body.Unsqueeze(body.Mul(dt, u), [1, 3])  # (B, 1, E, 1)
+    new = body.MatMul(step, body.Unsqueeze(b, [1, 2]))  # (B, 1, E, N)
+    h_out = body.Add(body.Mul(decay, h_in), new, name=f"{name}.h_out")
+    y = body.MatMul(h_out, body.Unsqueeze(c, [1, 3]))  # (B, 1, E, 1)
+    body.Squeeze(y, [1, 3], name=f"{name}.y")
+    body.output(f"{name}.h_out", [None, 1, E, N])
+    body.output(f"{name}.y", [None, E])
+    return g.Scan(h, *inputs, n=2, body=body.build(name), num_scan_inputs=4, scan_input_axes=[1] * 4,
+                  scan_output_axes=[1])
+
+
+# ---- residual streams
 def streams(g, x, module, name, f):
     """ternary.Streams: x (B, T, n, C) -> the same, mixed around f, which maps (B, T, C) to (B, T, C)."""
-    n, C = module.n, g.config.n_embd
-    if module.proj is None:
+    n = module.n
+    if module.proj is None:  # the same for every token
         pre, post, res = module.coefficients(None)
-        weights, post = torch.cat((pre[None], res.mT)), post[:, None]                        # (n + 1, n), (n, 1)
+        weights = torch.cat((pre[None], res.mT))  # (n + 1, n)
+        post = post[:, None]  # (n, 1)
     else:
-        flat = g.Reshape(x, [0, 0, n * C])
-        root = g.Sqrt(g.Add(g.ReduceMean(g.Pow(flat, 2.0), axes=[-1]), module.norm_eps))
-        scale = torch.cat([s.expand(size) for s, size in zip(module.scale, module.sizes, strict=True)])
-        logits = g.Div(g.MatMul(flat, g.weight((module.proj * module.gain).T, f"{name}.proj")), root)
-        logits = g.Add(g.Mul(logits, scale), module.bias)
-        pre, post, res = g.Split(logits, list(module.sizes), n=3, axis=-1)
-        res = g.Reshape(g.MatMul(g.Softmax(res, axis=-1), module.permutations.flatten(1)), [0, 0, n, n])
-        weights = g.Concat(g.Unsqueeze(g.Sigmoid(pre), [2]), g.Transpose(res, perm=[0, 1, 3, 2]), axis=2)
-        post = g.Unsqueeze(g.Mul(g.Sigmoid(post), 2.0), [3])                                 # (B, T, n, 1)
-    first, rest = g.Split(g.MatMul(weights, x), [1, n], n=2, axis=2)                         # (B, T, 1 and n, C)
+        pre, post, res = coefficients(g, x, module, name)
+        pre = g.Unsqueeze(g.Sigmoid(pre), [2])  # (B, T, 1, n)
+        weights = g.Concat(pre, g.Transpose(res, perm=[0, 1, 3, 2]), axis=2)  # (B, T, n + 1, n)
+        post = g.Unsqueeze(g.Mul(g.Sigmoid(post), 2.0), [3])  # (B, T, n, 1)
+    # one product gives what the layer reads and what the streams become
+    first, rest = g.Split(g.MatMul(weights, x), [1, n], n=2, axis=2)  # (B, T, 1 and n, C)
     y = f(g.Squeeze(first, [2]))
     return g.Add(rest, g.Mul(post, g.Unsqueeze(y, [2])))
 
 
-def residual(g, x, f, block, kind, i):
-    module = getattr(block, f"{kind}_residual", None)
+def coefficients(g, x, module, name):
+    """x (B, T, n, C) -> logits of pre (B, T, n) and of post (B, T, n), and res (B, T, n, n)."""
+    n = module.n
+    flat = g.Reshape(x, [0, 0, n * g.config.n_embd])
+    root = root_mean_square(g, flat, module.norm_eps)
+    scale = torch.cat([s.expand(size) for s, size in zip(module.scale, module.sizes, strict=True)])
+    proj = g.weight((module.proj * module.gain).T, f"{name}.proj")
+    logits = g.Div(g.MatMul(flat, proj), root)
+    logits = g.Add(g.Mul(logits, scale), module.bias)
+    pre, post, res = g.Split(logits, list(module.sizes), n=3, axis=-1)
+    mixed = g.MatMul(g.Softmax(res, axis=-1), module.permutations.flatten(1))
+    return pre, post, g.Reshape(mixed, [0, 0, n, n])
+
+
+def residual(g, x, f, module, name):
+    """f, which maps (B, T, C) to (B, T, C), with the residual around it."""
     if hasattr(module, "n"):
-        return streams(g, x, module, f"blocks.{i}.{kind}_residual", f)
+        return streams(g, x, module, name, f)
     return g.Add(x, f(x))
 
 
-def wired(g, x, model):
-    """x (B, T, C), of any length, 0 where there is no token -> what the head of cerebros.py reads, (B, R)."""
-    window, outputs = model.config.window, {}
-    act = {"silu": silu, "gelu": gelu, "softplus": lambda g, z: g.Softplus(z)}[model.config.act]
-    x = g.Slice(g.Pad(x, np.array([0, window - 1, 0, 0, 0, 0])), [-window], [2**31], [1])    # (B, W, C)
+# ---- the whole graph
+def graph(model, quant="fp32", window=False, dtype=np.float32):
+    """-> Graph of any of our models, in eval mode on the CPU, with weights and sums of this dtype."""
+    g = Graph(model.config, quant, cached=not window, dtype=dtype)
+    if hasattr(model.config, "wiring"):
+        x = wired(g, model)
+    else:
+        x = transformer(g, model, window)
+    return finished(g, x, model, window)
+
+
+def wired(g, model):
+    """What the head of cerebros.py reads, (B, R), for ids of any length; an id of -1 stands for no token."""
+    config = model.config
+    outputs = {}  # {(level, index) of a unit: its output (B, N)}
+    act = {"silu": silu, "gelu": gelu, "softplus": softplus}[config.act]
+    ids = g.input("input_ids", ["batch", "block"], INT32)
+    there = g.Unsqueeze(g.Cast(g.GreaterOrEqual(ids, np.int32(0)), to=g.float), [2])
+    x = embed(g, ids, model.embed.weight.detach().numpy())  # (B, T, C)
+    x = rms_norm(g, x, model.embed_norm, "embed_norm.weight")
+    x = g.Mul(x, there)
+    # zeros in front, so that a short text fills the window, too
+    x = g.Pad(x, np.array([0, config.window - 1, 0, 0, 0, 0]))
+    x = g.Slice(x, [-config.window], [END], [1])  # (B, W, C)
     for i, (name, unit) in enumerate(zip(model.names, model.units, strict=True)):
         z = g.weight(unit.bias, f"units.{i}.bias")
         if unit.places:
-            seen = g.Reshape(g.Gather(x, list(unit.places), axis=1), [0, -1])                # (B, P * C)
-            z = g.Add(z, g.MatMul(seen, g.weight(unit.turned(model.angles()).T, f"units.{i}.window")))
+            seen = g.Reshape(g.Gather(x, list(unit.places), axis=1), [0, -1])  # (B, P * C)
+            weight = g.weight(unit.turned(model.angles()).T, f"units.{i}.window")
+            z = g.Add(z, g.MatMul(seen, weight))
         if unit.units:
-            y = rms_norm(g, g.Concat(*(outputs[u] for u in unit.units), axis=-1), unit.norm, f"units.{i}.norm.weight")
+            y = g.Concat(*(outputs[u] for u in unit.units), axis=-1)
+            y = rms_norm(g, y, unit.norm, f"units.{i}.norm.weight")
             z = g.Add(z, linear(g, y, unit.proj, f"units.{i}.proj", 0))
         outputs[name] = act(g, z)
-    return z
+    return z  # the last unit's, before its activation
 
 
-# ---- the whole graph
-
-def graph(model, quant, window):
-    """-> Graph of any of our models."""
+def transformer(g, model, window):
+    """What the norm before the head reads, (B, T, C) or (B, T, n, C); only the last token's with `window`."""
     config = model.config
-    g = Graph(config, quant, cached=not window)
-    if hasattr(config, "wiring"):
-        ids = g.input("input_ids", ["batch", "block"], INT32)
-        there = g.Unsqueeze(g.Cast(g.GreaterOrEqual(ids, np.int32(0)), to=FLOAT), [2])
-        x = rms_norm(g, embed(g, ids, model.embed.weight.detach().numpy()), model.embed_norm, "embed_norm.weight")
-        return finished(g, wired(g, g.Mul(x, there), model), model, window)
+    ids, shared = inputs(g, config, window)
+    weight = model.embedding() if hasattr(model, "embedding") else model.embed.weight
+    x = embed(g, ids, weight.detach().numpy())  # (B, T, C)
+    n = getattr(config, "n_streams", 1)
+    if n > 1:
+        x = g.Expand(g.Unsqueeze(x, [2]), [1, 1, n, 1])  # (B, T, n, C)
+    if shared.rope is None and not window:
+        del g.inputs["position_ids"]  # nothing reads it
+    for i, block in enumerate(model.blocks):
+        mix = functools.partial(mixer_layer, g, block=block, i=i, shared=shared)
+        feed = functools.partial(mlp_layer, g, block=block, i=i, n_hidden=n_hidden(model))
+        x = residual(g, x, mix, getattr(block, "attn_residual", None), f"blocks.{i}.attn_residual")
+        x = residual(g, x, feed, getattr(block, "mlp_residual", None), f"blocks.{i}.mlp_residual")
+    if window:
+        x = g.Gather(x, np.int64(-1), axis=1)  # (B, C) or (B, n, C)
+    return x
+
+
+def inputs(g, config, window):
+    """Declare the graph's inputs -> the name of the ids, Shared."""
     if window:
         ids = g.input("input_ids", ["batch", "block"], INT32)
         T = S = g.Gather(g.Shape(ids), np.int64(1))
-        positions = g.Unsqueeze(g.Range(np.int64(0), T, np.int64(1)), [0])                   # (1, T)
+        positions = g.Unsqueeze(g.Range(np.int64(0), T, np.int64(1)), [0])  # (1, T)
     else:
         ids = g.input("input_ids", ["batch_size", "sequence_length"], INT64)
         seen = g.input("attention_mask", ["batch_size", "total_sequence_length"], INT64)
         positions = g.input("position_ids", ["batch_size", "sequence_length"], INT64)
-        T, S = g.Gather(g.Shape(ids), np.int64(1)), g.Gather(g.Shape(seen), np.int64(1))
+        T = g.Gather(g.Shape(ids), np.int64(1))
+        S = g.Gather(g.Shape(seen), np.int64(1))
     keys = g.Range(np.int64(0), S, np.int64(1))
     queries = g.Range(g.Sub(S, T), S, np.int64(1))
-    allowed = g.LessOrEqual(keys, g.Unsqueeze(queries, [1]))                                 # (T, S)
-    if not window:
-        allowed = g.And(allowed, g.Cast(g.Unsqueeze(seen, [1]), to=TensorProto.BOOL))        # (B, T, S)
+    allowed = g.LessOrEqual(keys, g.Unsqueeze(queries, [1]))  # (T, S)
+    if window:
+        allowed = g.Unsqueeze(allowed, [0, 1, 2])
+    else:
+        seen_keys = g.Cast(g.Unsqueeze(seen, [1]), to=TensorProto.BOOL)  # (B, 1, S)
+        allowed = g.Unsqueeze(g.And(allowed, seen_keys), [1, 2])
     # not -inf: a row of padding, which may see nothing, would become NaN
-    mask = g.Where(g.Unsqueeze(allowed, [0, 1, 2] if window else [1, 2]), 0.0, -1e9)         # (B or 1, 1, 1, T, S)
+    mask = g.Where(allowed, 0.0, -1e9)  # (B or 1, 1, 1, T, S)
     rope = None
     if getattr(config, "rope", True):
         rope = rope_table(g, positions, config.n_embd // config.n_head, config.rope_theta)
-    recent = None                                          # a state would remember padding, which attention masks
-    if not window and hasattr(config, "attn_layer_period"):
-        recent = g.Unsqueeze(g.Cast(g.Slice(seen, g.Unsqueeze(g.Sub(S, T), [0]), [2**31], [1]), to=FLOAT), [2])
+    present = None
+    if not window and hasattr(config, "attn_layer_period"):  # a state would remember padding, which attention masks
+        recent = g.Slice(seen, g.Unsqueeze(g.Sub(S, T), [0]), [END], [1])
+        present = g.Unsqueeze(g.Cast(recent, to=g.float), [2])  # (B, T, 1)
+    return ids, Shared(rope, mask, present)
 
-    weight = model.embedding() if hasattr(model, "embedding") else model.embed.weight
-    x = embed(g, ids, weight.detach().numpy())                                               # (B, T, C)
-    n = getattr(config, "n_streams", 1)
-    if n > 1:
-        x = g.Expand(g.Unsqueeze(x, [2]), [1, 1, n, 1])                                      # (B, T, n, C)
-    if rope is None and not window:
-        del g.inputs["position_ids"]                       # nothing asks for it
-    for i, block in enumerate(model.blocks):
-        def mix(x, block=block, i=i):
-            kind = "mixer" if hasattr(block, "mixer") else "attn"
-            name, mixer = f"blocks.{i}.{kind}", getattr(block, kind)
-            x = rms_norm(g, x, getattr(block, f"{kind}_norm"), f"{name}_norm.weight")
-            return attention(g, x, mixer, name, i, rope, mask) if hasattr(mixer, "q_proj") \
-                else mamba(g, x, mixer, name, i, recent)
 
-        def feed(x, block=block, name=f"blocks.{i}"):
-            return mlp(g, rms_norm(g, x, block.mlp_norm, f"{name}.mlp_norm.weight"), block.mlp, f"{name}.mlp")
-        x = residual(g, x, mix, block, "attn", i)
-        x = residual(g, x, feed, block, "mlp", i)
-    if window:
-        x = g.Gather(x, np.int64(-1), axis=1)                                                # (B, C) or (B, n, C)
-    return finished(g, x, model, window)
+def mixer_layer(g, x, block, i, shared):
+    """Norm, then attention or Mamba: x (B, T, C) -> (B, T, C)."""
+    kind = "mixer" if hasattr(block, "mixer") else "attn"
+    name = f"blocks.{i}.{kind}"
+    mixer = getattr(block, kind)
+    x = rms_norm(g, x, getattr(block, f"{kind}_norm"), f"{name}_norm.weight")
+    if hasattr(mixer, "q_proj"):
+        return attention(g, x, mixer, name, i, shared)
+    return mamba(g, x, mixer, name, i, shared.present)
+
+
+def mlp_layer(g, x, block, i, n_hidden):
+    x = rms_norm(g, x, block.mlp_norm, f"blocks.{i}.mlp_norm.weight")
+    return mlp(g, x, block.mlp, f"blocks.{i}.mlp", n_hidden)
 
 
 def finished(g, x, model, window):
-    """The graph with norm and head behind x (B or B, T, C), which may have streams."""
+    """The graph with norm and head behind x: (B, C) or (B, T, C), and one dimension more where there are streams."""
     config = model.config
     x = rms_norm(g, x, model.norm, "norm.weight")
     if getattr(config, "n_streams", 1) > 1:
@@ -432,51 +418,106 @@ def finished(g, x, model, window):
     logits = tied_head(g, x) if head is None else linear(g, x, head, "head", config.n_embd)
     g.Identity(logits, name="logits")
     shape = ["batch"] if window else ["batch_size", "sequence_length"]
-    g.outputs = {"logits": (FLOAT, [*shape, config.vocab_size])} | g.outputs
+    g.outputs = {"logits": (g.float, [*shape, config.vocab_size])} | g.outputs  # the first, as everyone expects
     return g
 
 
-def copied(model):
-    """The same weights in float32 on the CPU, in eval mode."""
-    with torch.random.fork_rng(devices=[]):
-        twin = type(model)(model.config)
-    twin.load_state_dict(model.state_dict())
-    return twin.eval()
+def to_proto(g, name, with_weights=True):
+    """-> onnx.ModelProto."""
+    opsets = [helper.make_opsetid("", OPSET)]
+    if any(node.domain for node in g.nodes):
+        opsets.append(helper.make_opsetid("com.microsoft", 1))
+    return helper.make_model(g.build(name, with_weights), opset_imports=opsets, ir_version=IR_VERSION,
+                             producer_name="thimble")
+
+
+# ---- held against the model
+class Scan(OpRun):
+    """The operator as `scan` uses it, along axis 1, which onnx's own evaluator lacks."""
+    op_domain = ""
+
+    def need_context(self):  # the body reads weights of the graph around it
+        return True
+
+    def _run(self, h, *inputs, context=None, **_):
+        names = self.body.input_names
+        ys = []
+        for t in range(inputs[0].shape[1]):
+            now = [x[:, t] for x in inputs]
+            h, y = self._run_body({**context, **dict(zip(names, [h, *now], strict=True))})
+            ys.append(y)
+        return h, np.stack(ys, 1)
+
+
+def evaluate(g, ids):
+    """The graph's logits for ids (B, T) with an empty cache, by onnx's own evaluator, which needs no runtime."""
+    feed = {"input_ids": ids.numpy(), "attention_mask": np.ones(ids.shape, np.int64),
+            "position_ids": np.arange(ids.size(1))[None].repeat(len(ids), 0)}
+    feed = {name: value for name, value in feed.items() if name in g.inputs}
+    feed["input_ids"] = feed["input_ids"].astype(helper.tensor_dtype_to_np_dtype(g.inputs["input_ids"][0]))
+    for name, (_, sizes) in g.inputs.items():
+        if name.startswith("past"):
+            feed[name] = np.zeros(empty_shape(sizes, len(ids)), g.dtype)
+    # weights as inputs: inside of the graph they would be copied twice
+    run = ReferenceEvaluator(to_proto(g, "graph", with_weights=False), new_ops=[Scan])
+    return torch.from_numpy(run.run(["logits"], feed | g.weights)[0]).double()
 
 
 @torch.no_grad()
-def export(model, path, quant="fp32", window=False):
-    """Write the model as one ONNX file: opset 14, IR 7, checked by onnx.checker, there whole or not at all.
+def hold(model, window):
+    """UserError unless the graph gives the logits of the model's own forward, both in float64.
 
-    quant: "fp32"; "int8", weights and activations of 8 bits in plain MatMulInteger; "int4", weights of 4 bits in blocks
-    of 32 in com.microsoft.MatMulNBits; "q2", the same at 2 bits for ternary models, which loses nothing. Embedding and
-    head keep 8 bits under int8 and int4, and lose nothing under q2. int8 and int4 lose nothing in a ternary matrix.
-
-    The graph takes input_ids and position_ids int64 (B, T), attention_mask int64 (B, P + T), for each layer
-    past_key_values.{i}.key and .value float32 (B, K, P, D), and gives logits float32 (B, T, V), present.{i}.key and
-    .value (B, K, P + T, D). Begin with P = 0. window=True takes input_ids int32 (batch, block), of any length up to
-    block_size, and gives the logits float32 (batch, V) of the last position. That is the one form of cerebros.py, where
-    -1 in front of a shorter row stands for no token. UserError for what cannot be expressed.
+    It holds the layers of this file against those of the model file, before the graph stands in for them: whoever
+    changes an activation there must not get a graph of the old one.
     """
     arch = type(model).__module__
-    if quant not in QUANTS:
-        raise UserError(f"--quant={quant} is not an ONNX form; choose one of {', '.join(QUANTS)}")
-    if arch == "cerebros" and (not window or quant != "fp32"):
-        raise UserError("cerebros.py has one ONNX form, a window of ids to logits: add --window, without --quant")
-    if arch not in ("model", "ternary", "hybrid_ssm", "cerebros"):
-        raise UserError(f"{arch}.py has no ONNX form: teach onnx_graph.py its layers, or export it with --format=hf")
-    if quant == "q2" and arch != "ternary":
+    remedy = "export it with --format=hf, or teach formats/onnx.py its layers"
+    try:
+        wide = widened(model)
+        with in_float64():
+            g = graph(wide, window=window, dtype=np.float64)
+        ids = some_ids(model)
+        same = True
+        # of a window only the last logits come out, and a short row reads places without a token
+        for length in {ids.size(1), ids.size(1) // 2 + 1} if window else {ids.size(1)}:
+            own = own_logits(wide, ids[:, :length])
+            same &= not differs(own[:, -1] if window else own, evaluate(g, ids[:, :length]))
+    except Exception as error:  # whatever a model file of one's own lacks, or has besides
+        raise UserError(f"{arch}.py has no ONNX form ({short(error, 100)}): {remedy}") from None
+    if not same:
+        raise UserError(f"{arch}.py computes something else than the ONNX form of its layers: {remedy}")
+
+
+# ---- the file
+@torch.no_grad()
+def write(path, model, quant="fp32", window=False):
+    """Write the model as one ONNX file -> (the model whose logits it must give, {weight: array} as stored).
+
+    quant: "fp32"; "int8", weights and activations of 8 bits in plain MatMulInteger; "int4", weights of 4 bits in blocks
+    of 32 in com.microsoft.MatMulNBits; "q2", the same at 2 bits for ternary models. Embedding and head have 8 bits in
+    int8 and int4. fp32 and q2 are lossless, and so is any form of a ternary matrix.
+
+    The graph maps input_ids and position_ids int64 (B, T), attention_mask int64 (B, P + T) and for each layer
+    past_key_values.{i}.key and .value float32 (B, K, P, D) to logits float32 (B, T, V), present.{i}.key and .value
+    (B, K, P + T, D). Begin with P = 0. With window=True it maps input_ids int32 (batch, block), of any length up to
+    block_size, to the logits float32 (batch, V) of the last position. That is the one form of cerebros.py, where
+    -1 in front of a shorter row stands for no token. UserError for what cannot be expressed.
+    """
+    path = Path(path)
+    arch = type(model).__module__
+    if quant not in QUANTS["onnx"]:
+        raise UserError(f"--quant={quant} is not an ONNX form; choose one of {', '.join(QUANTS['onnx'])}")
+    if hasattr(getattr(model, "config", None), "wiring") and (not window or quant != "fp32"):
+        raise UserError(f"{arch}.py has one ONNX form, a window of ids to logits: add --window, without --quant")
+    if quant == "q2" and not any(is_ternary(module) for module in model.modules()):
         raise UserError(f"--quant=q2 is for ternary models, not for {arch}.py; use int4 or int8")
-    g = graph(copied(model), quant, window)
-    if sum(array.nbytes for array in g.weights.values()) > 2**31 - 2**20:
+    hold(model, window)
+    g = graph(copy.deepcopy(model).float().eval(), quant, window)
+    if sum(array.nbytes for array in g.weights.values()) > MOST_BYTES:
         raise UserError(f"{path}: an ONNX file holds 2 GB at most, this model has more; use --quant=int4 or int8")
-    domains = [("", 14)] + [("com.microsoft", 1)] * any(node.domain for node in g.nodes)
-    proto = helper.make_model(g.build(arch), opset_imports=[helper.make_opsetid(*domain) for domain in domains],
-                              ir_version=7, producer_name="thimble")
+    proto = to_proto(g, arch)
     helper.set_model_props(proto, {"arch": arch, "quant": quant})
     onnx.checker.check_model(proto, full_check=True)
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.write_bytes(proto.SerializeToString())
-    os.replace(draft, path)
+    files.write_atomic(path, proto.SerializeToString())
+    return twin(model, quant), g.weights

@@ -30,7 +30,7 @@ def window_nats(model, tokens, block_size, mask=None, autocast=None):
         x = torch.from_numpy(x).to(device)
         y = torch.from_numpy(y).to(device)                                          # (B, T), -1 where ignored
         with autocast or contextlib.nullcontext():
-            logits, _ = model(x)                           # (rows, block_size, V)
+            logits, _ = model(x)  # (rows, block_size, V)
         losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-1, reduction="none")
         sums.append(losses.view_as(y).double().sum(1))
         counts.append((y >= 0).sum(1).double())

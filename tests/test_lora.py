@@ -53,7 +53,7 @@ def test_gradients_and_merging_equal_the_definition():
     idx, targets = torch.randint(31, (2, 3, 12))
     twin, besides = unmerged(m, lora)
     assert torch.allclose(m(idx)[0], twin(idx)[0], atol=1e-10)
-    for part in (0, 1):                                    # two micro-batches add up
+    for part in (0, 1):  # two micro-batches add up
         m(idx[part:part + 1], targets[part:part + 1])[1].backward()
         twin(idx[part:part + 1], targets[part:part + 1])[1].backward()
     for pair, beside in zip(lora.pairs, besides, strict=True):

@@ -13,15 +13,16 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from cases import send
 from onnx import numpy_helper
 
-import export
-from formats import onnx as onnx_graph
-from formats import onnx_check
+from formats import onnx as onnx_format
+from formats.check import Artefact, OnnxRuntime, check, onnx_weights
+from formats.names import QUANTS
 from thimble.files import UserError
 from thimble.generate import generate
 from thimble.load import deployed
-from thimble.tokenizer import byte_tokenizer
+from thimble.tokenizer import byte_tokenizer, char_tokenizer
 
 BASE = {"n_layer": 2, "n_head": 4, "n_embd": 64, "vocab_size": 60, "block_size": 48}
 CASES = {
@@ -36,7 +37,7 @@ CASES = {
     "jamba": ("hybrid_ssm", {"ssm": "mamba1", "n_layer": 3, "attn_layer_period": 3, "n_kv_head": 2}),
     "mamba2": ("hybrid_ssm", {"attn_layer_period": 2, "ssm_head_dim": 16, "d_state": 8, "rope": True, "qk_norm": True}),
 }
-PROMPTS = torch.randint(60, (12, 9), generator=torch.Generator().manual_seed(3)).tolist() + [[59], [1, 2, 3]]
+WORDS = char_tokenizer(map(chr, range(65, 124)))  # 60 ids, with the end of text
 
 
 @functools.cache
@@ -53,24 +54,28 @@ def built(case, packed=False):
     return (deployed(model) if packed else model).eval()
 
 
+def written(path, model, quant="fp32", window=False):
+    """Write the graph -> its Artefact."""
+    return Artefact(path, "onnx", quant, *onnx_format.write(path, model, quant, window))
+
+
 @pytest.fixture
 def ort():
     return pytest.importorskip("onnxruntime", reason="pip install onnxruntime runs the ONNX files")
 
 
-FORMS = [(case, quant, packed) for case in CASES for quant in onnx_graph.QUANTS for packed in (False, True)
+FORMS = [(case, quant, packed) for case in CASES for quant in QUANTS["onnx"] for packed in (False, True)
          if CASES[case][0] == "ternary" or not (packed or quant == "q2")]
 
 
 @pytest.mark.parametrize("case,quant,packed", FORMS)
 def test_onnxruntime_says_what_torch_says(ort, tmp_path, case, quant, packed):
     model, path = built(case, packed), tmp_path / "model.onnx"
-    onnx_graph.export(model, path, quant)
-    found = onnx_check.check(model, path, PROMPTS, n_new=12)
+    found = check(written(path, model, quant), model, WORDS, {}, 14, 12)
     if CASES[case][0] != "ternary" and quant == "fp32":
-        assert found["delta"] <= 1e-4 and found["same"] == len(PROMPTS)
+        assert found["delta"] <= 1e-4 and found["same"] == 14
     if quant in ("fp32", "q2"):
-        assert found["loss"] < 0.2                         # 8-bit activations: a rounding may tip
+        assert found["delta"] < 0.2 and found["loss"] == 0  # 8-bit activations: a rounding may tip
     proto = onnx.load(path)
     assert {o.domain: o.version for o in proto.opset_import}[""] == 14 and proto.ir_version <= 8
     assert {node.domain for node in proto.graph.node} <= {"", "com.microsoft"} if quant in ("int4", "q2") else {""}
@@ -82,7 +87,7 @@ def test_onnxruntime_says_what_torch_says(ort, tmp_path, case, quant, packed):
 def test_without_its_roundings_a_ternary_graph_is_exact(ort, tmp_path, monkeypatch, case, quant):
     """A rounding turns a last bit into 1/254 of a number; without them all else must agree to 1e-4."""
     model, path = built(case), tmp_path / "model.onnx"
-    onnx_graph.export(model, path, quant)
+    onnx_format.write(path, model, quant)
     proto = onnx.load(path)
     for node in proto.graph.node:
         if node.op_type == "Round":
@@ -94,8 +99,8 @@ def test_without_its_roundings_a_ternary_graph_is_exact(ort, tmp_path, monkeypat
         return x * scale, scale
     monkeypatch.setattr("ternary.absmax", absmax)
     ids = torch.randint(60, (3, 48), generator=torch.Generator().manual_seed(2))
-    run = onnx_check.session(path)
-    logits, _ = onnx_check.step(run, ids, onnx_check.empty_cache(run, 3))
+    run = OnnxRuntime(path)
+    logits, _ = run.step(ids, run.empty_cache(3))
     with torch.no_grad():
         assert np.abs(logits - model(ids)[0].numpy()).max() <= 1e-4
 
@@ -103,16 +108,16 @@ def test_without_its_roundings_a_ternary_graph_is_exact(ort, tmp_path, monkeypat
 @pytest.mark.parametrize("case", ["gqa", "tied", "jamba", "mamba2"])
 def test_padding_on_the_left_and_any_chopping_change_nothing(ort, tmp_path, case):
     model, path = built(case), tmp_path / "model.onnx"
-    onnx_graph.export(model, path)
-    run = onnx_check.session(path)
+    onnx_format.write(path, model)
+    run = OnnxRuntime(path)
     ids = torch.randint(60, (2, 30), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         want = np.stack([model(ids[:1])[0][0, -5:], model(ids[1:, 12:])[0][0, -5:]])
     mask = np.ones((2, 30), np.int64)
     mask[1, :12] = 0
-    cache, start = onnx_check.empty_cache(run, 2), 0
+    cache, start = run.empty_cache(2), 0
     for end in (7, 25, 30):
-        logits, cache = onnx_check.step(run, ids[:, start:end], cache, mask[:, :end])
+        logits, cache = run.step(ids[:, start:end], cache, mask[:, :end])
         start = end
     assert np.abs(logits - want).max() <= 1e-4
 
@@ -121,10 +126,9 @@ def test_padding_on_the_left_and_any_chopping_change_nothing(ort, tmp_path, case
 def test_window_form(ort, tmp_path, case):
     """The form that the Elixir service of a seed loads: int32 in, the last position's logits out."""
     model, path = built(case), tmp_path / "window.onnx"
-    onnx_graph.export(model, path, window=True)
-    found = onnx_check.check(model, path, PROMPTS, n_new=4)
-    assert found["same"] == len(PROMPTS)
-    run = onnx_check.session(path)
+    found = check(written(path, model, window=True), model, WORDS, {}, 14, 4)
+    assert found["same"] == 14
+    run = OnnxRuntime(path).session
     (given,), (got,) = run.get_inputs(), run.get_outputs()
     assert (given.name, given.type, given.shape) == ("input_ids", "tensor(int32)", ["batch", "block"])
     assert (got.name, got.type, got.shape) == ("logits", "tensor(float)", ["batch", 60])
@@ -145,10 +149,10 @@ def test_window_form_of_a_wiring(ort, tmp_path, act):
         for p in model.parameters():
             p += 0.1 * torch.randn_like(p)
     path = tmp_path / "window.onnx"
-    onnx_graph.export(model, path, window=True)
+    artefact = written(path, model, window=True)
     assert [(o.domain, o.version) for o in onnx.load(path).opset_import] == [("", 14)]
-    assert onnx_check.check(model, path, PROMPTS, n_new=60)["same"] == len(PROMPTS)
-    run = onnx_check.session(path)
+    assert check(artefact, model, WORDS, {}, 14, 60)["same"] == 14
+    run = OnnxRuntime(path).session
     assert (run.get_inputs()[0].type, run.get_outputs()[0].shape) == ("tensor(int32)", ["batch", 60])
     texts = [torch.randint(60, (n,)) for n in (1, 12, 40)]
     rows = torch.stack([torch.cat((torch.full((40 - len(t),), -1), t)) for t in texts])
@@ -158,7 +162,7 @@ def test_window_form_of_a_wiring(ort, tmp_path, act):
     assert got.dtype == np.float32 and np.abs(got - want.numpy()).max() <= 1e-4
     for wrong in ({"window": False}, {"window": True, "quant": "int8"}):
         with pytest.raises(UserError, match="one ONNX form.*add --window, without --quant"):
-            onnx_graph.export(model, path, **wrong)
+            onnx_format.write(path, model, **wrong)
 
 
 @pytest.mark.slow
@@ -167,13 +171,13 @@ def test_window_form_in_node(ort, tmp_path, monkeypatch):
         pytest.skip("needs Node.js")
     command = ["npm", "install", "--ignore-scripts", "--prefix", str(tmp_path), "onnxruntime-node@1.20.1"]
     if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("npm does not give onnxruntime-node")
+        pytest.skip("npm could not install onnxruntime-node")
     import cerebros
     from bench import window
     monkeypatch.setenv("NODE_PATH", str(tmp_path / "node_modules"))
     torch.manual_seed(0)
     model = cerebros.Model(cerebros.Config(n_embd=16, vocab_size=60)).eval()
-    onnx_graph.export(model, tmp_path / "w.onnx", window=True)
+    onnx_format.write(tmp_path / "w.onnx", model, window=True)
     ids = torch.randint(60, (3, 40))
     logits, times = window.node(tmp_path / "w.onnx", ids.int().numpy(), 5, tmp_path)
     with torch.no_grad():
@@ -188,7 +192,7 @@ def test_files_are_as_small_as_they_should_be(tmp_path):
     dense, small = importlib.import_module("model").Model(config), ternary.Model(ternary.Config(
         n_embd=256, vocab_size=64))
     for model, quant, bits in ((dense, "fp32", 32), (dense, "int8", 8), (dense, "int4", 4.5), (small, "q2", 2)):
-        onnx_graph.export(model, tmp_path / "m.onnx", quant)
+        onnx_format.write(tmp_path / "m.onnx", model, quant)
         n = sum(p.numel() for p in model.parameters())
         extra = 2048 * 256 / 2 if quant == "int4" else 64 * 256 * 4 if quant == "q2" else 0  # 8 bits, float32
         assert 0.99 * n * bits / 8 < (tmp_path / "m.onnx").stat().st_size < 1.15 * n * bits / 8 + extra + 60_000
@@ -222,39 +226,46 @@ SABOTAGE = [("dense", "fp32", "blocks.1.attn.o_proj", lambda w: w * 0),
 @pytest.mark.parametrize("case,quant,name,change", SABOTAGE, ids=lambda v: v if isinstance(v, str) else "")
 def test_the_check_sees_a_wrong_weight(ort, tmp_path, case, quant, name, change):
     model, path = built(case), tmp_path / "model.onnx"
-    onnx_graph.export(model, path, quant)
-    onnx_check.check(model, path, PROMPTS, n_new=12)
+    artefact = written(path, model, quant)
+    check(artefact, model, WORDS, {}, 14, 12)
     edit(path, name, change)
-    with pytest.raises(UserError, match="is not the model"):
-        onnx_check.check(model, path, PROMPTS, n_new=12)
+    with pytest.raises(UserError, match=f"check failed: {name} is not in the file as it should be"):
+        check(artefact, model, WORDS, {}, 14, 12)
+    with pytest.raises(UserError, match="check failed: (logits|.* greedy texts) differ"):  # nor do its logits pass
+        check(artefact._replace(stored=onnx_weights(path)), model, WORDS, {}, 14, 12)
 
 
-def test_refusals_are_one_line(tmp_path, monkeypatch):
+def test_refusals_are_one_line(tmp_path, monkeypatch, capsys):
     path = tmp_path / "model.onnx"
     fork = type("Model", (torch.nn.Module,), {"__module__": "mine"})()
     for model, quant, words in ((built("dense"), "int3", "choose one of fp32, int8, int4, q2"),
                                 (built("dense"), "q2", "for ternary models"), (fork, "fp32", "mine.py has no ONNX")):
         with pytest.raises(UserError, match=words) as error:
-            onnx_graph.export(model, path, quant)
+            onnx_format.write(path, model, quant)
         assert "\n" not in str(error.value) and not path.exists()
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UserError, match="pip install onnxruntime"):
-        onnx_check.check(built("dense"), path)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "onnxruntime", None)
+        assert check(written(path, built("dense")), built("dense"), WORDS, {}) == {}
+        assert "needs the package onnxruntime: pip install onnxruntime" in capsys.readouterr().err
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="install Node.js"):
-        export.export(built("dense"), byte_tokenizer(), tmp_path / "web", "web")
+        send(built("dense"), byte_tokenizer(), tmp_path / "web", "web")
 
 
-def test_check_refuses_files_that_are_not_ours(ort, tmp_path):
+def test_the_check_refuses_files_that_are_not_ours(ort, tmp_path):
     path = tmp_path / "model.onnx"
+    artefact = written(path, built("dense"))
     for content in (b"", b"no protobuf", np.random.default_rng(0).bytes(5000)):
         path.write_bytes(content)
         with pytest.raises(UserError, match="onnxruntime does not load it") as error:
-            onnx_check.check(built("dense"), path)
+            OnnxRuntime(path)
         assert "\n" not in str(error.value)
-    onnx_graph.export(built("ternary"), path)
-    with pytest.raises(UserError, match="is not an export of a model"):
-        onnx_check.check(built("dense"), path)
+        with pytest.raises(UserError, match="check failed") as error:
+            check(artefact, built("dense"), WORDS, {})
+        assert "\n" not in str(error.value)
+    written(path, built("ternary"))
+    with pytest.raises(UserError, match="check failed"):
+        check(artefact, built("dense"), WORDS, {})
 
 
 @functools.cache
@@ -275,7 +286,7 @@ def test_onnxruntime_genai_reads_the_folder(tmp_path):
     genai = pytest.importorskip("onnxruntime_genai", reason="pip install onnxruntime-genai reads the folder")
     model, tokenizer, ids, want = spoken()
     folder = tmp_path / "out"
-    export.export(model, tokenizer, folder, "onnx", checked=False)
+    send(model, tokenizer, folder, "onnx", check=False)
     loaded = genai.Model(str(folder))
     settings = genai.GeneratorParams(loaded)
     settings.set_search_options(max_length=len(ids) + len(want))
@@ -293,7 +304,7 @@ def test_the_page_writes_the_same_text_in_a_browser(tmp_path):
         pytest.skip("needs chromium and npm")
     model, tokenizer, _, want = spoken()
     folder = tmp_path / "web"
-    export.export(model, tokenizer, folder, "web", checked=False)
+    send(model, tokenizer, folder, "web", check=False)
     config = json.loads((folder / "config.json").read_text())
     assert (folder / "onnx" / "model.onnx").is_file() and config["transformers.js_config"] == {"dtype": "fp32"}
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
@@ -306,4 +317,4 @@ def test_the_page_writes_the_same_text_in_a_browser(tmp_path):
         server.shutdown()
     assert re.search('data-state="done"', page), page[-1500:]
     assert [int(i) for i in re.search('data-ids="([^"]*)"', page)[1].split()] == want
-    assert re.search(r"model, fp32, [\d.]+ MB, runs on (WASM|WebGPU)", page) and re.search(r"[\d.]+ tokens/s", page)
+    assert re.search(r"model, fp32, [\d.]+ MB, running on (WASM|WebGPU)", page) and re.search(r"[\d.]+ tokens/s", page)

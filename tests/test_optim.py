@@ -73,14 +73,14 @@ def test_orthogonalize_turns_every_singular_value_to_about_one(shape):
     u, s, v = torch.linalg.svd(optim.orthogonalize(x := torch.randn(shape)), full_matrices=False)
     assert 0.6 < s.min() and s.max() < 1.3
     u0, s0, v0 = torch.linalg.svd(x, full_matrices=False)
-    exact = u0 @ v0                                        # the polar factor that the iteration approximates
+    exact = u0 @ v0  # the polar factor that the iteration approximates
     assert ((u * s[:, None]) @ v - exact).norm() / exact.norm() < 0.35
 
 
 def test_lion_follows_its_algorithm():
     g, m = torch.tensor([1.0, -2.0, 0.0]), torch.tensor([-0.05, 0.5, 0.0])
     update = optim.lion_update(g, m, (0.9, 0.99))
-    assert update.tolist() == [1.0, 1.0, 0.0]              # sign(.9 m + .1 g)
+    assert update.tolist() == [1.0, 1.0, 0.0]  # sign(.9 m + .1 g)
     assert torch.allclose(m, torch.tensor([0.99 * -0.05 + 0.01, 0.99 * 0.5 - 0.02, 0.0]))
 
 
@@ -126,7 +126,6 @@ def test_no_default_differs_from_that_of_the_loop():
 
 
 # ---- schedules: W warm-up steps, T steps in all
-
 W, T = 10, 200
 
 
@@ -146,7 +145,7 @@ def test_rate_equals_its_closed_form_at_every_step(schedule):
     scales = [lr_scale(s, schedule, T, W, 0.1, 0.2) for s in range(1, 10 * T)]
     for step, scale in enumerate(scales, 1):
         assert abs(scale - closed_form(min(step, T), schedule)) < 1e-12
-    assert scales[0] == 1 / W and scales[W - 1] == 1       # the first step is warmed up, not at the full rate
+    assert scales[0] == 1 / W and scales[W - 1] == 1  # the first step is warmed up, not at the full rate
     falling = scales[W - 1:]
     assert all(a >= b for a, b in zip(falling, falling[1:], strict=False)), "the rate rises again after the warm-up"
     if schedule != "constant":

@@ -26,7 +26,7 @@ def test_runs_of_a_name_are_numbered(tmp_path):
     make_runs(tmp_path, "tiny")
     assert runlog.newest(name) == name and runlog.unused(name) == tmp_path / "tiny-2"
     make_runs(tmp_path, "tiny-2", "tiny-10", "tiny-9", "tiny_cpu", "tiny-x", "tiny-3b", "my-tiny-12")
-    (tmp_path / "tiny-11").mkdir()                         # it never came to a checkpoint
+    (tmp_path / "tiny-11").mkdir()  # it never came to a checkpoint
     assert [number for number, _ in runlog.numbered(name)] == [1, 2, 9, 10]
     assert runlog.newest(name) == tmp_path / "tiny-10" and runlog.unused(name) == tmp_path / "tiny-11"
 
@@ -54,8 +54,8 @@ def test_going_back_drops_what_comes_again(tmp_path):
                    {"step": 8, "loss": 0.5}, {"step": 8, "val_loss": 0.5}, {"step": 9, "event": "skipped"}):
         log.record(record)
     with open(tmp_path / "metrics.jsonl", "a") as f:
-        f.write('{"step": 9, "lo')                         # killed while it wrote
-    log.go_back({"step": 8, "record": {"step": 4}})        # a checkpoint of step 8 from before its evaluation
+        f.write('{"step": 9, "lo')  # killed while it wrote
+    log.go_back({"step": 8, "record": {"step": 4}})  # a checkpoint of step 8 from before its evaluation
     kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(r["step"], sorted(r.keys() - {"step"})) for r in kept] == [
         (0, ["event"]), (4, ["loss"]), (4, ["val_loss"]), (8, ["loss"]), (9, ["event"])]
@@ -63,7 +63,7 @@ def test_going_back_drops_what_comes_again(tmp_path):
 
 def test_without_a_terminal_lines_are_plain(tmp_path, capsys):
     log = new_log(tmp_path)
-    log.shown = float("-inf")                              # the last line was long ago
+    log.shown = float("-inf")  # the last line was long ago
     log.progress(3, 1.25, 1000.0, 0.5)
     log.say("stopped")
     assert capsys.readouterr().out.splitlines()[0].startswith("step 3/9  loss 1.2500  1,000 tokens/s  MFU 50%")

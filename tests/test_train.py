@@ -57,14 +57,13 @@ def digest(run):
     """sha256 of the newest weights and of all that the next step depends on."""
     folder = checkpoint.load_run(run).path
     state = json.loads((folder / "meta.json").read_text())["state"]
-    seconds = ("seconds", "record")                        # clocks differ
+    seconds = ("seconds", "record")  # clocks differ
     files = [folder / "model.safetensors", folder / "optimizer.safetensors"]
     sums = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     return folder.name, sums, {k: v for k, v in state.items() if k not in seconds}
 
 
 # ---- it learns, and says so
-
 def test_it_learns_and_leaves_a_run_folder(toy, capsys):
     record = train.train(config(toy, max_steps=150, eval_every=75, lr=0.02, dropout=0.0, prompts=("cat sat",)))
     meta = data.load(toy).meta
@@ -92,12 +91,12 @@ def test_evaluation_counts_every_token_once_for_any_batch_size(toy):
     m = model.Model(model.Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257, block_size=32))
     got = train.evaluate(m, dataset, torch.autocast("cpu", enabled=False))
     nats, ids = [], torch.from_numpy(np.array(dataset.val)).long()
-    for start in range(0, len(ids) - 1, 32):               # one window at a time
+    for start in range(0, len(ids) - 1, 32):  # one window at a time
         window = ids[start:start + 33]
         nats += F.cross_entropy(m(window[None, :-1])[0][0], window[1:], reduction="none").tolist()
     assert len(nats) == len(ids) - 1 == got["val_tokens"]
     assert abs(np.mean(nats) - got["val_loss"]) < 1e-5
-    assert abs(got["val_bpb"] - np.mean(nats) / math.log(2)) < 1e-4      # bytes are tokens here
+    assert abs(got["val_bpb"] - np.mean(nats) / math.log(2)) < 1e-4  # bytes are tokens here
     assert m.training
 
 
@@ -107,7 +106,7 @@ def test_it_runs_exactly_max_steps_at_the_closed_form_rate(toy):
     assert [r["step"] for r in steps("run")] == list(range(1, 14))
     for r in steps("run"):
         assert r["lr"] == cfg.lr * lr_scale(r["step"], "wsd", 13, 4, cfg.min_lr, cfg.decay_frac)
-    assert train.train(replace(cfg, resume=True))["step"] == 13           # nothing left to do
+    assert train.train(replace(cfg, resume=True))["step"] == 13  # nothing left to do
     assert [r["step"] for r in steps("run")] == list(range(1, 14))
 
 
@@ -123,7 +122,7 @@ def test_micro_batches_are_weighed_by_tokens(toy, monkeypatch):
 
     def masked(*args, **kwargs):
         x, y = batch(*args, **kwargs)
-        y[:3] = -1                                         # a whole micro-batch and a part of another count nothing
+        y[:3] = -1  # a whole micro-batch and a part of another count nothing
         y[4, 5:] = -1
         return x, y
     monkeypatch.setattr(data, "batch", masked)
@@ -175,10 +174,10 @@ def test_a_failing_compiler_is_not_fatal(toy, monkeypatch, capsys):
     assert train.train(config(toy, "compiled", compile=True))["val_loss"] == plain["val_loss"]
     out = capsys.readouterr().out
     assert "torch.compile does not work here (no compiler second line)" in out and "threads, compiled" not in out
-    assert lines("compiled")[0]["compile"] is False        # what came of it
+    assert lines("compiled")[0]["compile"] is False  # what came of it
     assert checkpoint.load("compiled").meta["environment"]["compile"] is False
     train.train(config(toy, "compiled", compile=True, resume=True))
-    assert "warning" not in capsys.readouterr().err        # as before: without
+    assert "warning" not in capsys.readouterr().err  # as before: without
 
 
 def test_a_working_compiler_is_recorded(toy, monkeypatch, capsys):
@@ -212,7 +211,7 @@ def test_a_tracker_goes_on_with_the_same_run_and_ends_it(toy, monkeypatch, track
     seen = []
     run = types.SimpleNamespace(log=lambda values, step: None, finish=lambda: seen.append("finish"))
 
-    def wandb(project, name, id, resume, config):          # what each of them takes: an id is wandb's alone
+    def wandb(project, name, id, resume, config):  # what each of them takes: an id is wandb's alone
         seen.append((name, id, resume))
         return run
 
@@ -249,7 +248,6 @@ def test_tensorboard_hides_what_a_resume_repeats(toy, monkeypatch):
 
 
 # ---- it resumes
-
 @pytest.mark.parametrize("changes", [
     {}, {"optimizer": "adamw", "lr": 0.003}, {"rest_optimizer": "lion", "rest_lr": 1e-3}, {"micro_batch_size": 4},
     {"dtype": "float32", "schedule": "restarts", "restart_steps": 5}, {"optimizer": "lion", "lr": 1e-3},
@@ -260,7 +258,7 @@ def test_resume_is_exact(toy, changes):
     train.train(cfg)
     cut = replace(cfg, out_dir="cut")
     train.train(cut)
-    for folder in ("step_000012", "step_000006"):          # as if it had died after step 6, and then before
+    for folder in ("step_000012", "step_000006"):  # as if it had died after step 6, and then before
         shutil.rmtree(f"cut/{folder}")
         os.remove("cut/latest")
         os.remove("cut/best")
@@ -292,7 +290,7 @@ def test_counters_go_on_after_a_resume(toy):
 def test_what_came_after_the_checkpoint_is_not_logged_twice(toy):
     train.train(config(toy))
     with open("run/metrics.jsonl", "a") as f:
-        f.write('{"step": 14, "loss": 1.0}\n{"step": 15, "lo')                     # died while it wrote
+        f.write('{"step": 14, "loss": 1.0}\n{"step": 15, "lo')  # died while it wrote
     train.train(config(toy, max_steps=14, schedule="constant", resume=True))
     assert [r["step"] for r in steps("run")] == list(range(1, 15))
 
@@ -392,7 +390,6 @@ def test_a_run_is_never_overwritten(toy):
 
 
 # ---- it survives
-
 SLOW_SAVES = {"n_embd": 128, "n_layer": 2, "max_steps": 40, "eval_every": 10, "save_every": 2, "keep_last": 2}
 
 
@@ -418,11 +415,11 @@ def killed_and_resumed(toy, out, kills, rng):
             assert p.wait() == 0, Path("stderr.txt").read_text()
             return digest(out), inside
         while p.poll() is None and last_line(out) == before:
-            time.sleep(0.002)                              # until it works
+            time.sleep(0.002)  # until it works
         if kill % 2:
             time.sleep(rng.uniform(0, 0.3))
         else:
-            for _ in range(rng.randrange(1, 4)):           # in the n-th save from here
+            for _ in range(rng.randrange(1, 4)):  # in the n-th save from here
                 while p.poll() is None and saving():
                     pass
                 while p.poll() is None and not saving():
@@ -513,11 +510,11 @@ def test_a_bad_step_is_skipped_and_never_reaches_the_weights(toy, poison):
 
 
 def test_three_bad_steps_go_back_to_the_last_good_state_with_half_the_rate(toy, poison, capsys):
-    poison.BAD = {8, 9, 10}                                # after the checkpoint of step 6
+    poison.BAD = {8, 9, 10}  # after the checkpoint of step 6
     cfg = config(toy, arch="poison", schedule="constant")
     train.train(cfg)
     assert "back to step 6 with half the learning rate" in capsys.readouterr().out
-    assert [r["step"] for r in steps("run")] == list(range(1, 13))       # the second pass alone
+    assert [r["step"] for r in steps("run")] == list(range(1, 13))  # the second pass alone
     assert [r["step"] for r in lines("run") if "event" in r] == [0, 8, 9, 10, 6]
     rates = {r["step"]: r["lr"] for r in steps("run")}
     assert rates[6] == cfg.lr and rates[7] == rates[12] == cfg.lr / 2
@@ -531,7 +528,6 @@ def test_a_hopeless_run_stops_clearly_and_its_best_is_good(toy, poison):
 
 
 # ---- recipes
-
 RECIPES = sorted((ROOT / "config").glob("*.py"))
 
 
@@ -539,9 +535,9 @@ RECIPES = sorted((ROOT / "config").glob("*.py"))
 def test_every_recipe_loads_and_starts_at_ln_v(path):
     searches = re.search(r"^space = ", path.read_text(), re.M)
     cfg = configurator.load(search.Config if searches else train.Config, path)
-    assert path.read_text().startswith("# ")               # machine, minutes, expected loss
+    assert path.read_text().startswith("# ")  # machine, minutes, expected loss
     if searches:
-        assert search.parse_space(cfg)                     # every key is one, every value one of its kind
+        assert search.parse_space(cfg)  # every key is one, every value one of its kind
     if cfg.prepare:
         assert (ROOT / cfg.prepare.split()[0]).exists()
     vocab_size = cfg.model.vocab_size or {"char": 66, "byte": 257}.get(
@@ -603,7 +599,7 @@ def test_fine_tuning_takes_or_refuses_model_flags(toy, tmp_path, monkeypatch):
         was = checkpoint.load("base").meta["model_config"]
         assert checkpoint.load(out).meta["model_config"] == was | changes
     for changes, message in (({"n_embd": 64}, r"n_embd=64 \(it has 32\)"), ({"n_layer": 4}, r"n_layer=4 \(it has 1\)")):
-        with pytest.raises(files.UserError, match=message):        # 4 is the default, and was typed all the same
+        with pytest.raises(files.UserError, match=message):  # 4 is the default, and was typed all the same
             train.train(config(toy, "c", init_from="base", **changes), command=typed(changes))
     (tmp_path / "placed.py").write_text("from model import *\nfrom model import Model as Plain\n\n"
                                         "class Model(Plain):\n    def __init__(self, config):\n"
@@ -627,7 +623,6 @@ def test_fine_tuning_refuses_another_tokenizer(toy, tmp_path):
 
 
 # ---- users
-
 @pytest.mark.parametrize("args, reason", [
     (["--lr=abc"], "--lr=abc: expected float"),
     (["--n_layer=4.5"], "--n_layer=4.5: expected int"),
@@ -639,23 +634,29 @@ def test_fine_tuning_refuses_another_tokenizer(toy, tmp_path):
     (["--n_embd=100", "--n_head=3"], "n_embd=100 must be a multiple of n_head=3"),
     (["--dataset=nowhere"], "nowhere"),
     (["--device=warp"], "--device=warp does not work here"),
-    (["--batch_size=0"], "batch_size=0"),
+    (["--batch_size=0"], "batch_size=0 must be at least 1"),
     (["--micro_batch_size=3"], "micro_batch_size=3"),
     (["--warmup_steps=99999"], "warmup_steps=99999"),
     (["--block_size=99999"], "100,000"),
     (["--vocab_size=5"], "vocab_size=5"),
     (["--optimizer=adm"], "did you mean 'adam"),
     (["--resume"], "no run"),
+    (["--resume", "{recipe}"], "no run runs/recipe to resume"),
     (["--init_from=nowhere"], "nowhere"),
     (["--tracker=trackio"], "pip install trackio"),
-    (["--lr=-1"], "lr=-1"),
+    (["--lr=-1"], "lr=-1.0 must not be negative"),
+    (["--min_lr=1.5"], "min_lr=1.5 is a fraction"),
+    (["--betas=0.9,1"], "betas=(0.9, 1.0) and momentum=0.95 must be below 1"),
+    (["--lora_rank=2"], "lora_rank=2 needs a model to adapt"),
     (["--prompts=ünknown", "--dataset={chars}"], "ü"),
     (["--dataset={damaged}"], "train.bin"),
     (["--out_dir={file}"], "{file}"),
 ], ids=lambda v: " ".join(v) if isinstance(v, list) else "")
 def test_mistakes_end_in_one_clear_line(toy, args, reason, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
-    places = {"file": tmp_path / "file", "chars": tmp_path / "chars", "damaged": tmp_path / "damaged"}
+    (tmp_path / "recipe.py").write_text("seed = 1\n")
+    places = {"file": tmp_path / "file", "chars": tmp_path / "chars", "damaged": tmp_path / "damaged",
+              "recipe": tmp_path / "recipe.py"}
     if "{damaged}" in args[0]:
         shutil.copytree(toy, places["damaged"])
         with open(places["damaged"] / "train.bin", "ab") as f:
@@ -681,7 +682,7 @@ def test_runs_are_named_after_their_recipe_and_never_collide(toy, tmp_path, monk
     call("mine.py")
     call("mine.py", "--seed=2")
     assert sorted(os.listdir("runs")) == ["mine", "mine-2"]
-    call("mine.py", "--resume", "--max_steps=14")          # the newest of that name, with its own flags
+    call("mine.py", "--resume", "--max_steps=14")  # the newest of that name, with its own flags
     meta = checkpoint.load("runs/mine-2").meta
     assert meta["step"] == 14 and meta["config"]["seed"] == 2
     assert checkpoint.load("runs/mine").meta["step"] == 12

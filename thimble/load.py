@@ -66,8 +66,8 @@ def read(path=None, which="latest"):
     suffixes = {file.suffix for file in path.glob("*")}
     # a run has a config.json, too, but no weights beside it; a checkpoint has weights, but no config.json
     if path.is_file() or (suffixes & WEIGHTS and (path / "config.json").is_file()):
-        from formats import foreign
-        return foreign.read(path)
+        from formats import gguf, hf
+        return hf.read(path) if path.is_dir() else gguf.read(path)
     if (path / "val.bin").is_file():  # else its meta.json would be taken for that of a damaged checkpoint
         raise UserError(f"{path} is a dataset, not a model: train one on it with python train.py --dataset={path}")
     return checkpoint.load(path, which)
@@ -76,8 +76,8 @@ def read(path=None, which="latest"):
 def read_tokenizer(path):
     """The Tokenizer of a tokenizer.json, of the folder (dataset, checkpoint) that holds one, or of a GGUF file."""
     if Path(path).suffix == ".gguf":
-        from formats import foreign
-        return foreign.read_tokenizer(Path(path))
+        from formats import gguf
+        return gguf.read_tokenizer(Path(path))
     return load_tokenizer(path)
 
 

@@ -31,9 +31,9 @@ class Pair(nn.Module):
     @torch.no_grad()
     def take_gradient(self, weight):
         """Move weight.grad into A and B: W = base + B A, so dA = B^T dW and dB = dW A^T."""
-        add_gradient(self.a, self.b.mT @ weight.grad)      # (rank, out) (out, in)
-        add_gradient(self.b, weight.grad @ self.a.mT)      # (out, in) (in, rank)
-        weight.grad = None                                 # nobody needs it, and it is the larger one
+        add_gradient(self.a, self.b.mT @ weight.grad)  # (rank, out) (out, in)
+        add_gradient(self.b, weight.grad @ self.a.mT)  # (out, in) (in, rank)
+        weight.grad = None  # nobody needs it, and it is the larger one
 
 
 def add_gradient(parameter, grad):
@@ -57,7 +57,7 @@ class Lora(nn.Module):
             raise ValueError(f"lora_rank={rank} exceeds {limit}, the shorter side of the smallest matrix in the layers")
         model.requires_grad_(False)
         for p in self.weights:
-            p.requires_grad_(True)                         # only for the hook: no optimizer is given these
+            p.requires_grad_(True)  # only for the hook: no optimizer is given these
         self.pairs = nn.ModuleList(Pair(p, rank) for p in self.weights)
 
     def param_groups(self):

@@ -36,8 +36,8 @@ def keep_freed_memory():
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)                                     # M_MMAP_MAX: large arrays come from the heap, too
-        mallopt(-1, -1)                                    # M_TRIM_THRESHOLD: the heap never shrinks
+        mallopt(-4, 0)  # M_MMAP_MAX: large arrays come from the heap, too
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
 def matmul_rate(device, dtype):
@@ -45,11 +45,11 @@ def matmul_rate(device, dtype):
     n = 4096 if device.type == "cuda" else 1024
     a = torch.ones(n, n, device=device, dtype=dtype)
     fastest = math.inf
-    for _ in range(4):                                     # the first one warms up
+    for _ in range(4):  # the first one warms up
         start = time.perf_counter()
-        (a @ a)[0, 0].item()                               # .item() waits for a GPU
+        (a @ a)[0, 0].item()  # .item() waits for a GPU
         fastest = min(fastest, time.perf_counter() - start)
-    return 2 * n**3 / fastest                              # a multiplication and an addition for each of n^3 products
+    return 2 * n**3 / fastest  # a multiplication and an addition for each of n^3 products
 
 
 def fastest_dtype(device):
@@ -70,7 +70,7 @@ def compiled(model, x, y, autocast):
         with autocast:
             loss = forward(x, y)[1]
         loss.backward()
-    except Exception as e:                                 # whatever trips up the compiler must not end the training
+    except Exception as e:  # whatever trips up the compiler must not end the training
         print(f"torch.compile does not work here ({short(e, 200)}): continuing without it", flush=True)
         forward = model
     checkpoint.set_random_state(random_state)

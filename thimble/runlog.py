@@ -14,18 +14,17 @@ from thimble import configurator, files
 from thimble.files import UserError
 from thimble.generate import generate
 
-HERE = Path(__file__).resolve().parent.parent              # the root of the checkout
+HERE = Path(__file__).resolve().parent.parent  # the root of the checkout
 
 
 # ---- the number of a run
-
 def numbered(out_dir):
     """[(number, folder)] of the runs NAME (number 1), NAME-2, NAME-3, ... that exist, in order. out_dir: runs/NAME."""
     out_dir = Path(out_dir)
     runs = []
     for folder in out_dir.parent.glob("*"):
         match = re.fullmatch(re.escape(out_dir.name) + r"(?:-(\d+))?", folder.name)
-        if match and (folder / "latest").exists():         # without it no checkpoint was ever completed
+        if match and (folder / "latest").exists():  # without it no checkpoint was ever completed
             runs.append((int(match[1] or 1), folder))
     return sorted(runs)
 
@@ -43,7 +42,6 @@ def unused(out_dir):
 
 
 # ---- the beginning of a run
-
 def git_commit():
     """The commit of this checkout, with -dirty if files differ from it; empty without git."""
     try:
@@ -67,7 +65,7 @@ def describe(cfg, model, lora, dataset, environment, run_dir):
         n = sum(p.numel() for p in lora.parameters())
         print(f"LoRA of rank {cfg.lora_rank}: trains {n:,} parameters, {n / total:.1%} of the model's")
 
-    tokens = cfg.batch_size * cfg.model.block_size         # a step
+    tokens = cfg.batch_size * cfg.model.block_size  # a step
     epochs = cfg.max_steps * tokens / len(dataset.train)
     compiled = ", compiled" if environment["compile"] else ""
     print(f"{cfg.max_steps:,} steps of {cfg.batch_size} x {cfg.model.block_size} = {tokens:,} tokens, {epochs:.1f} "
@@ -76,7 +74,6 @@ def describe(cfg, model, lora, dataset, environment, run_dir):
 
 
 # ---- while it trains
-
 def finite(record):
     """The record with None for NaN and infinity, which JSON does not have."""
     values = {}
@@ -107,10 +104,10 @@ class Log:
         self.max_steps = cfg.max_steps
         self.first_step = state["step"]
         self.started = time.perf_counter()
-        self.shown = self.started                          # time of the last progress line
-        self.plotted = -math.inf                           # time of the last loss.png
+        self.shown = self.started  # time of the last progress line
+        self.plotted = -math.inf  # time of the last loss.png
         self.live = sys.stdout.isatty()
-        self.width = 0                                     # of the live line now on the screen; 0: there is none
+        self.width = 0  # of the live line now on the screen; 0: there is none
         if not cfg.resume:
             files.write_atomic(self.path, "")
         self.go_back(state)
@@ -123,7 +120,7 @@ class Log:
         for line in lines:
             try:
                 record = json.loads(line)
-            except ValueError:                             # the last line, where the process was killed
+            except ValueError:  # the last line, where the process was killed
                 continue
             known = state["step"]
             if "val_loss" in record:
@@ -135,7 +132,7 @@ class Log:
 
     def record(self, record):
         """Append a record to metrics.jsonl, and send it to the tracker."""
-        with open(self.path, "a") as f:                    # opened and closed for each line, and so flushed
+        with open(self.path, "a") as f:  # opened and closed for each line, and so flushed
             f.write(json.dumps(record, allow_nan=False) + "\n")
         if "event" not in record:
             self.track(record)
@@ -169,7 +166,7 @@ class Log:
     def evaluated(self, record, dataset, better):
         """Print an evaluation beside the losses of n-gram models, and draw loss.png at most once a minute."""
         value = {key: math.nan if value is None else value for key, value in record.items()}
-        base = dataset.meta["baselines"]                   # bits per byte
+        base = dataset.meta["baselines"]  # bits per byte
         best = " - best so far" if better else ""
         self.say(f"step {record['step']:,}: val loss {value['val_loss']:.4f} (+- {value['val_error']:.4f}), "
                  f"{value['val_bpb']:.3f} bits per byte, perplexity {value['val_ppl']:.2f}{best}   "
@@ -198,7 +195,6 @@ def show_samples(model, prompts, tokenizer, cfg):
 
 
 # ---- trackers
-
 def tracker(cfg, run_dir, step):
     """(a function that takes a record, a function that ends it all) for the tracker of `cfg`, from `step` on."""
     if cfg.tracker == "none":
@@ -223,7 +219,7 @@ def tracker(cfg, run_dir, step):
 
 def tensorboard(run_dir, step):
     from torch.utils.tensorboard import SummaryWriter
-    writer = SummaryWriter(run_dir, purge_step=step + 1)   # hides what an earlier process wrote beyond `step`
+    writer = SummaryWriter(run_dir, purge_step=step + 1)  # hides what an earlier process wrote beyond `step`
 
     def track(record):
         for key, value in record.items():
@@ -234,7 +230,6 @@ def tensorboard(run_dir, step):
 
 
 # ---- the curve
-
 def plot(run_dir, dataset):
     """loss.png from metrics.jsonl: train, validation and the n-gram baselines, all in bits per byte."""
     try:

@@ -1,0 +1,172 @@
+"""Nodes and weights of an ONNX graph under construction, and its matrix products in every number format.
+
+    g = Graph()
+    y = g.Mul(g.input("x", [None, 8]), 2.0)                        # adds a node -> the name of its output
+
+Legend: N outputs and K inputs of a matrix, B batch, T tokens, C width, V vocabulary.
+"""
+import functools
+import itertools
+import math
+
+import numpy as np
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from formats.rounding import BLOCK, pack, quantise4, quantise8
+from formats.weights import is_ternary, product, ternary_weight
+
+
+class Graph:
+    """Nodes and weights under construction: g.Mul(x, 2.0) adds a node and returns the name of its output.
+
+    Inputs are such names, arrays, floats (which become `dtype`) or lists of int (int64).
+    """
+
+    def __init__(self, config=None, quant="fp32", cached=False, dtype=np.float32):
+        self.config, self.quant, self.cached = config, quant, cached
+        self.dtype = dtype
+        self.float = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        self.inputs, self.outputs = {}, {}  # {name: (type, shape)}
+        self.nodes, self.weights = [], {}
+        self.constants = {}  # {(dtype, shape, bytes): name}
+        self.count = itertools.count()
+        self.is_body = False
+
+    def __getattr__(self, op):  # any operator of ONNX
+        return functools.partial(self.add, op)
+
+    def add(self, op, *inputs, n=1, name=None, domain="", **attributes):
+        """Add a node with n outputs -> its name, or the list of their names."""
+        if n == 1:
+            outputs = [name or f"{op}_{next(self.count)}"]
+        else:
+            outputs = [f"{op}_{next(self.count)}" for _ in range(n)]
+        inputs = [x if isinstance(x, str) else self.weight(x) for x in inputs]
+        self.nodes.append(helper.make_node(op, inputs, outputs, f"{op}:{outputs[0]}", domain=domain, **attributes))
+        return outputs[0] if n == 1 else outputs
+
+    def weight(self, value, name=None):
+        """Name of a constant; equal nameless ones are stored once."""
+        array = np.ascontiguousarray(value.detach().numpy() if isinstance(value, torch.Tensor) else value)
+        array = array.reshape(np.shape(value))  # ascontiguousarray makes a vector of a scalar
+        if array.dtype in (np.float32, np.float64):  # float16 stays what it is
+            array = array.astype(self.dtype, copy=False)
+        if name is None:
+            key = array.dtype.str, array.shape, array.tobytes()
+            name = self.constants.setdefault(key, f"constant_{len(self.constants)}")
+        self.weights[name] = array
+        return name
+
+    def body(self):
+        """Graph for the body of a loop, which sees the constants of this one."""
+        body = Graph(dtype=self.dtype)
+        body.weights, body.constants, body.count = self.weights, self.constants, self.count
+        body.is_body = True
+        return body
+
+    def input(self, name, shape, kind=None):
+        """Declare an input, of floats unless `kind` says otherwise -> its name."""
+        self.inputs[name] = kind or self.float, shape
+        return name
+
+    def output(self, name, shape):
+        self.outputs[name] = self.float, shape
+
+    def build(self, name, with_weights=True):
+        """-> onnx.GraphProto."""
+        inputs = [helper.make_tensor_value_info(key, *kind) for key, kind in self.inputs.items()]
+        outputs = [helper.make_tensor_value_info(key, *kind) for key, kind in self.outputs.items()]
+        weights = []
+        if with_weights and not self.is_body:  # a body's belong to the graph around it
+            weights = [numpy_helper.from_array(array, key) for key, array in self.weights.items()]
+        return helper.make_graph(self.nodes, name, inputs, outputs, weights)
+
+
+# ---- matrices
+def absmax(g, x):
+    """x (..., K) -> (integers from -127 to 127 as floats, their scale (..., 1)), as ternary.absmax."""
+    scale = g.Div(127.0, g.Max(g.ReduceMax(g.Abs(x), axes=[-1]), 1e-5))
+    return g.Round(g.Mul(x, scale)), scale
+
+
+def matmul_int8(g, x, codes, scales):
+    """Integers x (..., K) times uint8 codes (K, N) less 128 -> (..., N) floats, times scales.
+
+    Both sides unsigned: x86 processors without VNNI overflow on signed times unsigned.
+    """
+    x = g.Cast(g.Add(x, 128.0), to=TensorProto.UINT8)
+    return g.Mul(g.Cast(g.MatMulInteger(x, codes, np.uint8(128), np.uint8(128)), to=g.float), scales)
+
+
+def matmul_nbits(g, x, codes, scales, bits, block, name):
+    """x (..., K) times codes (N, K) less 2 ** (bits - 1) times scales (N, ceil(K / block)) -> (..., N).
+
+    A com.microsoft operator: its weights stay packed in memory.
+    """
+    n, k = codes.shape
+    weights = g.weight(pack(codes, bits, block), f"{name}_q{bits}")
+    scales = g.weight(scales, f"{name}_scales")
+    return g.MatMulNBits(x, weights, scales, domain="com.microsoft", K=k, N=n, bits=bits, block_size=block)
+
+
+def linear(g, x, module, name, n_in):
+    """x (..., K) -> (..., N) by an nn.Linear, a TernaryLinear or a PackedLinear."""
+    if is_ternary(module):
+        return ternary_linear(g, x, module, name, n_in)
+    weight = module.weight.detach().numpy()
+    # a head at 4 bits would cost more than it saves
+    if g.quant == "int8" or (g.quant == "int4" and name == "head"):
+        codes, scales = quantise8(weight)
+        q, scale = absmax(g, x)
+        return matmul_int8(g, q, g.weight(codes.T, f"{name}_q8"), g.Div(g.weight(scales), scale))
+    if g.quant == "int4":
+        codes, scales = quantise4(weight)
+        return matmul_nbits(g, x, codes, scales, 4, BLOCK, name)
+    return g.MatMul(x, g.weight(weight.T, name))
+
+
+def ternary_linear(g, x, module, name, n_in):
+    """ternary.TernaryLinear, activations rounded in the graph. Each of its forms is lossless."""
+    t, w_scale = ternary_weight(module, n_in)
+    w_scale = w_scale.numpy()  # (), or (N, groups)
+    group = module.group_size
+    q, scale = absmax(g, x)
+    scale = g.Div(1.0 if group else w_scale, scale)  # (..., 1)
+    bits = {"int4": 4, "q2": 2}.get(g.quant)
+    block = math.gcd(group, 256) if group else 128  # inputs that share a scale in the file
+    if bits and block >= 16:  # the least that MatMulNBits knows
+        # without groups the scales in the file are 1: it then adds integers, which float32 does exactly
+        scales = np.ones((len(t), -(-n_in // block)), np.float32)
+        if group:
+            scales = np.repeat(w_scale, group // block, 1)
+        codes = t.numpy().astype(np.int8) + np.int8(1 << (bits - 1))
+        return g.Mul(matmul_nbits(g, q, codes, scales, bits, block, name), scale)
+    if g.quant == "int8" and not group:
+        codes = (t.numpy() + 128).astype(np.uint8)
+        return matmul_int8(g, q, g.weight(codes.T, f"{name}_q8"), scale)
+    if group:
+        t = product(t, torch.from_numpy(w_scale))
+    return g.Mul(g.MatMul(q, g.weight(t.numpy().T, name)), scale)
+
+
+def embed(g, ids, weight):
+    """ids (B, T), weight (V, C) -> (B, T, C)."""
+    if g.quant in ("int8", "int4"):
+        # looked up as bytes, so that the table stays one byte a number in memory, too
+        codes, scales = quantise8(weight)
+        x = g.Sub(g.Cast(g.Gather(g.weight(codes, "embed_q8"), ids), to=g.float), 128.0)
+        return g.Mul(x, g.Gather(g.weight(scales[:, None], "embed_scales"), ids))
+    if g.quant == "q2" and (weight.astype(np.float16) == weight).all():  # a ternary model's
+        # not the other way round: a runtime folds this Cast when it loads, and not every GPU supports float16
+        return g.Gather(g.Cast(g.weight(weight.astype(np.float16), "embed_f16"), to=g.float, name="embed"), ids)
+    return g.Gather(g.weight(weight, "embed"), ids)
+
+
+def tied_head(g, x):
+    """x (..., C) -> logits (..., V) by the matrix of `embed`, which the file holds once."""
+    if "embed_q8" in g.weights:
+        q, scale = absmax(g, x)
+        scales = g.Transpose("embed_scales", perm=[1, 0])
+        return matmul_int8(g, q, g.Transpose("embed_q8", perm=[1, 0]), g.Div(scales, scale))
+    return g.MatMul(x, g.Transpose("embed", perm=[1, 0]))

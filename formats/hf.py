@@ -1,0 +1,283 @@
+"""Hugging Face folders: what transformers, vLLM, MLX and others read, written from a model; a Llama's, read.
+
+A stock architecture goes out under its name. Any other model goes out with its own model file as its code, which
+transformers runs with trust_remote_code=True. Nothing that a file claims is believed before it is held against the
+file's size, and pickles are never read.
+"""
+import inspect
+import json
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import safetensors
+import torch
+
+from formats import names
+from formats.weights import plain, ternary_parts, weights, with_weights
+from thimble import checkpoint
+from thimble.files import UserError, short
+
+HALVES = {"f16": torch.float16, "bf16": torch.bfloat16}
+WRAPPER = '''# Made by export.py: lets transformers run the model file beside it.
+# There is no cache: each token costs a full pass over the text so far.
+import torch
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from .{arch} import Config, Model
+
+
+class ThimbleConfig(PretrainedConfig):
+    model_type = "thimble_{arch}"
+
+
+class ThimbleForCausalLM(PreTrainedModel, GenerationMixin):
+    config_class = ThimbleConfig
+    main_input_name = "input_ids"
+    _no_split_modules = ["Model"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        with torch.device("cpu"):                          # not "meta", on which some models cannot be built
+            self.model = Model(Config(**config.thimble))
+        for module in self.modules():
+            module._non_persistent_buffers_set.clear()     # from_pretrained would leave these buffers empty
+        self.post_init()
+
+    def _init_weights(self, module):
+        pass                                               # Model has initialised itself
+
+    def forward(self, input_ids, labels=None, **ignored):
+        logits = self.model(input_ids)[0]
+        loss = None
+        if labels is not None:
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **ignored):
+        if attention_mask is not None and not attention_mask.all():
+            raise ValueError("this model does not support padding: pass one prompt, or prompts of equal length")
+        return {{"input_ids": input_ids[:, -self.model.config.block_size:]}}
+'''
+
+
+# ---- out
+def write(folder, model, stock, tokenizer, quant, meta):
+    """Write a folder for transformers -> (the model whose logits it must give, {tensor name: tensor} as stored).
+
+    stock: the architecture that the model is ("llama", "bitnet", "jamba"), or "" to send its own code along.
+    """
+    if getattr(model.config, "packed", False) and (quant == "online" or not stock):
+        remedy = "use --quant=packed or plain" if stock else "export the run it was packed from"
+        raise UserError(f"a packed checkpoint has no weights to train on or to run elsewhere: {remedy}")
+    twin = model
+    if stock and quant not in ("online", "packed"):
+        twin = plain(model)
+    dtype = HALVES.get(quant, torch.float32)
+    if quant in HALVES:  # what a program makes of halves in float32
+        twin = with_weights(twin, lambda name, tensor: tensor.to(dtype).float())
+    bos, stop = ends(tokenizer, meta)
+    about = {"vocab_size": model.config.vocab_size, "max_position_embeddings": model.config.block_size,
+             "pad_token_id": None, "bos_token_id": bos, "eos_token_id": stop[0],
+             # the new name and the old one
+             "dtype": str(dtype).removeprefix("torch."), "torch_dtype": str(dtype).removeprefix("torch.")}
+    if stock:
+        tensors = weights(twin)
+        if quant == "packed":
+            tensors = pack_bitnet(model, tensors)
+        tensors = {names.rename(name, names.OURS, names.HUGGING_FACE, stock): t for name, t in tensors.items()}
+        about |= names.hf_config(model, stock)
+        if quant in ("online", "packed"):
+            # autobitlinear multiplies by weight_scale; the other class, bitlinear, would divide by it
+            about["quantization_config"] = {"quant_method": "bitnet", "linear_class": "autobitlinear",
+                                            "quantization_mode": "online" if quant == "online" else "offline"}
+    else:
+        # buffers that are not saved, too: from_pretrained leaves what it does not find uninitialised
+        tensors = dict(twin.state_dict()) | dict(twin.named_buffers())
+        tensors = {f"model.{name}": tensor.detach() for name, tensor in tensors.items()}
+        about |= write_code(folder, model)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            tensors[name] = tensor.to(dtype)
+    (folder / "model.safetensors").write_bytes(checkpoint.pack_tensors(tensors))
+    write_json(folder / "config.json", about)
+    write_side_files(folder, model, tokenizer, meta)
+    return twin, tensors
+
+
+def pack_bitnet(model, tensors):
+    """`tensors` with each ternary matrix (N, K) as BitNet of transformers stores it: uint8 (N / 4, K), and a scale.
+
+    Row r of it holds the rows r, r + N / 4, r + N / 2 and r + 3 N / 4 of the matrix, 2 bits each, low bits first.
+    """
+    tensors = {name: tensor for name, tensor in tensors.items() if "_proj." not in name}
+    for name, (t, scale) in ternary_parts(model).items():
+        if len(t) % 4:
+            raise UserError(f"--quant=packed: {name} has {len(t)} rows, which must be a multiple of 4: "
+                            "use --quant=plain")
+        u = (t + 1).to(torch.uint8).unflatten(0, (4, -1))  # (4, N / 4, K)
+        tensors[f"{name}.weight"] = u[0] | u[1] << 2 | u[2] << 4 | u[3] << 6
+        tensors[f"{name}.weight_scale"] = scale.reshape(1)
+    return tensors
+
+
+def write_code(folder, model):
+    """Put the model file and its wrapper into the folder -> what config.json says about them."""
+    arch = type(model).__module__
+    code = f"modeling_{arch}"
+    (folder / f"{code}.py").write_text(WRAPPER.format(arch=arch), encoding="utf-8")
+    shutil.copyfile(inspect.getsourcefile(type(model)), folder / f"{arch}.py")
+    return {"architectures": ["ThimbleForCausalLM"], "model_type": f"thimble_{arch}", "use_cache": False,
+            "thimble": asdict(model.config), "num_hidden_layers": getattr(model.config, "n_layer", 1),
+            "auto_map": {"AutoConfig": f"{code}.ThimbleConfig", "AutoModelForCausalLM": f"{code}.ThimbleForCausalLM"}}
+
+
+def ends(tokenizer, meta):
+    """-> (the id that a text begins with, [the ids that end it, the main one first])."""
+    eos = meta.get("eos", tokenizer.eot)
+    others = {tokenizer.eot, *meta.get("stop_ids", ())} - {eos}
+    return meta.get("bos", tokenizer.eot), [eos, *sorted(others)]
+
+
+def write_side_files(folder, model, tokenizer, meta):
+    """generation_config.json and the tokenizer's files, as transformers, transformers.js and others read them."""
+    bos, stop = ends(tokenizer, meta)
+    write_json(folder / "generation_config.json", {"bos_token_id": bos, "eos_token_id": stop})
+    (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    special = {"bos_token": tokenizer.token(bos), "eos_token": tokenizer.token(stop[0])}
+    write_json(folder / "special_tokens_map.json", special)
+    # clean_up_... true, once the default, would remove spaces before punctuation
+    settings = {**special, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+                "model_max_length": model.config.block_size}
+    if meta.get("chat_template"):
+        settings["chat_template"] = meta["chat_template"]  # transformers 4 reads it here, 5 in its own file
+        (folder / "chat_template.jinja").write_text(meta["chat_template"], encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", settings)
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ---- in
+KEYS = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+        "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size", "n_hidden": "intermediate_size",
+        "block_size": "max_position_embeddings", "norm_eps": "rms_norm_eps"}
+# all else in config.json that changes what a Llama computes, with the values that model.py can express
+PLAIN = {"model_type": ("llama",), "hidden_act": ("silu",), "attention_bias": (False, None), "mlp_bias": (False, None),
+         "quantization_config": (None,)}
+
+
+def read(folder):
+    """The Checkpoint (arch "model") of a folder with a LlamaForCausalLM in safetensors. UserError for any other."""
+    folder = Path(folder)
+    about = read_json(folder / "config.json")
+    config = read_config(folder / "config.json", about)
+    tensors = {}
+    for file in safetensors_files(folder):
+        for name, tensor in read_safetensors(file):
+            ours = names.rename(name, names.HUGGING_FACE, names.OURS)
+            tied_copy = ours == "head.weight" and config["tie_embeddings"]
+            if tied_copy or name.endswith("rotary_emb.inv_freq"):  # which older files hold, though it can be computed
+                continue
+            if ours is None or ours in tensors:
+                raise UserError(f"{file}: tensor {name} is {'stored twice' if ours else 'not one of a plain Llama'}")
+            tensors[ours] = tensor
+    return names.as_checkpoint(folder, config, tensors, read_meta(folder, about, config["vocab_size"]))
+
+
+def read_config(path, about):
+    """Settings of model.Config from what config.json at `path` says."""
+    for key, values in PLAIN.items():
+        if about.get(key) not in values:
+            raise UserError(f"{path} has {key}={str(about.get(key))[:80]}, which cannot be read: "
+                            f"only Llama with {key}={values[0]}")
+    # transformers 5 has rope_parameters; before it there was rope_theta and, only for scaled RoPE, rope_scaling
+    rope = about.get("rope_parameters") or about.get("rope_scaling") or {}
+    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise UserError(f"{path} has scaled RoPE ({str(rope)[:80]}), which model.py does not support")
+    theta = rope.get("rope_theta", about.get("rope_theta", 10000.0))
+    config = names.shape(path, about, KEYS, theta, about.get("head_dim"))
+    config["tie_embeddings"] = about.get("tie_word_embeddings") is True
+    return config
+
+
+def read_meta(folder, about, vocab_size):
+    """What ends a text, what begins it, and the chat template, as far as the folder says so."""
+    generation = read_json(folder / "generation_config.json", {})
+    eos = generation.get("eos_token_id", about.get("eos_token_id"))
+    eos = eos if isinstance(eos, list) else [eos]
+    meta = {"stop_ids": [i for i in eos if type(i) is int and 0 <= i < vocab_size]}
+    if meta["stop_ids"]:
+        meta["eos"] = meta["stop_ids"][0]
+    if type(about.get("bos_token_id")) is int:  # true is an int, too
+        meta["bos"] = about["bos_token_id"]
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        meta["chat_template"] = file.read_text(encoding="utf-8")
+        return meta
+    template = read_json(folder / "tokenizer_config.json", {}).get("chat_template")
+    if template:
+        meta["chat_template"] = str(template)
+    return meta
+
+
+def safetensors_files(folder):
+    """Paths of the files that hold the weights: model.safetensors, or those that its index names."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not index.is_file():
+        if whole.is_file():
+            return [whole]
+        pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
+        hint = ""
+        if pickles:
+            hint = f"; {pickles[0]} is a pickle, which can run code and is never read: convert it to safetensors"
+        raise UserError(f"{folder} has no model.safetensors{hint}")
+    places = read_json(index).get("weight_map")
+    shards = sorted(set(map(str, places.values()))) if isinstance(places, dict) else []
+    for name in shards:
+        # no path: an index must not name a file outside of its folder
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,150}\.safetensors", name):
+            raise UserError(f"{index} names the file {name[:80]!r}, which is not a plain name")
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name} is missing, but {index.name} names it: download it")
+    if not shards:
+        raise UserError(f"{index} names no files")
+    return [folder / name for name in shards]
+
+
+def read_safetensors(file):
+    """Yield (name, float32 tensor) of a safetensors file, which is checked against its size before anything is read."""
+    try:
+        with open(file, "rb") as raw:
+            size = int.from_bytes(raw.read(8), "little")
+            # the length of the header is the first thing that a damaged file gets wrong
+            header = raw.read(size) if size < min(10**8, file.stat().st_size) else b""
+        listed = json.loads(header, object_pairs_hook=lambda pairs: [key for key, _ in pairs])
+        if len(set(listed)) < len(listed):
+            raise ValueError("a tensor is named twice")  # which the library accepts
+        with safetensors.safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (it is not a dict)
+                tensor = tensors.get_tensor(name)
+                if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+                    raise ValueError(f"tensor {name} is {tensor.dtype}, not float32, float16 or bfloat16")
+                yield name, tensor.float()
+    except Exception as error:  # the library's errors share no base class
+        raise UserError(f"{file} is not a valid safetensors file ({short(error, 200)}): download it again") from None
+
+
+def read_json(path, default=None):
+    """The object in a JSON file; `default`, if there is one, where the file is missing."""
+    if default is not None and not path.is_file():
+        return default
+    try:
+        if path.stat().st_size > 2**26:
+            raise ValueError("it is over 64 MB")
+        value = json.loads(path.read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError("it is not a JSON object")
+    except (ValueError, RecursionError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({short(error, 100)}): download it again") from None
+    return value

@@ -1,0 +1,248 @@
+"""Llama, BitNet and Jamba once more, from their published definitions alone, to hold a model against.
+
+    >>> stock_architecture(model)
+    ('llama', '')
+
+Programs elsewhere compute one of these three, whatever a model file says by now. So a model is called by such a name
+only after its own forward gave the same logits. Nothing here imports a model file.
+
+Legend: B batch, T tokens, C width, H query heads, K key/value heads, D head size, E channels and N states of Mamba.
+"""
+import contextlib
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+
+from formats import names
+from formats.weights import product, ternary_parts, weights
+from thimble.files import short
+
+
+# ---- the three architectures: {name in Hugging Face: tensor}, emptied as it is used; config.json -> logits (B, T, V)
+def rms_norm(x, weight, eps):
+    """Zhang & Sennrich 2019, "Root Mean Square Layer Normalization", eq. 4."""
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def rotary(x, theta):
+    """Su et al. 2021, "RoFormer", eq. 34, with x_i and x_{i + D/2} as a pair (GPT-NeoX). x: (B, T, heads, D)."""
+    T = x.size(1)
+    D = x.size(-1)
+    freqs = theta ** (-torch.arange(0, D, 2, dtype=x.dtype) / D)
+    angles = (torch.arange(T, dtype=x.dtype)[:, None] * freqs)[:, None]  # (T, 1, D/2)
+    one, other = x.chunk(2, -1)
+    return torch.cat((one * angles.cos() - other * angles.sin(), other * angles.cos() + one * angles.sin()), -1)
+
+
+def attention(w, prefix, config, x, linear=F.linear):
+    """Vaswani et al. 2017, causal; grouped queries after Ainslie et al. 2023. Jamba has no rotary embedding."""
+    B, T, C = x.shape
+    H = config["num_attention_heads"]
+    K = config["num_key_value_heads"]
+    q = linear(x, w.pop(prefix + "q_proj.weight")).view(B, T, H, -1)
+    k = linear(x, w.pop(prefix + "k_proj.weight")).view(B, T, K, -1)
+    v = linear(x, w.pop(prefix + "v_proj.weight")).view(B, T, K, -1)
+    if "rope_theta" in config:
+        q = rotary(q, config["rope_theta"])
+        k = rotary(k, config["rope_theta"])
+    k = k.repeat_interleave(H // K, 2)  # (B, T, H, D)
+    v = v.repeat_interleave(H // K, 2)
+    scores = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(q.size(-1))
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    weights = scores.masked_fill(future, -math.inf).softmax(-1)  # (B, H, T, T)
+    y = torch.einsum("bhts,bshd->bthd", weights, v).reshape(B, T, C)
+    if config["model_type"] == "bitnet":
+        y = rms_norm(y, w.pop(prefix + "attn_sub_norm.weight"), config["rms_norm_eps"])
+    return linear(y, w.pop(prefix + "o_proj.weight"))
+
+
+def gated_mlp(w, prefix, config, x, linear=F.linear):
+    """Shazeer 2020, "GLU variants": down(act(gate(x)) * up(x)); BitNet b1.58 2B4T has a norm before `down`."""
+    gate = linear(x, w.pop(prefix + "gate_proj.weight"))
+    gate = F.relu(gate).square() if config["hidden_act"] == "relu2" else F.silu(gate)
+    y = gate * linear(x, w.pop(prefix + "up_proj.weight"))
+    if config["model_type"] == "bitnet":
+        y = rms_norm(y, w.pop(prefix + "ffn_sub_norm.weight"), config["rms_norm_eps"])
+    return linear(y, w.pop(prefix + "down_proj.weight"))
+
+
+def mamba(w, prefix, config, x):
+    """Gu & Dao 2023, "Mamba", algorithm 2, with the norms on dt, B and C of Lieber et al. 2024, "Jamba"."""
+    eps = config["rms_norm_eps"]
+    N = config["mamba_d_state"]
+    rank = config["mamba_dt_rank"]
+    u, z = F.linear(x, w.pop(prefix + "in_proj.weight")).chunk(2, -1)  # (B, T, E)
+    kernel = w.pop(prefix + "conv1d.weight")  # (E, 1, k)
+    bias = w.pop(prefix + "conv1d.bias")
+    u = F.pad(u.mT, (kernel.size(-1) - 1, 0))  # causal: it sees this token and those before
+    u = F.silu(F.conv1d(u, kernel, bias, groups=len(kernel))).mT
+    dt, b, c = F.linear(u, w.pop(prefix + "x_proj.weight")).split((rank, N, N), -1)
+    dt = rms_norm(dt, w.pop(prefix + "dt_layernorm.weight"), eps)
+    b = rms_norm(b, w.pop(prefix + "b_layernorm.weight"), eps)
+    c = rms_norm(c, w.pop(prefix + "c_layernorm.weight"), eps)
+    dt = F.softplus(F.linear(dt, w.pop(prefix + "dt_proj.weight"), w.pop(prefix + "dt_proj.bias")))
+    a = -w.pop(prefix + "A_log").exp()  # (E, N)
+    h = 0
+    ys = []
+    for t in range(x.size(1)):  # the plain recurrence: slow, and nothing to get wrong
+        h = (dt[:, t, :, None] * a).exp() * h + (dt * u)[:, t, :, None] * b[:, t, None]  # (B, E, N)
+        ys.append((h * c[:, t, None]).sum(-1))
+    y = torch.stack(ys, 1) + u * w.pop(prefix + "D")
+    return F.linear(y * F.silu(z), w.pop(prefix + "out_proj.weight"))
+
+
+def llama(w, config, ids, linear=F.linear):
+    """Touvron et al. 2023, "LLaMA", section 2.2; names and layout as in transformers' LlamaForCausalLM."""
+    eps = config["rms_norm_eps"]
+    embedding = w.pop("model.embed_tokens.weight")  # and the head, where there is none of its own
+    x = embedding[ids]
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        y = rms_norm(x, w.pop(layer + "input_layernorm.weight"), eps)
+        x = x + attention(w, layer + "self_attn.", config, y, linear)
+        y = rms_norm(x, w.pop(layer + "post_attention_layernorm.weight"), eps)
+        x = x + gated_mlp(w, layer + "mlp.", config, y, linear)
+    return F.linear(rms_norm(x, w.pop("model.norm.weight"), eps), w.pop("lm_head.weight", embedding))
+
+
+def bitnet(w, config, ids):
+    """Ma et al. 2024, "The Era of 1-bit LLMs", section 2: Llama with rounded weights (-1, 0, 1) and activations."""
+    online = config["quantization_config"]["quantization_mode"] == "online"
+
+    def linear(x, weight):
+        if online:  # else the weights are rounded already
+            # in float32, as every program does it: 0.5 must fall to the same side everywhere
+            scale = weight.float().abs().mean().clamp(min=1e-5)
+            weight = ((weight.float() / scale).round().clamp(-1, 1).double() * scale).to(x.dtype)
+        scale = 127 / x.abs().amax(-1, keepdim=True).clamp(min=1e-5)
+        return F.linear((x * scale).round().clamp(-128, 127) / scale, weight)
+
+    return llama(w, config, ids, linear)
+
+
+def jamba(w, config, ids):
+    """Lieber et al. 2024, "Jamba", section 2, without experts; names as in transformers' JambaForCausalLM."""
+    eps = config["rms_norm_eps"]
+    embedding = w.pop("model.embed_tokens.weight")  # and the head, where there is none of its own
+    x = embedding[ids]
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        y = rms_norm(x, w.pop(layer + "input_layernorm.weight"), eps)
+        if i % config["attn_layer_period"] == config["attn_layer_offset"]:
+            x = x + attention(w, layer + "self_attn.", config, y)
+        else:
+            x = x + mamba(w, layer + "mamba.", config, y)
+        y = rms_norm(x, w.pop(layer + "pre_ff_layernorm.weight"), eps)
+        x = x + gated_mlp(w, layer + "feed_forward.", config, y)
+    return F.linear(rms_norm(x, w.pop("model.final_layernorm.weight"), eps), w.pop("lm_head.weight", embedding))
+
+
+# ---- a model beside them
+FORWARD = {"llama": llama, "bitnet": bitnet, "jamba": jamba}
+TITLES = {"llama": "Llama", "bitnet": "BitNet", "jamba": "Jamba"}
+# Largest difference of two logits, over the largest logit. In float64 two ways to compute the same differ by 1e-14,
+# what a model returns in float32 by 1e-7; the least change of a formula shows in the second or third digit.
+SAME = 1e-6
+MOST_TOKENS = 1024  # of the row that is compared: beyond it a model is taken at its word
+MOST_LOGITS = 2**24  # of that row, which is shorter where the vocabulary is large
+MOST_WORK = 2**34  # multiply-adds of a forward, that is parameters times tokens: some ten seconds of one core
+# settings of our model files that leave the stock architectures, with the values at which they do not
+EXTRAS = {"qk_norm": False, "mlp": "swiglu", "n_streams": 1, "group_size": 0, "sub_norm": True, "ssm": "mamba1",
+          "rope": False}
+
+
+def some_ids(model):
+    """(1, T) random ids: a whole context where the limits above allow, for a sliding window shows only behind it."""
+    config = model.config
+    parameters = sum(p.numel() for p in model.parameters())
+    affordable = min(MOST_TOKENS, MOST_LOGITS // config.vocab_size, MOST_WORK // max(1, parameters))
+    n = min(config.block_size, max(16, affordable))
+    return torch.randint(config.vocab_size, (1, n), generator=torch.Generator().manual_seed(0))
+
+
+@contextlib.contextmanager
+def in_float64():
+    """Make float64 the dtype of what a forward makes itself, such as RoPE's table."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def widened(model):
+    """A copy in float64, where no rounding hides a difference."""
+    return copy.deepcopy(model).double().eval()
+
+
+@torch.no_grad()
+def own_logits(wide, ids):
+    """ids (B, T) -> (B, T, V), by the own forward of a `widened` model."""
+    with in_float64():
+        return wide(ids)[0].double()
+
+
+def differs(ours, theirs):
+    """Whether two tensors of logits are further apart than rounding explains; NaN is."""
+    gap = (ours - theirs).abs().max() / ours.abs().max().clamp(min=1e-30)
+    return not gap <= SAME
+
+
+def stock_tensors(wide, stock):
+    """{name in Hugging Face: tensor} of a `widened` model; KeyError with our name of one that has none there."""
+    tensors = weights(wide)
+    for name, (t, scale) in ternary_parts(wide).items():
+        if scale.dim():  # every format has one scale a matrix
+            raise KeyError(f"{name}.weight (with a scale for each group)")
+        if tensors.pop(f"{name}.codes", None) is not None:  # packed
+            del tensors[f"{name}.scales"]
+            tensors[f"{name}.weight"] = product(t, scale)
+    found = {}
+    for name, tensor in tensors.items():
+        there = names.rename(name, names.OURS, names.HUGGING_FACE, stock)
+        if there is None:
+            raise KeyError(name)
+        found[there] = tensor.double()
+    return found
+
+
+@torch.no_grad()
+def stock_architecture(model):
+    """("llama" | "bitnet" | "jamba", "") if that architecture computes what this model does, else ("", why not).
+
+    The names of its tensors say which one to try; random ids decide.
+    """
+    config = model.config
+    tensors = model.state_dict()
+    stock = "llama"  # which has no tensor that the others lack
+    if any(name.endswith("A_log") for name in tensors):
+        stock = "jamba"
+    elif any("sub_norm" in name for name in tensors):
+        stock = "bitnet"
+    why = ""
+    try:
+        wide = widened(model)
+        theirs = stock_tensors(wide, stock)
+        about = names.hf_config(model, stock)
+        # transformers' words for weights that are rounded already, and for those rounded at each forward
+        mode = "offline" if getattr(config, "packed", False) else "online"
+        about["quantization_config"] = {"quantization_mode": mode}
+        ids = some_ids(model)
+        logits = FORWARD[stock](theirs, about, ids)
+        if theirs:  # a tensor for which the architecture has no use
+            raise KeyError(next(iter(theirs)))
+        if differs(own_logits(wide, ids), logits):
+            why = f"it computes something else than {TITLES[stock]}"
+    except KeyError as error:
+        why = f"its tensors are not those of {TITLES[stock]}: {error.args[0]}"
+    except Exception as error:  # whatever a model file of one's own lacks, or cannot do in float64
+        why = f"it cannot be held against {TITLES[stock]}: {short(error, 100)}"
+    if not why:
+        return stock, ""
+    for key, value in EXTRAS.items():  # the better reason, where there is one
+        if getattr(config, key, value) != value:
+            return "", f"{key}={getattr(config, key)}"
+    return "", why

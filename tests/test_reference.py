@@ -1,0 +1,125 @@
+"""A fork keeps everything: a stock name, or an ONNX graph, only where it gives the logits of the model's own Python."""
+import importlib
+import importlib.util
+import sys
+
+import pytest
+import torch
+from cases import CASES, SHAPE, built, send, tokenizer
+from conftest import ROOT
+
+from formats import names
+from formats.reference import stock_architecture
+from thimble.files import UserError
+
+STOCK = {"llama": "llama", "tied": "llama", "chars": "llama", "bitnet": "bitnet", "wide": "bitnet", "relu2": "bitnet",
+         "jamba": "jamba"}
+WHY = {"gelu": "qk_norm=True", "groups": "group_size=16", "streams": "n_streams=2", "mamba2": "ssm=mamba2"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stock_architectures_are_found_by_their_logits(case):
+    assert stock_architecture(built(case)[0]) == (STOCK.get(case, ""), WHY.get(case, ""))
+    if CASES[case][0] == "ternary":
+        assert stock_architecture(built(case, packed=True)[0])[0] == STOCK.get(case, "")
+
+
+def test_two_norms_swapped_in_the_table_are_noticed(monkeypatch):
+    swapped = {"input_layernorm": "pre_ff_layernorm", "pre_ff_layernorm": "input_layernorm"}
+    table = []
+    for ours, theirs, there in names.JAMBA:
+        stem, _, last = theirs.rpartition(".")
+        table.append((ours, f"{stem}.{swapped[last]}" if last in swapped else theirs, there))
+    monkeypatch.setattr(names, "JAMBA", table)
+    assert stock_architecture(built("jamba")[0]) == ("", "it computes something else than Jamba")
+
+
+# ---- forks: a model file with one change, in its place or as a copy under another name
+SETTINGS = {"model": {"n_kv_head": 2}, "ternary": {"n_hidden": 64},
+            "hybrid_ssm": {"ssm": "mamba1", "n_layer": 3, "attn_layer_period": 3},
+            "cerebros": {"n_embd": 16, "window": 12}}
+CHANGES = {  # model file, what stands there, what stands there instead
+    "an activation": ("model", "F.silu(", "torch.sin("),
+    "a rotation": ("model", "theta ** (-torch", "theta ** (-1.1 * torch"),
+    "a ternary MLP's activation": ("ternary", "F.silu(", "torch.sin("),
+    "a rounding": ("ternary", "weight.abs().mean()", "weight.abs().median()"),
+    "a step of the scan": ("hybrid_ssm", "F.softplus(", "torch.relu("),
+    "a hybrid's MLP": ("hybrid_ssm", "F.silu(", "torch.sin("),
+    "a unit's activation": ("cerebros", '"silu": F.silu', '"silu": torch.sin'),
+}
+
+
+@pytest.fixture
+def fork(tmp_path, monkeypatch):
+    """fork("model", "mine", old, new) -> a model of mine.py, a copy of model.py with `new` for `old`."""
+    def make(arch, name, old="", new=""):
+        source = (ROOT / f"{arch}.py").read_text()
+        assert old in source
+        path = tmp_path / "forks" / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(source.replace(old, new) if old else source)
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        settings = ({} if arch == "cerebros" else SHAPE) | SETTINGS[arch] | {"block_size": 48, "vocab_size": 257}
+        torch.manual_seed(0)
+        model = module.Model(module.Config(**settings))
+        with torch.no_grad():
+            for p in model.parameters():
+                p += (0.2 if p.dim() < 2 else 0.15) * torch.randn_like(p)
+        return model.eval()
+    return make
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["in its place", "copied"])
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_a_fork_leaves_as_what_it_computes_or_not_at_all(fork, tmp_path, change, in_place):
+    arch, old, new = CHANGES[change]
+    model = fork(arch, arch if in_place else f"mine_{arch}", old, new)
+    words, folder = tokenizer("byte"), tmp_path / f"{arch}-{in_place}"
+    window = arch == "cerebros"
+    refusals = {"gguf": "llama.cpp has no architecture for this model",
+                "onnx": "computes something else than the ONNX form of its layers"}
+    if change == "a rounding":  # the graph holds what the model's own Python rounded
+        del refusals["onnx"]
+        assert send(model, words, tmp_path / "right.onnx", "onnx", prompts=4, prompt_tokens=8).get("delta", 0) < 0.05
+    for form, why in refusals.items():  # also where nothing would run what was written
+        with pytest.raises(UserError, match=why) as error:
+            send(model, words, tmp_path / f"m.{form}", form, window=window and form == "onnx", check=False)
+        assert "\n" not in str(error.value) and not (tmp_path / f"m.{form}").exists()
+    send(model, words, folder, "hf", prompts=4, prompt_tokens=8)
+    transformers = pytest.importorskip("transformers", reason="pip install -r requirements-test.txt")
+    there = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True)
+    ids = torch.randint(257, (2, 40), generator=torch.Generator().manual_seed(0))
+    assert (there(ids).logits - model(ids)[0]).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("arch,stock", [("model", "llama"), ("ternary", "bitnet"), ("hybrid_ssm", "jamba"),
+                                        ("cerebros", "")])
+def test_a_copy_that_computes_the_same_leaves_as_the_same(fork, tmp_path, arch, stock):
+    """The name of a file says nothing: mine.py that still is a Llama goes to llama.cpp."""
+    pytest.importorskip("onnxruntime", reason="pip install -r requirements-test.txt")
+    model, words = fork(arch, "mine"), tokenizer("byte")
+    assert stock_architecture(model)[0] == stock
+    found = send(model, words, tmp_path / "m.onnx", "onnx", window=arch == "cerebros", prompts=4, prompt_tokens=8)
+    assert found["same"] + found["tied"] == 4
+    if stock:
+        pytest.importorskip("xllamacpp", reason="pip install -r requirements-test.txt")
+        found = send(model, words, tmp_path / "m.gguf", "gguf", prompts=4, prompt_tokens=8)
+        assert found["same"] + found["tied"] == 4
+
+
+def test_a_method_of_another_name_is_no_other_model(fork, tmp_path):
+    model = fork("model", "mine", "unembed", "to_logits")
+    assert stock_architecture(model)[0] == "llama"
+    send(model, tokenizer("byte"), tmp_path / "m.onnx", "onnx", check=False)
+    with pytest.raises(UserError, match="mine.py has no method unembed"):
+        send(model, tokenizer("byte"), tmp_path / "n.onnx", "onnx", "int8", check=False)
+
+
+def test_a_fork_that_sees_less_far_is_noticed(fork):
+    """A sliding window shows only behind its width, so a whole context is compared."""
+    model = fork("model", "mine", ".triu(1 + S - T)", ".triu(1 + S - T) + torch.full((T, S), -torch.inf).tril(-40)")
+    assert stock_architecture(model) == ("", "it computes something else than Llama")
