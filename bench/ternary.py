@@ -1,10 +1,10 @@
 """Ternary inference: the kernel by shape, path and threads, beside torch and llama.cpp; decoding beside plain torch.
 
     python bench/ternary.py                                  # all of it, three minutes
-    python bench/ternary.py --checkpoint=runs/tiny_cpu       # and whether that model, packed, says the same
+    python bench/ternary.py --checkpoint=runs/tiny_cpu       # and whether that model, packed, gives the same results
 
-GOPS are 2 x multiply-adds / seconds; "read" is the share of the rate at which memchr reads as many bytes here.
-llama.cpp takes part where `pip install gguf xllamacpp` is: it decodes a one-layer model of TQ2_0 matrices of the named
+GOPS are 2 x multiply-adds / seconds / 10^9; "read" is the share of the rate at which memchr reads as many bytes here.
+llama.cpp takes part after `pip install gguf xllamacpp`: it decodes a one-layer model of TQ2_0 matrices of the given
 widths, ours runs the same seven matrices one after the other.
 """
 import ctypes
@@ -23,9 +23,11 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ternary
 from kernels import ternary as kernel
-from thimble import checkpoint, configurator, data, files, load
+from thimble import checkpoint, configurator, data, load
+from thimble.files import UserError
 from thimble.generate import generate
-from thimble.load import deployed
+
+SHAPES = ((2048, 2048), (4096, 4096), (4096, 11008), (768, 2048))  # of a matrix (N, K), or (n_embd, n_hidden)
 
 
 @dataclass(frozen=True)
@@ -36,75 +38,121 @@ class Config:
     threads: tuple[int, ...] = (1, 2)
 
     def __post_init__(self):
-        if self.rounds < 1 or not self.seconds > 0 or not self.threads or min(self.threads) < 1:
-            raise ValueError(f"rounds={self.rounds}, seconds={self.seconds} and threads={self.threads} must be above 0")
+        configurator.check(self, positive=("rounds", "seconds", "threads"))
+        if not self.threads:
+            raise ValueError("threads=() must name at least one number")
 
 
 def race(contestants, rounds, seconds):
-    """{name: function} -> {name: least seconds a call}."""
+    """{name: function} -> {name: least seconds per call}."""
     best = dict.fromkeys(contestants, float("inf"))
     for _ in range(rounds):
         for name, call in contestants.items():
-            call()
-            n, begun = 0, time.perf_counter()
-            while (now := time.perf_counter()) - begun < seconds or not n:
-                call()
-                n += 1
-            best[name] = min(best[name], (now - begun) / max(n, 1))
+            best[name] = min(best[name], seconds_per_call(call, seconds))
     return best
 
 
+def seconds_per_call(call, seconds):
+    """Mean over a turn, after one call to warm up."""
+    call()
+    n = 0
+    start = time.perf_counter()
+    while True:
+        call()
+        n += 1
+        passed = time.perf_counter() - start
+        if passed >= seconds:
+            return passed / n
+
+
+def counted(threads):
+    return "1 thread" if threads == 1 else f"{threads} threads"
+
+
+# ---- the kernel
+
+def paths_here():
+    """{name: isa} of the kernel's paths that this CPU runs."""
+    best = kernel.library().isa
+    paths = {}
+    for name, isa in kernel.ISAS.items():
+        if isa in (0, best) or (name == "avx2" and best == kernel.ISAS["avx512"]):
+            paths[name] = isa
+    return paths
+
+
 def reader(n_bytes, threads, times):
-    """A function that reads n_bytes with so many threads, so many times, and does nothing else."""
-    data, libc, part = np.zeros(n_bytes, np.uint8), ctypes.CDLL(None), n_bytes // threads
-    libc.memchr.argtypes, libc.memchr.restype = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t], ctypes.c_void_p
+    """A function that reads n_bytes with several threads, several times, and does nothing else."""
+    memory = np.zeros(n_bytes, np.uint8)
+    part = n_bytes // threads
+    libc = ctypes.CDLL(None)
+    libc.memchr.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+    libc.memchr.restype = ctypes.c_void_p
     pool = ThreadPoolExecutor(threads)
 
     def read(i):
         for _ in range(times):
-            libc.memchr(data.ctypes.data + i * part, 1, part)
+            libc.memchr(memory.ctypes.data + i * part, 1, part)  # finds no 1: reads to the end
     return lambda: list(pool.map(read, range(threads)))
 
 
 def matrix(n, k, group_size=0):
+    """Random (codes, scales, group_size) for kernel.linear."""
     codes = kernel.pack(torch.randint(-1, 2, (n, k), dtype=torch.int8))
-    return codes, torch.rand((k // group_size, n) if group_size else ()), group_size
+    scales = torch.rand((k // group_size, n) if group_size else ())
+    return codes, scales, group_size
 
 
-def on(isa, x, w):
+def on_path(isa, x, w):
+    """A function that multiplies x by w on one of the kernel's paths."""
     def call():
-        lib.isa = isa
+        kernel.library().isa = isa
         kernel.linear(x, *w)
     return call
 
 
 def kernels(cfg, threads):
-    paths = {name: isa for name, isa in kernel.ISAS.items() if isa in (0, lib.best) or (name, lib.best) == ("avx2", 2)}
-    print(f"\n{threads} thread{'s' * (threads > 1)}, one token, GOPS"
-          f"\n{'N x K':>14}" + "".join(f"{name:>16}" for name in (*paths, "groups of 128", "twin", "torch f32", "bf16"))
-          + f"{'GB/s (read)':>18}")
-    for n, k in ((2048, 2048), (4096, 4096), (4096, 11008), (768, 2048)):
-        x, w, groups, dense = torch.randn(1, k), matrix(n, k), matrix(n, k, 128), torch.randn(n, k)
-        half, x_half = dense.bfloat16(), x.bfloat16()
-        contestants = {name: on(isa, x, w) for name, isa in paths.items()}
-        contestants |= {"groups of 128": on(lib.best, x, groups), "twin": lambda x=x, w=w: kernel.linear_torch(x, *w),
-                        "torch f32": lambda x=x, d=dense: F.linear(x, d),
-                        "bf16": lambda x=x_half, d=half: F.linear(x, d), "read": reader(n * k // 4, threads, 50)}
+    """A table of GOPS for one token: a row per shape, a column per path and competitor."""
+    paths = paths_here()
+    best_isa = kernel.library().isa
+    best_name = next(name for name, isa in paths.items() if isa == best_isa)
+    columns = (*paths, "groups of 128", "twin", "torch f32", "bf16")
+    print(f"\n{counted(threads)}, one token, GOPS")
+    print(f"{'N x K':>14}" + "".join(f"{name:>16}" for name in columns) + f"{'GB/s (read)':>18}")
+    n_reads = 50                                           # in one call, as one is over too soon to be timed
+    for n, k in SHAPES:
+        x = torch.randn(1, k)
+        w = matrix(n, k)
+        dense = torch.randn(n, k)
+        x_half, half = x.bfloat16(), dense.bfloat16()
+        contestants = {name: on_path(isa, x, w) for name, isa in paths.items()}
+        contestants["groups of 128"] = on_path(best_isa, x, matrix(n, k, 128))
+        contestants["twin"] = lambda x=x, w=w: kernel.linear_torch(x, *w)
+        contestants["torch f32"] = lambda x=x, dense=dense: F.linear(x, dense)
+        contestants["bf16"] = lambda x=x_half, dense=half: F.linear(x, dense)
+        contestants["read"] = reader(n * k // 4, threads, n_reads)
         best = race(contestants, cfg.rounds, cfg.seconds)
-        rate = n * k / 4 / 1e9 / best[next(name for name, isa in paths.items() if isa == lib.best)]
-        share = rate / (50 * n * k / 4 / 1e9 / best["read"])
-        print(f"{f'{n} x {k}':>14}" + "".join(f"{2 * n * k / 1e9 / seconds:>16.1f}" for name, seconds in best.items()
-                                              if name != "read") + f"{f'{rate:.0f} ({share:.0%})':>18}", flush=True)
-    lib.isa = lib.best
+        gigabytes = n * k / 4 / 1e9                        # four weights a byte
+        rate = gigabytes / best[best_name]
+        share = rate / (n_reads * gigabytes / best["read"])
+        gops = "".join(f"{2 * n * k / 1e9 / best[name]:>16.1f}" for name in columns)
+        print(f"{f'{n} x {k}':>14}{gops}{f'{rate:.0f} ({share:.0%})':>18}", flush=True)
+    kernel.library().isa = best_isa
 
+
+# ---- llama.cpp
 
 def llama_model(path, n_embd, n_hidden):
-    """A GGUF file: one llama layer of TQ2_0 matrices, a vocabulary of 300 bytes-and-a-few."""
+    """Write a GGUF file of one llama layer with TQ2_0 matrices and 300 tokens -> the shapes of its matrices."""
     import gguf
     writer = gguf.GGUFWriter(path, "llama")
-    for name, value in (("context_length", 1024), ("embedding_length", n_embd), ("block_count", 1), ("head_count", 8),
-                        ("feed_forward_length", n_hidden), ("vocab_size", 300), ("rope_dimension_count", n_embd // 8)):
-        getattr(writer, f"add_{name}")(value)
+    writer.add_context_length(1024)
+    writer.add_embedding_length(n_embd)
+    writer.add_block_count(1)
+    writer.add_head_count(8)
+    writer.add_feed_forward_length(n_hidden)
+    writer.add_vocab_size(300)
+    writer.add_rope_dimension_count(n_embd // 8)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
@@ -113,114 +161,146 @@ def llama_model(path, n_embd, n_hidden):
     writer.add_token_types([1] * 300)
     writer.add_token_merges([f"{tokens[0]} {tokens[1]}"])
     writer.add_eos_token_id(299)
+
     rng = np.random.default_rng(0)
-    shapes = {"attn_q": (n_embd, n_embd), "attn_k": (n_embd, n_embd), "attn_v": (n_embd, n_embd),
-              "attn_output": (n_embd, n_embd), "ffn_gate": (n_hidden, n_embd), "ffn_up": (n_hidden, n_embd),
-              "ffn_down": (n_embd, n_hidden)}
     writer.add_tensor("token_embd.weight", rng.standard_normal((300, n_embd), np.float32))
     for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
         writer.add_tensor(f"{name}.weight", np.ones(n_embd, np.float32))
+    shapes = {"attn_q": (n_embd, n_embd), "attn_k": (n_embd, n_embd), "attn_v": (n_embd, n_embd),
+              "attn_output": (n_embd, n_embd), "ffn_gate": (n_hidden, n_embd), "ffn_up": (n_hidden, n_embd),
+              "ffn_down": (n_embd, n_hidden)}
     kind = gguf.GGMLQuantizationType.TQ2_0
     for name, shape in shapes.items():
-        packed = gguf.quants.quantize(rng.integers(-1, 2, shape).astype(np.float32), kind)
-        writer.add_tensor(f"blk.0.{name}.weight", packed, raw_dtype=kind)
-    for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
-        getattr(writer, step)()
+        weights = rng.integers(-1, 2, shape).astype(np.float32)
+        writer.add_tensor(f"blk.0.{name}.weight", gguf.quants.quantize(weights, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     return list(shapes.values())
 
 
+def llama_server(path, threads):
+    import xllamacpp
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx = 512
+    params.n_parallel = 1
+    params.verbosity = -1
+    params.cpuparams.n_threads = threads
+    params.cpuparams_batch.n_threads = threads
+    return xllamacpp.Server(params)
+
+
 def beside_llama(cfg, threads):
+    """The matrices of a layer, ours and llama.cpp's."""
     try:
         import gguf  # noqa: F401
-        import xllamacpp
+        import xllamacpp  # noqa: F401
     except ImportError:
-        print("\nno llama.cpp beside it: pip install gguf xllamacpp")
+        print("\nwithout llama.cpp: pip install gguf xllamacpp")
         return
-    print(f"\n{threads} thread{'s' * (threads > 1)}, the seven matrices of a layer, GOPS: llama.cpp TQ2_0, ours, ratio")
-    for n_embd, n_hidden in ((2048, 2048), (4096, 4096), (4096, 11008), (768, 2048)):
+    print(f"\n{counted(threads)}, the seven matrices of a layer, GOPS: llama.cpp TQ2_0, ours, ratio")
+    prompt = {"prompt": [1, 2, 3], "n_predict": 64, "ignore_eos": True, "top_k": 1}
+    for n_embd, n_hidden in SHAPES:
         with tempfile.TemporaryDirectory() as folder:
-            shapes = llama_model(Path(folder) / "m.gguf", n_embd, n_hidden)
-            params = xllamacpp.CommonParams()
-            params.model.path, params.n_ctx, params.n_parallel, params.verbosity = f"{folder}/m.gguf", 512, 1, -1
-            params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-            server, layer = xllamacpp.Server(params), [(torch.randn(1, k), matrix(n, k)) for n, k in shapes]
-            work, ours, theirs = sum(2 * n * k for n, k in shapes) / 1e9, 0, 0
+            path = Path(folder) / "m.gguf"
+            shapes = llama_model(path, n_embd, n_hidden)
+            server = llama_server(path, threads)
+            layer = [(torch.randn(1, k), matrix(n, k)) for n, k in shapes]
+            work = sum(2 * n * k for n, k in shapes) / 1e9
+            ours = theirs = 0
             for _ in range(cfg.rounds):
-                done = server.handle_completions({"prompt": [1, 2, 3], "n_predict": 64, "ignore_eos": True, "top_k": 1})
+                done = server.handle_completions(prompt)
                 theirs = max(theirs, work * done["timings"]["predicted_per_second"])
-                best = race({"": lambda layer=layer: [kernel.linear(x, *w) for x, w in layer]}, 1, cfg.seconds)
-                ours = max(ours, work / best[""])
-            del server
+                seconds = seconds_per_call(lambda layer=layer: [kernel.linear(x, *w) for x, w in layer], cfg.seconds)
+                ours = max(ours, work / seconds)
+            del server                                     # before the file it has mapped goes
         print(f"{f'{n_embd} x {n_hidden}':>14}{theirs:>12.1f}{ours:>12.1f}{ours / theirs:>10.1f}", flush=True)
+
+
+# ---- whole models
+
+def decoder(model, autocast=False):
+    """A function that decodes one token, from the start again after 128."""
+    token = torch.tensor([[7]])
+    max_len = model.config.block_size
+    cache = model.init_cache(1, max_len)
+
+    def call():
+        nonlocal cache
+        if cache["pos"] == min(128, max_len):
+            cache = model.init_cache(1, max_len)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            _, cache = model.step(token, cache)
+    return call
 
 
 @torch.no_grad()
 def decoding(cfg, threads):
+    """Tokens per second as it was trained and packed."""
     if cfg.checkpoint:
         model = checkpoint.load_model(load.read(cfg.checkpoint, which="best")).eval()
     else:
         model = ternary.Model(ternary.Config(n_layer=4, n_head=4, n_embd=256, n_hidden=512, vocab_size=4096)).eval()
-    packed, token = deployed(model), torch.tensor([[7]])
-
-    def decode(model, dtype=None):
-        cache = model.init_cache(1, model.config.block_size)
-
-        def call():
-            nonlocal cache
-            if cache["pos"] == min(128, model.config.block_size):
-                cache = model.init_cache(1, model.config.block_size)
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
-                _, cache = model.step(token, cache)
-        return call
-
-    best = race({"f32": decode(model), "bf16": decode(model, "bf16"), "packed": decode(packed)}, cfg.rounds, 1.0)
+    packed = load.deployed(model)
+    contestants = {"f32": decoder(model), "bf16": decoder(model, autocast=True), "packed": decoder(packed)}
+    best = race(contestants, cfg.rounds, 1.0)
     speeds = {name: 1 / seconds for name, seconds in best.items()}
-    print(f"\n{threads} thread{'s' * (threads > 1)}, decoding up to 128 tokens, tokens/s: plain torch float32 "
-          f"{speeds['f32']:,.0f}, bfloat16 {speeds['bf16']:,.0f}, packed {speeds['packed']:,.0f}: "
-          f"{speeds['packed'] / max(speeds['f32'], speeds['bf16']):.1f} x", flush=True)
+    ratio = speeds["packed"] / max(speeds["f32"], speeds["bf16"])
+    print(f"\n{counted(threads)}, decoding up to 128 tokens, tokens/s: plain torch float32 {speeds['f32']:,.0f}, "
+          f"bfloat16 {speeds['bf16']:,.0f}, packed {speeds['packed']:,.0f}: {ratio:.1f} x", flush=True)
 
 
 @torch.no_grad()
-def parity(cfg):
+def parity(saved, model):
     """The packed model beside the one that was trained: logits over validation text, 50 greedy texts, bytes.
 
     The compiled step computes in float64, so the trained model does too where it is compared with that.
     """
-    loaded = load.read(cfg.checkpoint, which="best")
-    model, dataset = checkpoint.load_model(loaded).eval(), data.load(loaded.meta["dataset"]["path"])
-    packed, exact, block_size = deployed(model), deepcopy(model).double(), model.config.block_size
+    packed = load.deployed(model)
+    exact = deepcopy(model).double()
+    dataset = data.load(saved.meta["dataset"]["path"])
+    block_size = model.config.block_size
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.deploy_state().values())
-    print(f"{loaded.path}: {size:,} bytes packed ({size / 2**20:.2f} MiB)")
+    print(f"{saved.path}: {size:,} bytes packed ({size / 2**20:.2f} MiB)")
+
     starts = torch.linspace(0, len(dataset.val) - block_size - 1, 50).long().tolist()
-    idx = torch.stack([torch.from_numpy(dataset.val[i:i + block_size].astype("int64")) for i in starts])
-    apart = (packed(idx)[0] - model(idx)[0]).abs().max()
-    print(f"50 windows of {block_size} tokens, max |difference of logits|: {apart:.1e}")
-    whole, cache, apart = exact(idx)[0], packed.init_cache(50, block_size), 0.0
+    windows = [torch.from_numpy(dataset.val[start:start + block_size].astype("int64")) for start in starts]
+    idx = torch.stack(windows)                             # (50, block_size)
+    difference = (packed(idx)[0] - model(idx)[0]).abs().max()
+    print(f"50 windows of {block_size} tokens, max |difference of logits|: {difference:.1e}")
+
+    whole, _ = exact(idx)
+    cache = packed.init_cache(50, block_size)
+    difference = 0.0
     for t in range(block_size):
         logits, cache = packed.step(idx[:, t:t + 1], cache)
-        apart = max(apart, (logits - whole[:, t]).abs().max().item())
-    print(f"token by token through the compiled step, beside the trained model in float64: {apart:.1e}")
-    same, where = 0, []
+        difference = max(difference, (logits - whole[:, t]).abs().max().item())
+    print(f"token by token through the compiled step, beside the trained model in float64: {difference:.1e}")
+
+    same = 0
+    parted = []                                            # where the other texts part
     for row in idx[:, :16].tolist():
-        texts = [list(generate(m, row, 64, temperature=0)) for m in (exact, packed)]
-        same += texts[0] == texts[1]
-        where += [i for i, (a, b) in enumerate(zip(*texts, strict=True)) if a != b][:1]
-    others = f", others part at {where}" if where else ""
+        one, other = (list(generate(m, row, 64, temperature=0)) for m in (exact, packed))
+        if one == other:
+            same += 1
+        else:
+            parted.append(next(i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b))
+    others = f", the others part at {parted}" if parted else ""
     print(f"greedy: {same} of 50 texts of 64 tokens identical{others}", flush=True)
 
 
 def main(cfg):
-    global lib
-    lib = kernel.library()
-    if lib is None:
-        raise files.UserError("no C++ compiler here, so nothing to measure: install g++ or clang++")
-    lib.best = lib.isa
+    if kernel.library() is None:
+        raise UserError("no C++ compiler here, so nothing to measure: install g++ or clang++")
     if cfg.checkpoint:
-        model = checkpoint.load_model(load.read(cfg.checkpoint, which="best"))
+        saved = load.read(cfg.checkpoint, which="best")
+        model = checkpoint.load_model(saved).eval()
         if not isinstance(model, ternary.Model) or model.config.packed:
-            raise files.UserError(f"--checkpoint={cfg.checkpoint} must be a ternary model as it was trained, "
-                                         "not another kind and not packed")
-        parity(cfg)
+            raise UserError(f"--checkpoint={cfg.checkpoint} must be a ternary model as it was trained, not another "
+                            "kind and not packed")
+        parity(saved, model)
     for threads in cfg.threads:
         torch.set_num_threads(threads)
         decoding(cfg, threads)

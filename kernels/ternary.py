@@ -77,11 +77,12 @@ def linear(x, codes, scales, group_size=0):
     if codes.shape[1] != row_bytes(k) or scales.shape != shape or group_size and k % group_size:
         raise ValueError(f"x (..., {k}) does not fit codes {tuple(codes.shape)} and scales {tuple(scales.shape)}")
     lib = None
+    # the C++ sums in blocks of 128 inputs, so it knows no smaller groups
     if x.dtype == torch.float32 and x.device.type == "cpu" and group_size % 128 == 0:
         lib = library()
     if lib is None:
         return linear_torch(x, codes, scales, group_size)
-    x = x.contiguous()
+    x = x.contiguous()                                     # (M, K), whatever its shape
     y = x.new_empty(*x.shape[:-1], n)
     lib.thimble_linear(x.data_ptr(), codes.data_ptr(), scales.data_ptr(), y.data_ptr(), x.numel() // k, n, k,
                        group_size, lib.isa, torch.get_num_threads())
@@ -187,12 +188,14 @@ class Stepper:
             raise IndexError(f"{T} ids up to {int(idx.max())} at position {max(starts)} do not fit a cache of "
                              f"{max_len} and a vocabulary of {self.shape.vocab_size}")
         if self.shape.max_len != max_len:
+            # another cache than the last one's; a server and a sampler keep to one
             tables = self.rope_table(torch.arange(max_len), self.head_dim, self.theta)
             self.rope = [checked(table, max_len, self.head_dim).double().contiguous() for table in tables]
             self.shape.max_len = max_len
         idx = idx.long().contiguous()
         logits = torch.empty(B, self.shape.vocab_size)
         for row, start in enumerate(starts):
+            # the last two fields of each layer; the rest stays as it is
             for i, layer in enumerate(cache["layers"], 1):
                 self.layers[i * self.fields - 2] = layer["k"][row].data_ptr()
                 self.layers[i * self.fields - 1] = layer["v"][row].data_ptr()

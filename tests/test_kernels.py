@@ -124,9 +124,11 @@ def test_what_does_not_fit_is_named(k, columns, scales, group_size):
         kernel.linear(torch.ones(1, k), codes, torch.ones(scales), group_size)
 
 
-@pytest.mark.parametrize("bad", [{"rounds": 0}, {"seconds": 0.0}, {"threads": (1, 0)}, {"threads": ()}])
-def test_the_bench_refuses_to_measure_nothing(bad):
-    with pytest.raises(ValueError, match="must be above 0"):
+@pytest.mark.parametrize("bad, says", [({"rounds": 0}, "rounds=0 must be at least 1"),
+                                       ({"seconds": 0.0}, "seconds=0.0 must be above 0"),
+                                       ({"threads": (1, 0)}, "must be at least 1"), ({"threads": ()}, "at least one")])
+def test_the_bench_refuses_to_measure_nothing(bad, says):
+    with pytest.raises(ValueError, match=says):
         bench.Config(**bad)
 
 
