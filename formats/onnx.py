@@ -329,7 +329,7 @@ def wired(g, model):
         z = g.weight(unit.bias, f"units.{i}.bias")
         if unit.places:
             seen = g.Reshape(g.Gather(x, list(unit.places), axis=1), [0, -1])  # (B, P * C)
-            weight = g.weight(unit.turned(model.angles()).T, f"units.{i}.window")
+            weight = g.weight(unit.rotated(model.angles()).T, f"units.{i}.window")
             z = g.Add(z, g.MatMul(seen, weight))
         if unit.units:
             y = g.Concat(*(outputs[u] for u in unit.units), axis=-1)
