@@ -260,12 +260,13 @@ def test_the_benchmark_counts_ngrams_as_a_table_would():
     def p(context, word):
         """Witten-Bell: (count + kinds * p of the shorter context) / (total + kinds)."""
         n = len(context)
-        after = [train_ids[i + n] for i in range(len(train_ids) - n) if train_ids[i:i + n] == context]
+        # shorter n-grams are the tails of trigrams: the first two tokens are never what follows
+        after = [train_ids[i] for i in range(2, len(train_ids)) if train_ids[i - n:i] == context]
         lower = p(context[1:], word) if n else 1 / 6
         kinds = len(set(after))
         return (after.count(word) + kinds * lower) / (len(after) + kinds) if after else lower
 
     got = bench.ngrams(types.SimpleNamespace(train=train_ids, val=val, vocab_size=6))
     for n, nats in enumerate(got.values()):
-        want = [-math.log(p(val[max(0, i - n):i], val[i])) for i in range(1, len(val))]
+        want = [-math.log(p(val[i - n:i], val[i])) for i in range(2, len(val))]
         assert abs(nats - sum(want) / len(want)) < 1e-9

@@ -314,7 +314,6 @@ FORKS = {("F.silu(gate)", "torch.sin(gate)"): {},
          ("res.mT), -2)", "res), -2)"): {"n_streams": 4, "static_streams": True},
          ("y = attend(q, k, v, mask)", "y = attend(q / 2, k, v, mask)"): {},
          ("y = attend(q, k, v, mask)", "y = attend(q, k[:, :, -32:], v[:, :, -32:], mask)"): {},
-         ("w.half()", "w.bfloat16()"): {},
          ("return F.linear(x, self.embedding()).float()", "return F.linear(x, self.embedding()).float().tanh()"): {},
          ("self.n_kv_head = config.n_kv_head or config.n_head", "self.n_kv_head = 1"): {},
          ("mlp_norm", "ffn_norm"): {}}
@@ -350,6 +349,16 @@ def test_a_fork_decodes_as_its_own_python_says(change, monkeypatch, capsys):
     assert m.compiled_step() is None
     note = capsys.readouterr().err
     assert note.count("\n") == 1 and note.startswith("note: mine.py ") and "its own Python" in note
+
+
+@pytest.mark.parametrize("change", [("w.half()", "w.bfloat16()"), ("scale = 127 / largest", "scale = 7 / largest")])
+@torch.no_grad()
+def test_a_fork_that_packs_into_another_model_runs_as_it_was_trained(change, monkeypatch, capsys):
+    """Its packed form still rounds as ternary.py does, so it would write what was never trained."""
+    m = fork(monkeypatch, *change)
+    assert not m.config.packed
+    note = capsys.readouterr().err
+    assert note.count("\n") == 1 and "mine.py" in note and "as it was trained" in note
 
 
 @pytest.mark.skipif(not kernel.library(), reason="no C++ compiler here")
