@@ -230,7 +230,7 @@ def functions(n, seed):
 def main(cfg):
     name = cfg.name or f"synthetic_{cfg.kind}"
     if cfg.kind == "mix":
-        write_mix(cfg, Path(cfg.data_dir).expanduser() / name)
+        write_mix(cfg, data.new_folder(cfg.data_dir, name))
         return
     made = functions(cfg.samples, cfg.seed)
     source = f"prepare/synthetic_code.py, {cfg.samples} functions, seed {cfg.seed}"

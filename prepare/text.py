@@ -55,11 +55,9 @@ def prepare(documents, name, source, tokenizer="bpe", vocab_size=4096, pretokeni
 
     source says where the text is from, for meta.json; next_command is what to type next. UserError for wrong options.
     """
-    if not re.fullmatch(r"\w[\w.+-]*", name):
-        raise UserError(f"--name={name!r} must be a plain name of letters, digits, '_', '-', '.'")
+    folder = data.new_folder(data_dir, name)
     if not 0 < val_fraction < 1:
         raise UserError(f"--val_fraction={val_fraction} must lie between 0 and 1")
-    folder = Path(data_dir).expanduser() / name
     options = {"tokenizer": tokenizer, "val_fraction": val_fraction, "seed": seed}
     if tokenizer == "bpe":
         check_bpe(vocab_size, pretokenizer)
