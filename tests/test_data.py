@@ -139,10 +139,10 @@ def test_ids_never_wrap(tmp_path, bad):
     assert list(tmp_path.iterdir()) == []  # and nothing is left behind
 
 
-@pytest.mark.parametrize("n_train, n_val, says", [(2, 0, "val split would have 0 tokens"), (2, 1, "val split would have"
-                                                  " 1 tokens"), (1, 2, "train split would have 1 tokens")])
+@pytest.mark.parametrize("n_train, n_val, says", [(2, 0, "val split would have 0 token"), (2, 1, "val split would have"
+                                                  " 1 token"), (1, 2, "train split would have 1 token")])
 def test_a_split_too_short_to_train_on_is_not_written(tmp_path, n_train, n_val, says):
-    with pytest.raises(UserError, match=f"too short.*{says} and needs at least 2"):
+    with pytest.raises(UserError, match=f"too short.*{says}.s. and needs at least 2"):
         write(tmp_path / "ds", byte_tokenizer(), np.arange(n_train), np.arange(n_val))
     assert list(tmp_path.iterdir()) == []
 

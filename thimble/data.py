@@ -453,7 +453,7 @@ class Writer:
         for split in SPLITS:
             n_tokens = self.meta["tokens"][split]
             if n_tokens < MIN_TOKENS:
-                raise UserError(f"{self.path}: the text is too short, its {split} split would have {n_tokens} tokens "
+                raise UserError(f"{self.path}: the text is too short, its {split} split would have {n_tokens} token(s) "
                                 f"and needs at least {MIN_TOKENS}: use more text")
         # as bytes through _write, which hashes it like the others
         self._write("tokenizer.json", np.frombuffer(self.tokenizer.to_json().encode(), np.uint8))
