@@ -208,7 +208,8 @@ def test_a_damaged_dataset_is_replaced_as_its_message_says(tmp_path, name):
     data.load(folder)
 
 
-@pytest.mark.parametrize("name", ["../victim", "/tmp/victim", ".", "..", "", "a/b", "a\\b", ".hidden", "a\nb", "~"])
+@pytest.mark.parametrize("name", ["../victim", "/tmp/victim", ".", "..", "", "a/b", "a\\b", ".hidden", "a\nb", "~",
+                                  "x" * 300])
 def test_a_name_is_a_plain_name(tmp_path, name):
     with pytest.raises(UserError, match="plain name"):
         data.new_folder(tmp_path, name)

@@ -346,9 +346,12 @@ def eval_windows(tokens, block_size, batch_size, mask=None, vocab_size=None):
 # ---- writing
 def new_folder(data_dir, name):
     """Where a prepare script is to write the dataset `name`. UserError, before any work, if it could not."""
-    if not re.fullmatch(r"\w[\w.+-]*", name):
-        raise UserError(f"--name={name!r} must be a plain name of letters, digits, '_', '-', '.'")
+    if not re.fullmatch(r"\w[\w.+-]{0,99}", name):
+        raise UserError(f"--name={name!r:.120} must be a plain name of at most 100 letters, digits, '_', '-', '.'")
     folder = Path(data_dir).expanduser() / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder.parent, os.W_OK):
+        raise UserError(f"{folder.parent} cannot be written to: choose another --data_dir")
     _check_replaceable(folder)
     return folder
 
