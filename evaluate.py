@@ -238,28 +238,31 @@ def draw_bars(path, suites):
 
 
 def read_report(path):
-    """The report at `path`, {} if there is none; UserError if something else is there, which must not be replaced."""
+    """The report at `path`, an empty one if there is none; UserError if something else is there, which must stay."""
+    report = {"suites": {}, "made": {}, "earlier": []}
     try:
-        report = json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes())
     except FileNotFoundError:
-        return {}
+        return report
     except (ValueError, RecursionError):
-        report = None
-    if not isinstance(report, dict) or not isinstance(report.get("suites"), dict):
+        found = None
+    is_report = isinstance(found, dict) and "suites" in found
+    if is_report:
+        report |= found
+        is_report = [type(report[key]) for key in ("suites", "made", "earlier")] == [dict, dict, list]
+    if not is_report:
         raise UserError(f"{path} is not a report of evaluate.py, so results cannot be added to it: move it away")
     return report
 
 
 def merge(report, suites, how):
-    """The report with the new `suites`, each made `how`; the results that they replace are kept under "earlier"."""
-    report = {"suites": {}, "made": {}, "earlier": []} | report
+    """Put the new `suites`, each made `how`, into the report; the results that they replace go to "earlier"."""
     for suite, columns in suites.items():
         if suite in report["suites"]:
-            was = report["made"].get(suite, {})
-            report["earlier"].append({"suite": suite, "columns": report["suites"][suite], **was})
+            was = {"suite": suite, "made": report["made"].get(suite), "columns": report["suites"][suite]}
+            report["earlier"].append(was)
         report["suites"][suite] = columns
         report["made"][suite] = how
-    return report
 
 
 def as_json(results):
@@ -283,7 +286,8 @@ def main(cfg, command):
         print("\n".join(table_lines(suite, columns)))
     how = {"date": datetime.now().astimezone().isoformat(timespec="seconds"), "command": command.line,
            "commit": runlog.git_commit(), "sandbox": layers, "seed": cfg.seed}
-    report = merge(read_report(path), as_json(results), how)  # read again: another suite may have ended meanwhile
+    report = read_report(path)                             # again: another suite may have ended meanwhile
+    merge(report, as_json(results), how)
     files.write_atomic(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
     picture = path.with_suffix(".png")
     is_drawn = draw_bars(picture, report["suites"])

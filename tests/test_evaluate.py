@@ -95,7 +95,7 @@ def test_a_suite_leaves_the_results_of_the_others(run, runs, monkeypatch):
     evaluate_as("third", checkpoint=str(run / "step_000000"), suite="cloze")
     again = json.loads((run / "evaluation.json").read_text())
     assert list(again["suites"]["cloze"]) == ["bpe/step_000000"] and again["suites"]["bpb"] == report["suites"]["bpb"]
-    kept = {"suite": "cloze", "columns": report["suites"]["cloze"], **report["made"]["cloze"]}
+    kept = {"suite": "cloze", "columns": report["suites"]["cloze"], "made": report["made"]["cloze"]}
     assert again["earlier"] == [kept] and again["made"]["cloze"]["command"] == "third"
 
 
@@ -112,7 +112,8 @@ def test_comparing_leaves_the_report_of_a_run(run, runs):
         assert (run / f"evaluation_{kind}.png").exists()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"suites": 5}', "[" * 100_000, "my notes"])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"suites": 5}', "[" * 100_000, "my notes",
+                                     '{"suites": {}, "made": []}', '{"suites": {}, "earlier": {}}'])
 def test_what_is_not_a_report_is_not_replaced(run, monkeypatch, content):
     (run / "evaluation.json").write_text(content)
     monkeypatch.setattr(cloze, "run", None)                # it is known before anything is measured

@@ -145,7 +145,7 @@ def test_rows(rows):
 
 
 def test_bits_per_byte_of_answers_by_hand(tmp_path):
-    """All logits equal: a token in the loss costs log2(257) bits. " ab\\n" and the end are 5 tokens, "ab" is 2 bytes."""
+    """All logits equal: a token in the loss costs log2(257) bits. " ab", a newline and the end are 5, for 2 bytes."""
     records = [{"question": f"A question of {i} tokens that are not in the loss?", "answer": "ab"} for i in range(40)]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, records)))
     sft.main(sft.Config(input=(str(tmp_path / "in.jsonl"),), name="ab", tokenizer="byte", block_size=96,
