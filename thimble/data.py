@@ -212,7 +212,7 @@ def _fault_of(meta):
     for name in (*BASELINES, *meta["baselines"]):
         value = meta["baselines"].get(name)
         if not _is_number(value, most=100):
-            return f"needs bits per byte from 0 to 100 in baselines.{name}, has {value!r:.60}"
+            return f"needs bits per byte from 0 to 100 in baselines.{name:.60}, has {value!r:.60}"
     overlap = meta.get("overlap_13gram")
     if overlap is not None and not _is_number(overlap, most=1):
         return f"has overlap_13gram {overlap!r:.60}, which must be a share from 0 to 1 or null"
