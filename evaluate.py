@@ -11,19 +11,23 @@ Suites, one file each in tasks/: bpb (bits per byte), code (small Python puzzles
 
 Beside each score stands its standard error, and what these score: an empty answer ("empty"), the prompt repeated
 ("echo"), the same network before its first step of training ("random"), and the most likely continuation by byte
-trigrams of the training text ("n-gram"). evaluation.json and evaluation.png go to the run folder. Generated code runs
-in tasks/sandbox.py and nowhere else.
+trigrams of the training text ("n-gram"). Generated code runs in tasks/sandbox.py and nowhere else.
+
+evaluation.json in the run folder holds the last results of each suite, with their date, command and commit, and under
+"earlier" those that they replaced; evaluation.png draws it. --compare and --all_steps have files of their own there,
+evaluation_compare.json and evaluation_steps.json.
 """
 import importlib
 import json
 import math
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
 from tasks import bpb, humaneval, sandbox
 from tasks.speaker import Speaker, floors
-from thimble import checkpoint, configurator, files
+from thimble import checkpoint, configurator, files, runlog
 from thimble.chat import TEMPLATES
 from thimble.files import UserError
 
@@ -109,10 +113,15 @@ def training_text(speaker, cfg):
     return b"\n".join(file.read_bytes() for file in sources)
 
 
-def report_folder(path):
-    """The run folder of a checkpoint; the working directory for anything else."""
+def report_path(cfg, path):
+    """The report on the checkpoint `path`: in its run folder; in the working directory for anything else."""
     is_of_run = (path.parent / "latest").exists()
-    return path.parent if is_of_run else Path(".")
+    folder = path.parent if is_of_run else Path(".")
+    if cfg.compare:
+        return folder / "evaluation_compare.json"
+    if cfg.all_steps:
+        return folder / "evaluation_steps.json"
+    return folder / "evaluation.json"
 
 
 def check_sandbox(waive):
@@ -126,11 +135,11 @@ def check_sandbox(waive):
 
 
 def measure(cfg):
-    """({suite: {speaker: {metric: (value, standard error, n)}}}, folder for the report, sandbox layers or None)."""
+    """({suite: {speaker: {metric: (value, standard error, n)}}}, path of the report, sandbox layers or None)."""
     wanted = SUITES if cfg.suite == "all" else (cfg.suite,)
     run = {suite: importlib.import_module(f"tasks.{suite}").run for suite in wanted}
     results = {suite: {} for suite in wanted}
-    folder = None
+    report = None
     layers = None                                          # None: nothing ran in the sandbox
     for path in paths_to_measure(cfg):
         speaker = Speaker(path, cfg)
@@ -141,15 +150,16 @@ def measure(cfg):
             layers = check_sandbox(cfg.waive)
         print(f"{speaker.name}: {', '.join(suites)}", flush=True)
         beside = []                                        # the floors, of the first speaker only
-        if folder is None:
-            folder = report_folder(speaker.path)
+        if report is None:
+            report = report_path(cfg, speaker.path)
+            read_report(report)                            # an error now, not after an hour
             if cfg.floors and suites != ["bpb"]:           # which has its own: the n-gram models of the dataset
                 beside = floors(speaker, training_text(speaker, cfg))
         for suite in suites:
             results[suite][speaker.name] = run[suite](speaker, cfg)
             for floor in beside if suite != "bpb" else ():
                 results[suite][floor.name] = run[suite](floor, cfg)
-    return {suite: columns for suite, columns in results.items() if columns}, folder, layers
+    return {suite: columns for suite, columns in results.items() if columns}, report, layers
 
 
 # ---- the report
@@ -187,21 +197,23 @@ def table_lines(suite, columns):
     return lines
 
 
-def draw_bars(path, results):
-    """A bar for each share and speaker -> whether there was anything to draw, and matplotlib to draw it."""
+def draw_bars(path, suites):
+    """A bar for each share and speaker of a report's suites -> whether there was one, and matplotlib to draw it."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("no evaluation.png: pip install matplotlib", flush=True)
+        print(f"no {path.name}: pip install matplotlib", flush=True)
         return False
     rows = []                                              # [(suite, metric)]
-    for suite, columns in results.items():
-        for metric, (value, _, _) in next(iter(columns.values())).items():
-            if is_share(metric, value) and ":" not in metric:                    # "group: kind" would be too many
+    for suite, columns in suites.items():
+        for metric, score in next(iter(columns.values())).items():
+            if score["value"] is None or ":" in metric:    # "group: kind" would be too many
+                continue
+            if is_share(metric, score["value"]):
                 rows.append((suite, metric))
     if not rows:
         return False
-    names = list(dict.fromkeys(name for suite, _ in rows for name in results[suite]))
+    names = list(dict.fromkeys(name for suite, _ in rows for name in suites[suite]))
     figure = Figure(figsize=(9, 1.5 + 0.14 * len(rows) * (len(names) + 1)), layout="constrained")
     axes = figure.subplots()
     height = 0.8 / len(names)                              # the bars of a row take 0.8 of it, the rest is a gap
@@ -210,11 +222,11 @@ def draw_bars(path, results):
         values = []
         errors = []
         for y, (suite, metric) in enumerate(rows):
-            score = results[suite].get(name, {}).get(metric)
-            if score:
+            score = suites[suite].get(name, {}).get(metric)
+            if score and score["value"] is not None:
                 at.append(y + i * height - 0.4)
-                values.append(score[0])
-                errors.append(score[1])
+                values.append(score["value"])
+                errors.append(score["error"] or 0.0)
         axes.barh(at, values, height, xerr=errors, label=name, align="edge")
     axes.set(yticks=range(len(rows)), yticklabels=[f"{suite}: {metric}" for suite, metric in rows])
     axes.set(xlim=(0, 1), xlabel="share")
@@ -225,29 +237,61 @@ def draw_bars(path, results):
     return True
 
 
+def read_report(path):
+    """The report at `path`, an empty one if there is none; UserError if something else is there, which must stay."""
+    report = {"suites": {}, "made": {}, "earlier": []}
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return report
+    except (ValueError, RecursionError):
+        found = None
+    is_report = isinstance(found, dict) and "suites" in found
+    if is_report:
+        report |= found
+        is_report = [type(report[key]) for key in ("suites", "made", "earlier")] == [dict, dict, list]
+    if not is_report:
+        raise UserError(f"{path} is not a report of evaluate.py, so results cannot be added to it: move it away")
+    return report
+
+
+def merge(report, suites, how):
+    """Put the new `suites`, each made `how`, into the report; the results that they replace go to "earlier"."""
+    for suite, columns in suites.items():
+        if suite in report["suites"]:
+            was = {"suite": suite, "made": report["made"].get(suite), "columns": report["suites"][suite]}
+            report["earlier"].append(was)
+        report["suites"][suite] = columns
+        report["made"][suite] = how
+
+
 def as_json(results):
-    """The results with a name for each part of a score."""
+    """The results with a name for each part of a score; null where it is not a number."""
     named = {}
     for suite, columns in results.items():
         named[suite] = {name: {} for name in columns}
         for name, scores in columns.items():
             for metric, (value, error, n) in scores.items():
-                named[suite][name][metric] = {"value": value, "error": error, "n": n}
+                named[suite][name][metric] = runlog.finite({"value": value, "error": error, "n": n})
     return named
 
 
 def main(cfg, command):
     try:
-        results, folder, layers = measure(cfg)
+        results, path, layers = measure(cfg)
     except sandbox.SandboxError as e:
         raise UserError(f"{e} (--waive)") from None
     for suite, columns in results.items():
         print()
         print("\n".join(table_lines(suite, columns)))
-    report = {"command": command.line, "sandbox": layers, "seed": cfg.seed, "suites": as_json(results)}
-    files.write_atomic(folder / "evaluation.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
-    is_drawn = draw_bars(folder / "evaluation.png", results)
-    print(f"\nwrote {folder}/evaluation.json{' and evaluation.png' if is_drawn else ''}")
+    how = {"date": datetime.now().astimezone().isoformat(timespec="seconds"), "command": command.line,
+           "commit": runlog.git_commit(), "sandbox": layers, "seed": cfg.seed}
+    report = read_report(path)                             # again: another suite may have ended meanwhile
+    merge(report, as_json(results), how)
+    files.write_atomic(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    picture = path.with_suffix(".png")
+    is_drawn = draw_bars(picture, report["suites"])
+    print(f"\nwrote {path}{f' and {picture.name}' if is_drawn else ''}")
 
 
 if __name__ == "__main__":

@@ -307,7 +307,8 @@ def fit_steps(cfg, dataset, seconds):
     # at most 5 % of the trial, but never fewer than 4 steps
     while len(times) < 4 or (len(times) < 20 and time.perf_counter() - begun < seconds / 20):
         start = time.perf_counter()
-        x, y = data.batch(dataset.train, len(times), cfg.batch_size, cfg.model.block_size, cfg.seed)
+        x, y = data.batch(dataset.train, len(times), cfg.batch_size, cfg.model.block_size, cfg.seed,
+                          vocab_size=dataset.vocab_size)
         x = torch.from_numpy(x).to(device)  # (batch_size, block_size)
         y = torch.from_numpy(y).to(device)
         train.training_step(model, model, optimizer, x, y, micro_batch_size, autocast, cfg.grad_clip, 1.0)

@@ -340,7 +340,7 @@ def reason_to_stop(cfg, state, report):
 def next_batch(cfg, dataset, step, device):
     """x, y (batch_size, block_size) for the optimizer step after `step`: a function of the seed and the step alone."""
     x, y = data.batch(dataset.train, step, cfg.batch_size, cfg.model.block_size, cfg.seed, dataset.train_mask,
-                      dataset.row_length)
+                      dataset.row_length, dataset.vocab_size)
     return torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from prepare.documents import read_blocks
 from prepare.download import file_sha256, read_package, read_url, save
-from prepare.text import dataset_name, prepare
+from prepare.text import check_flags, dataset_name, prepare
 from thimble import configurator, data
 from thimble.files import UserError
 
@@ -132,6 +132,8 @@ def books_of(lines, where):
 
 
 def main(cfg):
+    name = cfg.name or dataset_name("bible", cfg.tokenizer, cfg.vocab_size)
+    check_flags(name, cfg.data_dir, cfg.tokenizer, cfg.vocab_size, cfg.val_fraction)
     data_dir = Path(cfg.data_dir).expanduser()
     file, what = find_text(data_dir, cfg.input)
     if not file.is_file():
@@ -140,7 +142,6 @@ def main(cfg):
     if len(books) < 2:
         raise UserError(f"{file} holds {len(books)} book(s), at least 2 are needed to hold one out")
     print(f"text: {what} ({file}), {len(books)} books")
-    name = cfg.name or dataset_name("bible", cfg.tokenizer, cfg.vocab_size)
     prepare(lambda: iter(books.values()), name, f"{what}, sha256 {file_sha256(file)}", cfg.tokenizer,
             cfg.vocab_size, val_fraction=cfg.val_fraction, seed=cfg.seed, data_dir=data_dir,
             next_command=f"python train.py config/cerebros_bible.py --dataset={name}")

@@ -10,6 +10,10 @@ from thimble.files import UserError, warn
 from thimble.tokenizer import EOT
 
 MB = 1 << 20
+HEAD = 1 << 14  # characters of a text that are searched for what a web page begins with
+TAG = r"\ufeff|<!--.*?-->|<[^>]*>"  # or a comment, or the byte order mark
+LEADING_TAGS = re.compile(rf"(?:\s|{TAG})*+", re.DOTALL)
+PAGE_TAG = re.compile(r"<(!doctype\s+html|html|head|body)\b", re.IGNORECASE)
 # all that some files hold: the answer of a server that did not have the file
 ERROR_BODY = (r"\s*(error:?\s*)?([45]\d\d\b[:\s-]*)?(not found|forbidden|access denied|unauthorized|bad request|"
               r"bad gateway|gone|internal server error|service unavailable|gateway time-?out|too many requests|"
@@ -68,14 +72,26 @@ def find_fault(file):
             blank = blank and block.isspace()
             if i > 0:
                 continue
-            # a failed download is the usual way to a file that is text, but not the text
-            if re.match(r"\s*<(!doctype\s+html|html)\b", block, re.IGNORECASE):
-                return "is a web page (HTML): save its text, not the page"
-            if re.fullmatch(ERROR_BODY, block, re.IGNORECASE):
-                return f"holds only {block.strip()[:60]!r}, what a server sends for a missing page: download it again"
+            fault = page_fault(block)
+            if fault:
+                return fault
     except UserError as error:
         return str(error).removeprefix(f"{file} ")  # callers name the file themselves
     return "is empty" if blank else None
+
+
+def page_fault(text):
+    """Why a text is that of a failed download, the usual way to text that is not the text wanted; None if it is not."""
+    # README files begin with tags too, but not with those of a whole page
+    tags = LEADING_TAGS.match(text[:HEAD])[0]
+    if PAGE_TAG.search(re.sub("<!--.*?-->", "", tags, flags=re.DOTALL)):
+        return "is a web page (HTML): save its text, not the page"
+    if len(text) > 500:  # longer than any such answer
+        return None
+    words = re.sub(TAG, " ", text, flags=re.DOTALL)
+    if re.fullmatch(ERROR_BODY, words, re.IGNORECASE):
+        return f"holds only {text.strip()[:60]!r}, what a server sends for a missing page: download it again"
+    return None
 
 
 # ---- what is in them
@@ -124,6 +140,9 @@ def text_of(record, key, where):
     if not isinstance(text, str):
         keys = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
         raise UserError(f"{where} has no text under the key {key!r} (it has: {keys:.100}): choose it with --text_key")
+    fault = page_fault(text)
+    if fault:
+        raise UserError(f"{where} {fault}, or remove the record")
     return re.sub("[\ud800-\udfff]", "\ufffd", text)  # JSON can hold half of a surrogate pair, UTF-8 cannot
 
 

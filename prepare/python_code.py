@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from prepare.text import dataset_name, prepare
+from prepare.text import check_flags, dataset_name, prepare
 from thimble import configurator, data
 from thimble.files import UserError
 
@@ -60,6 +60,8 @@ def library(folder):
 
 
 def main(cfg):
+    name = cfg.name or dataset_name("python", cfg.tokenizer, cfg.vocab_size)
+    check_flags(name, cfg.data_dir, cfg.tokenizer, cfg.vocab_size, cfg.val_fraction)
     folder = Path(sysconfig.get_paths()["stdlib"])
     texts = [source for _, source in library(folder)]
     if len(texts) < 2:
@@ -69,7 +71,6 @@ def main(cfg):
     # which text it is depends on the Python that runs this, so the dataset says so
     source = f"standard library of Python {version}, {len(texts)} files, sha256 {hashlib.sha256(whole).hexdigest()}"
     print(f"{source} ({len(whole):,} bytes)")
-    name = cfg.name or dataset_name("python", cfg.tokenizer, cfg.vocab_size)
     prepare(lambda: iter(texts), name, source, cfg.tokenizer, cfg.vocab_size, val_fraction=cfg.val_fraction,
             data_dir=cfg.data_dir, next_command=f"python train.py config/tiny_cpu.py --dataset={name}")
 

@@ -162,8 +162,8 @@ def weighted(items, weight, rng):
     return items * n_copies + [items[i] for i in part]
 
 
-def write(cfg, tokenizer, rows, rng):
-    """Write the rows in random order; returns the dataset's folder."""
+def write(folder, cfg, tokenizer, rows, rng):
+    """Write the rows in random order as the dataset `folder`."""
     counts = {split: NGrams() for split in data.SPLITS}
     for split in data.SPLITS:
         # the answers alone, like the loss
@@ -172,7 +172,6 @@ def write(cfg, tokenizer, rows, rng):
     options = {"tokenizer": cfg.tokenizer, "template": cfg.template, "weights": list(cfg.weights), "seed": cfg.seed,
                "val_fraction": cfg.val_fraction}
     source = ", ".join(Path(file).name for file in cfg.input)
-    folder = Path(cfg.data_dir).expanduser() / cfg.name
     with data.Writer(folder, tokenizer, source, options, floors) as out:
         for split in data.SPLITS:
             for i in rng.permutation(len(rows[split])):
@@ -181,7 +180,6 @@ def write(cfg, tokenizer, rows, rng):
                 out.append(split, row.ids + [tokenizer.eot] * n_pad, len(row.answers), 1, row.counts + [0] * n_pad)
             out.append(split, [tokenizer.eot], 0, 0, [0])  # a window is a row and one token more
         out.meta |= {"row_length": cfg.block_size, "template": cfg.template}
-    return folder
 
 
 def show(tokenizer, example):
@@ -198,10 +196,11 @@ def show(tokenizer, example):
 
 
 def main(cfg):
+    folder = data.new_folder(cfg.data_dir, cfg.name)
     tokenizer = load_tokenizer(cfg.tokenizer)
     rng = np.random.default_rng(cfg.seed)
     rows = examples(cfg, tokenizer, rng)
-    folder = write(cfg, tokenizer, rows, rng)
+    write(folder, cfg, tokenizer, rows, rng)
     for split in data.SPLITS:
         lengths = [len(row.ids) for row in rows[split]]
         n_counted = sum(sum(row.counts) for row in rows[split])

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from prepare.documents import read_documents
 from prepare.download import file_sha256, read_package, read_url, save
-from prepare.text import dataset_name, prepare
+from prepare.text import check_flags, dataset_name, prepare
 from thimble import configurator, data
 from thimble.tokenizer import EOT
 
@@ -118,12 +118,13 @@ def plain(markdown):
 
 
 def main(cfg):
+    name = cfg.name or dataset_name("shakespeare", cfg.tokenizer, cfg.vocab_size)
+    check_flags(name, cfg.data_dir, cfg.tokenizer, cfg.vocab_size, cfg.val_fraction, cfg.pretokenizer)
     data_dir = Path(cfg.data_dir).expanduser()
     file, what = find_text(data_dir, cfg.input)
     documents = read_documents(file)
     print(f"text: {what} ({file})")
     source = f"{what}, sha256 {file_sha256(file)}" if file.is_file() else what  # --input may be a folder
-    name = cfg.name or dataset_name("shakespeare", cfg.tokenizer, cfg.vocab_size)
     prepare(documents, name, source, cfg.tokenizer, cfg.vocab_size, cfg.pretokenizer, cfg.val_fraction,
             data_dir=data_dir, next_command=f"python train.py config/tiny_cpu.py --dataset={name}")
 

@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from prepare.make_tokenizer import check_bpe
 from prepare.text import prepare, report
 from thimble import configurator, data
 from thimble.ngrams import NGrams, baselines
@@ -229,9 +230,11 @@ def functions(n, seed):
 
 def main(cfg):
     name = cfg.name or f"synthetic_{cfg.kind}"
+    folder = data.new_folder(cfg.data_dir, name)
     if cfg.kind == "mix":
-        write_mix(cfg, Path(cfg.data_dir).expanduser() / name)
+        write_mix(cfg, folder)
         return
+    check_bpe(cfg.vocab_size, "gpt2")
     made = functions(cfg.samples, cfg.seed)
     source = f"prepare/synthetic_code.py, {cfg.samples} functions, seed {cfg.seed}"
     prepare(lambda: iter(made), name, source, "bpe", cfg.vocab_size, data_dir=cfg.data_dir,

@@ -46,29 +46,23 @@ class Config:
     text_key: str = "text"          # the key of the text in .jsonl and .json records
     data_dir: str = str(data.DATA_DIR)  # where datasets live
     seed: int = 1337                # which documents are held out
+    dedup: bool = False             # leave out documents that are exact copies of others
 
 
 # ---- from documents to a dataset
 def prepare(documents, name, source, tokenizer="bpe", vocab_size=4096, pretokenizer="gpt2", val_fraction=0.1, seed=1337,
-            data_dir=data.DATA_DIR, next_command=None):
+            data_dir=data.DATA_DIR, next_command=None, dedup=False):
     """Write data_dir/name from `documents`, a function that returns an iterator of documents; returns the folder.
 
     source says where the text is from, for meta.json; next_command is what to type next. UserError for wrong options.
     """
-    if not re.fullmatch(r"\w[\w.+-]*", name):
-        raise UserError(f"--name={name!r} must be a plain name of letters, digits, '_', '-', '.'")
-    if not 0 < val_fraction < 1:
-        raise UserError(f"--val_fraction={val_fraction} must lie between 0 and 1")
-    folder = Path(data_dir).expanduser() / name
-    options = {"tokenizer": tokenizer, "val_fraction": val_fraction, "seed": seed}
+    folder, tok = check_flags(name, data_dir, tokenizer, vocab_size, val_fraction, pretokenizer)
+    options = {"tokenizer": tokenizer, "val_fraction": val_fraction, "seed": seed, "dedup": dedup}
     if tokenizer == "bpe":
-        check_bpe(vocab_size, pretokenizer)
         options |= {"vocab_size": vocab_size, "pretokenizer": pretokenizer}
-    # a tokenizer that needs no text is loaded first, so that a mistake shows at once
-    tok = None if tokenizer in ("bpe", "char") else find_tokenizer(tokenizer)
 
     # three passes over the documents: which are held out, what is in them, and their tokens
-    plan = Plan(progress(documents, "reading"), val_fraction, seed, want_chars=tokenizer == "char")
+    plan = Plan(progress(documents, "reading"), val_fraction, seed, tokenizer == "char", dedup)
     plan.print_warnings()
     floors, shared, sample = count(plan, progress(documents, "counting"), want_sample=tokenizer == "bpe")
     if tokenizer == "char":
@@ -87,6 +81,21 @@ def prepare(documents, name, source, tokenizer="bpe", vocab_size=4096, pretokeni
         out.meta |= {"duplicates": plan.n_duplicates, "overlap_13gram": shared}
     report(folder, next_command)
     return folder
+
+
+def check_flags(name, data_dir, tokenizer, vocab_size, val_fraction, pretokenizer="gpt2"):
+    """(folder to write, Tokenizer, None if it is made from the text); UserError for a flag that prepare cannot use.
+
+    Scripts that read or download for long call it first, so that a mistake shows at once.
+    """
+    folder = data.new_folder(data_dir, name)
+    if not 0 < val_fraction < 1:
+        raise UserError(f"--val_fraction={val_fraction} must lie between 0 and 1")
+    if tokenizer == "bpe":
+        check_bpe(vocab_size, pretokenizer)
+    if tokenizer in ("bpe", "char"):
+        return folder, None
+    return folder, find_tokenizer(tokenizer)
 
 
 def find_tokenizer(name):
@@ -213,7 +222,7 @@ def dataset_name(corpus, tokenizer, vocab_size):
 class Plan:
     """Which documents, or which tail of the text, are held out; made in a first pass over all documents."""
 
-    def __init__(self, documents, val_fraction, seed, want_chars):
+    def __init__(self, documents, val_fraction, seed, want_chars, dedup=False):
         self.chars = set()  # with want_chars, every character of the text
         self.head = ""  # the beginning of the text
         # a hash decides for each document, so that neither memory nor the order of files plays a role
@@ -225,17 +234,23 @@ class Plan:
             hashes.append(int.from_bytes(digest.digest(), "little"))
             n_bytes.append(size)
             n_chars.append(length)
-        self.n_bytes = np.array(n_bytes, np.int64)  # of each document; 0: it is blank, and left out
+        self.n_bytes = np.array(n_bytes, np.int64)  # of each document; 0: it is left out, as blank ones are
         self.n_chars = np.array(n_chars, np.int64)
-        self.total = int(self.n_bytes.sum())
-        if not self.total:
-            raise UserError("the input has no text in it")
         is_kept = self.n_bytes > 0
         self.n_documents = int(is_kept.sum())
 
         # copies of a document have one hash, and go where the others go
         hashes, first, which = np.unique(np.array(hashes, np.uint64), return_index=True, return_inverse=True)
         self.n_duplicates = self.n_documents - int(is_kept[first].sum())
+        self.dedup = dedup
+        if dedup:
+            is_copy = np.ones(len(is_kept), bool)
+            is_copy[first] = False
+            self.n_bytes[is_copy] = 0
+            self.n_chars[is_copy] = 0
+        self.total = int(self.n_bytes.sum())
+        if not self.total:
+            raise UserError("the input has no text in it")
         chosen = choose(np.bincount(which, self.n_bytes), self.total * val_fraction)
         self.is_val = None if chosen is None else chosen[which]  # (n,) bool; None: the text is cut
         self.cut = int(self.n_chars.sum() * (1 - val_fraction))  # at this character
@@ -258,7 +273,11 @@ class Plan:
 
     def print_warnings(self):
         if self.n_duplicates:
-            warn(f"{self.n_duplicates:,} of {self.n_documents:,} documents are copies of others")
+            copies = f"{self.n_duplicates:,} of {self.n_documents:,} documents are copies of others"
+            if self.dedup:
+                print(f"{copies}: left out")
+            else:
+                warn(f"{copies}: prepare/text.py --dedup leaves them out")
         if self.is_val is None and self.n_documents > 1:
             warn("the documents cannot be divided into train and val by --val_fraction: the tail of the text is val")
 
@@ -378,11 +397,12 @@ def progress(documents, what):
 def main(cfg):
     if not cfg.input or not cfg.name:
         raise UserError("--input=FILE_OR_FOLDER and --name=NAME are both needed")
+    check_flags(cfg.name, cfg.data_dir, cfg.tokenizer, cfg.vocab_size, cfg.val_fraction, cfg.pretokenizer)
     # a tokenizer.json that exists already is usually that of a model to start from
     recipe = "finetune_own_text" if Path(cfg.tokenizer).expanduser().exists() else "tiny_cpu"
     prepare(read_documents(cfg.input, cfg.text_key), cfg.name, Path(cfg.input).name, cfg.tokenizer, cfg.vocab_size,
             cfg.pretokenizer, cfg.val_fraction, cfg.seed, cfg.data_dir,
-            f"python train.py config/{recipe}.py --dataset={cfg.name}")
+            f"python train.py config/{recipe}.py --dataset={cfg.name}", cfg.dedup)
 
 
 if __name__ == "__main__":

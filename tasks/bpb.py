@@ -26,7 +26,7 @@ def window_nats(model, tokens, block_size, mask=None, autocast=None):
     batch_size = max(1, n_tokens // block_size)
     sums = []
     counts = []
-    for x, y in data.eval_windows(tokens, block_size, batch_size, mask):
+    for x, y in data.eval_windows(tokens, block_size, batch_size, mask, model.config.vocab_size):
         x = torch.from_numpy(x).to(device)
         y = torch.from_numpy(y).to(device)                                          # (B, T), -1 where ignored
         with autocast or contextlib.nullcontext():

@@ -1,6 +1,7 @@
 """data.py: batches are a pure function of (seed, step), damaged datasets are refused with a reason."""
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -9,16 +10,22 @@ from collections import Counter
 import numpy as np
 import pytest
 from conftest import ROOT
+from fate import Fate
 from tokenizers import Tokenizer as HF
 from tokenizers import models
 
-from thimble import data
+import model
+import train
+from tasks import bpb
+from thimble import configurator, data
 from thimble.files import UserError
 from thimble.tokenizer import Tokenizer, byte_tokenizer
 
+FLOORS = {"uniform": 8.0, "unigram": 4.5, "bigram": 3.25, "trigram": 2.5}
+
 
 def write(path, tokenizer, train, val, train_mask=None, val_mask=None):
-    with data.Writer(path, tokenizer, source="test") as out:
+    with data.Writer(path, tokenizer, source="test", baselines=FLOORS) as out:
         out.append("train", train, len(train), 1, train_mask)
         out.append("val", val, len(val), 1, val_mask)
     return path
@@ -132,21 +139,104 @@ def test_ids_never_wrap(tmp_path, bad):
     assert list(tmp_path.iterdir()) == []  # and nothing is left behind
 
 
-def test_empty_split_is_not_written(tmp_path):
-    with pytest.raises(UserError, match="val split would be empty"):
-        write(tmp_path / "ds", byte_tokenizer(), np.array([1, 2]), np.array([], int))
+@pytest.mark.parametrize("n_train, n_val, says", [(2, 0, "val split would have 0 token"), (2, 1, "val split would have"
+                                                  " 1 token"), (1, 2, "train split would have 1 token")])
+def test_a_split_too_short_to_train_on_is_not_written(tmp_path, n_train, n_val, says):
+    with pytest.raises(UserError, match=f"too short.*{says}.s. and needs at least 2"):
+        write(tmp_path / "ds", byte_tokenizer(), np.arange(n_train), np.arange(n_val))
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_load_would_refuse_is_not_written(tmp_path):
+    with pytest.raises(UserError, match="baselines.trigram"):
+        with data.Writer(tmp_path / "ds", byte_tokenizer(), "test", baselines={"uniform": 8.0, "unigram": 4.0,
+                                                                               "bigram": 4.0}) as out:
+            out.append("train", [1, 2], 2)
+            out.append("val", [1, 2], 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- what is replaced
+def tree(folder):
+    """{path: content} of all that is in a folder, hidden or not; links as where they point to."""
+    found = {}
+    for item in sorted(folder.rglob("*")):
+        is_plain = item.is_file() and not item.is_symlink()
+        found[str(item.relative_to(folder))] = item.read_bytes() if is_plain else os.path.realpath(item)
+    return found
+
+
+@pytest.mark.parametrize("files, says", [
+    (["a.txt", "b.txt"], "it holds a.txt, b.txt"), ([], "lacks a meta.json"), (["meta.json"], "lacks a meta.json or"),
+    (["train.bin", "val.bin"], "lacks a meta.json"), (["meta.json", "tokenizer.json"], "lacks a meta.json or any .bin"),
+    (["meta.json", "train.bin", "val.bin", "tokenizer.json", "notes.md"], "it holds notes.md"),
+    (["meta.json", "train.bin", ".git/config"], "it holds .git"), (["meta.json", "train.bin/mine"], "holds train.bin"),
+])
+def test_only_a_dataset_is_replaced(tmp_path, files, says):
+    (tmp_path / "ds").mkdir()
+    for name in files:
+        (tmp_path / "ds" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "ds" / name).write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "ds")
+    (tmp_path / "file").write_text("precious")
+    before = tree(tmp_path)
+    for name, reason in (("ds", says), ("link", says), ("file", "it holds file")):
+        with pytest.raises(UserError, match=f"{name} is not a dataset .(it )?{reason}"):
+            write(tmp_path / name, byte_tokenizer(), np.array([1, 2]), np.array([3, 4]))
+        with pytest.raises(UserError, match="is not a dataset"):
+            data.new_folder(tmp_path, name)
+    assert tree(tmp_path) == before
+
+
+def test_what_appears_while_a_dataset_is_written_stays(tmp_path):
+    with pytest.raises(UserError, match="it holds a.txt"):
+        with data.Writer(tmp_path / "ds", byte_tokenizer(), "test", baselines=FLOORS) as out:
+            out.append("train", [1, 2], 2)
+            out.append("val", [1, 2], 2)
+            (tmp_path / "ds").mkdir()
+            (tmp_path / "ds" / "a.txt").write_text("precious")
+    assert tree(tmp_path) == {"ds": str(tmp_path / "ds"), "ds/a.txt": b"precious"}
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "tokenizer.json", "meta.json"])
+def test_a_damaged_dataset_is_replaced_as_its_message_says(tmp_path, name):
+    folder = write(tmp_path / "ds", byte_tokenizer(), np.arange(50), np.arange(50))
+    cut(folder / name, 5)
+    with pytest.raises(UserError, match="run the prepare script that made it again"):
+        data.load(folder)
+    write(folder, byte_tokenizer(), np.arange(50), np.arange(50))
+    data.load(folder)
+
+
+@pytest.mark.parametrize("name", ["../victim", "/tmp/victim", ".", "..", "", "a/b", "a\\b", ".hidden", "a\nb", "~",
+                                  "x" * 300])
+def test_a_name_is_a_plain_name(tmp_path, name):
+    with pytest.raises(UserError, match="plain name"):
+        data.new_folder(tmp_path, name)
+    assert data.new_folder(tmp_path, "élan_2.b+c-d") == tmp_path / "élan_2.b+c-d"
+
+
+def test_every_file_is_on_the_disk_before_the_folder_has_its_name(tmp_path, monkeypatch):
+    fate = Fate(monkeypatch)
+    write(tmp_path / "ds", byte_tokenizer(), np.arange(50), np.arange(50), train_mask=np.ones(50))
+    temporary = tmp_path / f".ds.tmp-{os.getpid()}"
+    renamed = fate.calls.index(("rename", f"{temporary} {tmp_path / 'ds'}"))
+    synced = [what for name, what in fate.calls[:renamed] if name == "fsync"]
+    names = ["train.bin", "train.mask.bin", "val.bin", "tokenizer.json", "meta.json"]
+    assert sorted(synced) == sorted([str(temporary), *(str(temporary / name) for name in names)])
+    assert synced[-2:] == [str(temporary / "meta.json"), str(temporary)]
+    assert fate.calls[renamed + 1] == ("fsync", str(tmp_path))
+
+
 def test_full_disk(tmp_path, monkeypatch):
-    write(tmp_path / "ds", byte_tokenizer(), np.array([1, 2]), np.array([3]))
+    write(tmp_path / "ds", byte_tokenizer(), np.array([1, 2]), np.array([3, 4]))
 
     def full(*args):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(data.os, "fsync", full)
     with pytest.raises(UserError, match="disk is full.*ds"):
-        write(tmp_path / "ds", byte_tokenizer(), np.array([4, 5]), np.array([6]))
+        write(tmp_path / "ds", byte_tokenizer(), np.array([4, 5]), np.array([6, 7]))
     assert [item.name for item in tmp_path.iterdir()] == ["ds"]
     assert data.load(tmp_path / "ds").train.tolist() == [1, 2]
 
@@ -155,7 +245,20 @@ def test_leftovers_of_dead_processes_are_cleaned(tmp_path):
     dead, alive = 2**22 + 1, data.os.getppid()
     for name in (f".ds.tmp-{dead}", f".ds.old-{dead}", f".ds.tmp-{alive}", f".other.tmp-{dead}"):
         (tmp_path / name).mkdir()
-    path = write(tmp_path / "ds", byte_tokenizer(), np.array([1, 2]), np.array([3]))
+    path = write(tmp_path / "ds", byte_tokenizer(), np.array([1, 2]), np.array([3, 4]))
+    assert sorted(item.name for item in tmp_path.iterdir()) == [f".ds.tmp-{alive}", f".other.tmp-{dead}", "ds"]
+    # in a container every process may have the same number
+    (tmp_path / f".ds.tmp-{os.getpid()}").mkdir()
+    write(path, byte_tokenizer(), np.array([1, 2]), np.array([3, 4]))
+    path.rename(tmp_path / f".ds.old-{os.getpid()}")
+    data._remove_stale(path)
+    assert data.load(path).train.tolist() == [1, 2]
+    # whatever holds other files is not ours, whatever its name
+    (tmp_path / f".ds.old-{dead}").mkdir()
+    (tmp_path / f".ds.old-{dead}" / "letter.txt").write_text("precious")
+    data._remove_stale(path)
+    (tmp_path / f".ds.old-{dead}" / "letter.txt").unlink()
+    data._remove_stale(path)
     assert sorted(item.name for item in tmp_path.iterdir()) == [f".ds.tmp-{alive}", f".other.tmp-{dead}", "ds"]
     path.rename(tmp_path / f".ds.old-{dead}")  # killed between the two renames of a replacement
     data._remove_stale(path)
@@ -190,7 +293,7 @@ def meta(**changes):
 
 
 DAMAGE = {
-    "no meta": ("meta.json", lambda d: (d / "meta.json").unlink()),
+    "no meta": ("move it away", lambda d: (d / "meta.json").unlink()),
     "empty meta": ("meta.json", lambda d: cut(d / "meta.json", 0)),
     "half meta": ("meta.json", lambda d: cut(d / "meta.json", 300)),
     "meta is a list": ("meta.json", lambda d: (d / "meta.json").write_text("[]")),
@@ -199,6 +302,10 @@ DAMAGE = {
     "missing page": ("meta.json", lambda d: (d / "meta.json").write_text("404: Not Found")),
     "NaN": ("meta.json", meta(baselines__uniform=float("nan"))),
     "text for a baseline": ("baselines", meta(baselines__uniform="8")),
+    "a baseline missing": ("baselines.trigram", meta(baselines__trigram=None)),
+    "bytes zero": ("bytes.val", meta(bytes__val=0)),
+    "vocab_size huge": ("tokenizer.json has 257 ids, meta.json says vocab_size 4,294,967,296", meta(vocab_size=2**32)),
+    "vocab_size one too many": ("tokenizer.json has 257 ids", meta(vocab_size=258)),
     "future version": ("format_version 2", meta(format_version=2)),
     "no vocab_size": ("vocab_size", meta(vocab_size=None)),
     "vocab_size is text": ("vocab_size", meta(vocab_size="257")),
@@ -238,6 +345,132 @@ def test_damaged_dataset_is_refused_with_a_reason(tmp_path, case):
         data.load(folder)
     message = str(caught.value)
     assert reason in message and str(folder) in message and "again" in message and "\n" not in message
+
+
+MISSING = "missing"
+ODD = (MISSING, None, "x", "", True, [], {}, -1, 0, 1, 0.5, 1e6, 10**30, 10**400, 2**63 - 1, "NaN", "Infinity", "1e999")
+
+
+def places(content, outer=()):
+    """The paths of all keys in nested dictionaries."""
+    for key, value in content.items():
+        yield (*outer, key)
+        if isinstance(value, dict):
+            yield from places(value, (*outer, key))
+
+
+def edited(content, path, value):
+    """meta.json with one value replaced. The words that are no JSON strings stand for what Python would read as one."""
+    content = json.loads(json.dumps(content))
+    place = content
+    for key in path[:-1]:
+        place = place[key]
+    if value is MISSING:
+        del place[path[-1]]
+        return json.dumps(content)
+    place[path[-1]] = "EDITED"
+    bare = value if value in ("NaN", "Infinity", "1e999") else json.dumps(value)
+    return json.dumps(content).replace('"EDITED"', bare)
+
+
+def use(dataset):
+    """What training, its plot and its evaluation take from a dataset."""
+    block_size = dataset.row_length or 8
+    for split in data.SPLITS:
+        tokens, mask = getattr(dataset, split), getattr(dataset, f"{split}_mask")
+        data.batch(tokens, 0, 4, block_size, 1, mask, dataset.row_length, dataset.vocab_size)
+        assert list(data.eval_windows(tokens, block_size, 2, mask, dataset.vocab_size))
+        assert 0 < 1 / dataset.bytes_per_token(split) < math.inf
+    for name in ("uniform", "unigram", "bigram", "trigram"):
+        assert 0 <= dataset.meta["baselines"][name] <= 100 and f"{dataset.meta['baselines'][name]:.3f}"
+    assert dataset.tokenizer().vocab_size == dataset.vocab_size
+    assert 0 <= (dataset.meta.get("overlap_13gram") or 0.0) <= 1
+
+
+@pytest.mark.parametrize("kind", ["text", "conversations"])
+def test_any_edit_of_any_key_is_refused_or_harmless(tmp_path, kind):
+    mask = np.arange(97) % 2
+    folder = write(tmp_path / "ds", byte_tokenizer(), np.arange(97), np.arange(97), mask, mask)
+    content = json.loads((folder / "meta.json").read_text())
+    content |= {"overlap_13gram": 0.0, "duplicates": 0}
+    if kind == "conversations":
+        content |= {"row_length": 32, "template": "elite"}
+    (folder / "meta.json").write_text(json.dumps(content))
+    use(data.load(folder))
+    n_refused = 0
+    for path in places(content):
+        for value in ODD:
+            (folder / "meta.json").write_text(edited(content, path, value))
+            try:
+                dataset = data.load(folder)
+            except UserError as error:
+                assert str(folder) in str(error) and "again" in str(error) and len(str(error)) < 500, (path, value)
+                n_refused += 1
+                continue
+            try:
+                use(dataset)
+            except Exception as error:
+                raise AssertionError(f"{path} = {value!r:.40} loads, then {error!r}") from error
+    assert n_refused > 500
+
+
+def edit_middle(folder, name, value, at):
+    """Change a token and, where its file is hashed whole, the hash."""
+    tokens = np.memmap(folder / name, "<u2", mode="r+")
+    tokens[at] = value
+    tokens.flush()
+    content = json.loads((folder / "meta.json").read_text())
+    content["files"][name]["sha256"] = data._hash_ends(tokens)
+    (folder / "meta.json").write_text(json.dumps(content))
+
+
+def test_an_id_equal_to_the_vocabulary_is_refused(tmp_path):
+    folder = write(tmp_path / "ds", byte_tokenizer(), np.arange(100), np.arange(100))
+    edit_middle(folder, "val.bin", 256, 50)
+    data.load(folder)
+    edit_middle(folder, "val.bin", 257, 50)
+    with pytest.raises(UserError, match="val.bin holds the value 257, which must be below 257"):
+        data.load(folder)
+    tokens = np.array([5, 257, 7, 8, 9])
+    for read in (lambda size: data.batch(tokens, 0, 1, 4, seed=0, vocab_size=size),
+                 lambda size: list(data.eval_windows(tokens, 2, 1, vocab_size=size))):
+        read(258)
+        with pytest.raises(UserError, match="holds the id 257 at token 1, the vocabulary has 257 ids"):
+            read(257)
+
+
+def test_an_id_beyond_the_vocabulary_inside_a_large_file_is_named(tmp_path, monkeypatch):
+    """Of a large file loading sees both ends alone; training and evaluation name the id when they reach it."""
+    monkeypatch.setattr(data, "MB", 1000)
+    monkeypatch.setattr(data, "FULL_HASH_LIMIT", 2000)
+    folder = write(tmp_path / "ds", byte_tokenizer(), np.arange(10_000) % 256, np.arange(10_000) % 256)
+    for name in ("train.bin", "val.bin"):
+        edit_middle(folder, name, 60_000, 5000)
+        dataset = data.load(folder)
+        cfg = configurator.load(train.Config, dataset=str(folder), out_dir=str(tmp_path / "run"), batch_size=640,
+                                max_steps=1, block_size=16, n_layer=1, n_embd=16, n_head=2, device="cpu",
+                                dtype="float32")
+        says = f"{name} holds the id 60,000 at token 5,000, the vocabulary has 257 ids: run the prepare script"
+        if name == "train.bin":
+            with pytest.raises(UserError, match=says):
+                train.next_batch(cfg, dataset, 0, "cpu")
+        else:
+            m = model.Model(model.Config(n_layer=1, n_embd=16, n_head=2, vocab_size=257, block_size=16))
+            with pytest.raises(UserError, match=says):
+                bpb.window_nats(m, dataset.val, 16)
+    with pytest.raises(UserError, match="holds the id 60,000"):
+        train.train(cfg)
+
+
+def test_training_reads_in_the_order_of_its_seed(tmp_path):
+    folder = write(tmp_path / "ds", byte_tokenizer(), np.arange(2000) % 256, np.arange(100))
+    dataset = data.load(folder)
+
+    def first(seed):
+        cfg = configurator.load(train.Config, dataset=str(folder), batch_size=8, block_size=16, seed=seed)
+        return train.next_batch(cfg, dataset, 0, "cpu")[0].tolist()
+
+    assert first(1) == first(1) and len({str(first(seed)) for seed in range(6)}) == 6
 
 
 def test_random_damage_never_loads(tmp_path):

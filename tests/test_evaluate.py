@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict
+from datetime import datetime
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ import evaluate
 from evaluate import Config
 from tasks import bpb, cloze, sandbox
 from tasks.speaker import Speaker
-from thimble import checkpoint, generate
+from thimble import checkpoint, generate, runlog
 from thimble.files import UserError
 from thimble.tokenizer import byte_tokenizer
 
@@ -51,14 +53,81 @@ def test_command_line(runs, tmp_path):
     (runs / "bpe" / "step_of_mine").mkdir()                # whatever else lies there
     out = call(f"--checkpoint={runs / 'bpe'}", "--suite=cloze", "--all_steps", cwd=tmp_path)
     assert out.returncode == 0, out.stderr
-    report = json.loads((runs / "bpe" / "evaluation.json").read_text())["suites"]["cloze"]
+    report = json.loads((runs / "bpe" / "evaluation_steps.json").read_text())["suites"]["cloze"]
     assert list(report) == ["bpe/step_000000", "empty", "echo", "random", "n-gram", "bpe/step_000005"]
     assert set(report["random"]["rank 1"]) == {"value", "error", "n"} and "mean 1/rank" in out.stdout
-    assert (runs / "bpe" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    assert (runs / "bpe" / "evaluation_steps.png").read_bytes().startswith(b"\x89PNG")
     out = call(f"--compare={runs / 'bpe'},{runs / 'byte'}", "--suite=bpb", f"--text={runs / 'text.txt'}", cwd=tmp_path)
     assert out.returncode == 0 and "bpe/step_000005" in out.stdout and "byte/step_000005" in out.stdout, out.stderr
     out = call(f"--checkpoint={runs / 'bpe'}", "--suite=humaneval", "--humaneval=no.gz", cwd=tmp_path)
     assert out.returncode == 1 and "no.gz" in out.stderr.strip().splitlines()[-1] and "Traceback" not in out.stderr
+
+
+@pytest.fixture
+def run(runs, tmp_path):
+    """A copy of a run with no report in it."""
+    shutil.copytree(runs / "bpe", tmp_path / "bpe", ignore=shutil.ignore_patterns("evaluation*"))
+    return tmp_path / "bpe"
+
+
+def evaluate_as(line, **options):
+    evaluate.main(Config(floors=False, **options), command=SimpleNamespace(line=line))
+
+
+def test_a_suite_leaves_the_results_of_the_others(run, runs, monkeypatch):
+    drawn = []
+    draw = evaluate.draw_bars
+    monkeypatch.setattr(evaluate, "draw_bars", lambda path, suites: drawn.append(suites) or draw(path, suites))
+    text = str(runs / "text.txt")
+    evaluate_as("first", checkpoint=str(run), suite="cloze")
+    evaluate_as("second", checkpoint=str(run), suite="bpb", text=text, seed=7)
+    report = json.loads((run / "evaluation.json").read_text())
+    assert list(report["suites"]) == ["cloze", "bpb"] == list(drawn[1]) and report["earlier"] == []
+    assert {suite: how["command"] for suite, how in report["made"].items()} == {"cloze": "first", "bpb": "second"}
+    for how in report["made"].values():
+        assert abs(datetime.now().astimezone() - datetime.fromisoformat(how["date"])).total_seconds() < 600
+        assert how["commit"] == runlog.git_commit()
+    assert report["made"]["bpb"]["seed"] == 7
+    first = (run / "evaluation.png").read_bytes()
+    assert first.startswith(b"\x89PNG")
+
+    # the same suite again: the new results take its place, the old ones are kept with how they were made
+    evaluate_as("third", checkpoint=str(run / "step_000000"), suite="cloze")
+    again = json.loads((run / "evaluation.json").read_text())
+    assert list(again["suites"]["cloze"]) == ["bpe/step_000000"] and again["suites"]["bpb"] == report["suites"]["bpb"]
+    kept = {"suite": "cloze", "columns": report["suites"]["cloze"], "made": report["made"]["cloze"]}
+    assert again["earlier"] == [kept] and again["made"]["cloze"]["command"] == "third"
+
+
+def test_comparing_leaves_the_report_of_a_run(run, runs):
+    evaluate_as("own", checkpoint=str(run), suite="cloze")
+    own = [(run / name).read_bytes() for name in ("evaluation.json", "evaluation.png")]
+    evaluate_as("compare", compare=(str(run), str(runs / "byte")), suite="cloze")
+    evaluate_as("steps", checkpoint=str(run), all_steps=True, suite="cloze")
+    assert [(run / name).read_bytes() for name in ("evaluation.json", "evaluation.png")] == own
+    for kind, names in (("compare", ["bpe/step_000005", "byte/step_000005"]),
+                        ("steps", ["bpe/step_000000", "bpe/step_000005"])):
+        report = json.loads((run / f"evaluation_{kind}.json").read_text())
+        assert list(report["suites"]["cloze"]) == names and report["made"]["cloze"]["command"] == kind
+        assert (run / f"evaluation_{kind}.png").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"suites": 5}', "[" * 100_000, "my notes",
+                                     '{"suites": {}, "made": []}', '{"suites": {}, "earlier": {}}'])
+def test_what_is_not_a_report_is_not_replaced(run, monkeypatch, content):
+    (run / "evaluation.json").write_text(content)
+    monkeypatch.setattr(cloze, "run", None)                # it is known before anything is measured
+    with pytest.raises(UserError, match="evaluation.json is not a report"):
+        evaluate_as("x", checkpoint=str(run), suite="cloze")
+    assert (run / "evaluation.json").read_text() == content
+
+
+def test_a_score_that_is_not_a_number_is_null(run, monkeypatch):
+    monkeypatch.setattr(cloze, "run", lambda speaker, cfg: {"rank 1": (math.nan, math.inf, 3), "top 5": (0.5, 0.1, 3)})
+    evaluate_as("x", checkpoint=str(run), suite="cloze")
+    scores = json.loads((run / "evaluation.json").read_text())["suites"]["cloze"]["bpe/step_000005"]
+    assert scores == {"rank 1": {"value": None, "error": None, "n": 3}, "top 5": {"value": 0.5, "error": 0.1, "n": 3}}
+    assert (run / "evaluation.png").exists()
 
 
 def test_mistakes_are_named(runs):

@@ -2,10 +2,12 @@
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 from conftest import prose
 
-from thimble import ngrams
+from prepare.text import prepare
+from thimble import data, ngrams
 
 
 def twin_baselines(train, val, vocab_size=256):
@@ -37,6 +39,33 @@ def test_baselines_equal_a_plain_twin():
         counts.append(counter.ngrams)
     ours = ngrams.baselines(*counts)
     assert list(ours.values()) == pytest.approx([8.0, *twin_baselines(train, val)], abs=1e-9)
+
+
+# Counted by hand. The trigrams of "aabaa" are aab, aba, baa; that of "aab" is aab. An n-gram model of order n
+# counts the last n bytes of each trigram and p(c|h) = (n(hc) + t(h) p(c|h')) / (n(h) + t(h)):
+#   p(b) = (1 + 2/256) / (3 + 2); a and b follow the empty context, 3 times in all
+#   p(b|a) = (1 + 2 p(b)) / (2 + 2); the last two bytes are ab, ba, aa, so that a is followed by b once and a once
+#   p(b|aa) = (1 + 1 p(b|a)) / (1 + 1); aa is followed by b alone
+P1 = (1 + 2 / 256) / 5
+P2 = (1 + 2 * P1) / 4
+P3 = (1 + P2) / 2
+BY_HAND = {"uniform": 8.0, "unigram": -math.log2(P1), "bigram": -math.log2(P2), "trigram": -math.log2(P3)}
+
+
+def test_baselines_by_hand():
+    assert (P1, P2, P3) == (0.2015625, 0.35078125, 0.675390625)
+    train, val = ngrams.NGrams(), ngrams.NGrams()
+    train.add(np.frombuffer(b"aabaa", np.uint8))
+    val.add(np.frombuffer(b"aab", np.uint8))
+    assert ngrams.baselines(train, val) == pytest.approx(BY_HAND, abs=1e-12)
+
+
+def test_the_baselines_of_a_dataset_by_hand(tmp_path):
+    """One document whose last three bytes are val: what stands in meta.json is counted on train, scored on val."""
+    folder = prepare(lambda: iter(["aabaaaab"]), "ds", "a test", "byte", val_fraction=3 / 8, data_dir=tmp_path)
+    dataset = data.load(folder)
+    assert bytes(dataset.train.astype(np.uint8)) == b"aabaa" and bytes(dataset.val.astype(np.uint8)) == b"aab"
+    assert dataset.meta["baselines"] == pytest.approx(BY_HAND, abs=1e-12)
 
 
 def test_a_large_vocabulary_equals_a_plain_twin():

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, prose
 
+from prepare import bible, download, python_code, sft, shakespeare, synthetic_code, text
 from prepare import documents as reading
-from prepare import download, shakespeare, text
 from prepare.make_tokenizer import train_bpe
 from thimble import data
 from thimble.files import UserError
@@ -82,6 +82,24 @@ def test_copies_fall_on_one_side_with_a_warning(tmp_path, capsys):
     dataset = prepare(documents, tmp_path)
     assert not set(texts(dataset, "train")[:-1]) & set(texts(dataset, "val")[:-1])
     assert dataset.meta["duplicates"] == 80 and "80 of 120 documents are copies" in capsys.readouterr().err
+
+
+def test_copies_are_left_out_on_request(tmp_path, capsys):
+    documents = [prose(30, seed=i % 40) for i in range(120)] + ["", ""]
+    dataset = prepare(documents, tmp_path, dedup=True)
+    out = capsys.readouterr()
+    assert "80 of 120 documents are copies of others: left out" in out.out and not out.err
+    written = texts(dataset, "train")[:-1] + texts(dataset, "val")[:-1]
+    assert sorted(written) == sorted(set(documents) - {""}) and len(written) == 40
+    assert sum(dataset.meta["documents"].values()) == 40
+    assert sum(dataset.meta["bytes"].values()) == sum(len(item) for item in set(documents))
+    assert dataset.meta["duplicates"] == 80 and dataset.meta["options"]["dedup"] is True
+    # the same documents without their copies are the same dataset
+    once = prepare(documents[:40], tmp_path)
+    assert once.meta["files"] == dataset.meta["files"] and once.meta["baselines"] == dataset.meta["baselines"]
+    # where the tail is cut off, the cut is that of the text which is left
+    same = prepare(["same text here "] * 20, tmp_path, dedup=True)
+    assert same.meta["bytes"] == {"train": 13, "val": 2} and same.meta["documents"] == {"train": 1, "val": 1}
 
 
 def test_documents_that_do_not_divide_are_cut_at_the_tail(tmp_path, capsys):
@@ -155,6 +173,66 @@ def test_wrong_options(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_text_too_short_to_train_on(tmp_path):
+    for document in ("a b c", "ab", "a"):
+        with pytest.raises(UserError, match="too short, its .* split would have [01] token.s. and needs at least 2"):
+            prepare([document], tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_flags_are_checked_before_any_text_is_read(tmp_path, monkeypatch, capsys):
+    """A script that found a mistake in them after hours of reading would have wasted these hours."""
+    def never(*args, **kwargs):
+        raise AssertionError("this was read before the flags were checked")
+
+    (tmp_path / "in.txt").write_text("some text")
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "a.txt").write_text("precious")
+    for module, name in ((reading, "find_fault"), (text, "Plan"), (shakespeare, "find_text"), (bible, "find_text"),
+                         (python_code, "library"), (synthetic_code, "functions"), (synthetic_code, "rows"),
+                         (sft, "read")):
+        monkeypatch.setattr(module, name, never)
+    wrong = [{"tokenizer": "bpee"}, {"tokenizer": "tiktoken:gpt9"}, {"tokenizer": str(tmp_path / "broken.json")},
+             {"tokenizer": "bpe", "vocab_size": 5}, {"name": "../victim"}, {"name": str(tmp_path / "x")}, {"name": "."},
+             {"name": "letters"}, {"name": "in.txt"}, {"data_dir": str(tmp_path / "in.txt")}, {"val_fraction": 1.5},
+             {"pretokenizer": "x", "tokenizer": "bpe"}]
+    given = {"input": str(tmp_path / "in.txt"), "name": "ds", "data_dir": str(tmp_path)}
+    before = sorted(tmp_path.rglob("*"))
+    for script in (text, shakespeare, bible, python_code, synthetic_code, sft):
+        fields = script.Config.__dataclass_fields__
+        for flags in wrong:
+            options = {key: value for key, value in (given | flags).items() if key in fields}
+            if not set(flags) <= set(fields):
+                continue
+            if script is sft:
+                options = {"tokenizer": "byte"} | options | {"input": (given["input"],)}
+            if script is synthetic_code and "vocab_size" in flags:
+                options["kind"] = "functions"
+            with pytest.raises((UserError, OSError, ValueError)) as caught:
+                script.main(script.Config(**options))
+            assert "\n" not in str(caught.value), (script.__name__, flags)
+    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "letters" / "a.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("script", ["text.py", "sft.py", "shakespeare.py", "synthetic_code.py"])
+def test_no_script_deletes_what_it_did_not_write(tmp_path, script):
+    for folder in ("letters", "data/letters"):
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(30):
+            (tmp_path / folder / f"{i}.txt").write_text(f"letter {i} " * 50)
+    (tmp_path / "talk.jsonl").write_text("\n".join(json.dumps({"question": f"q{i}", "answer": "a"}) for i in range(50)))
+    flags = {"text.py": [f"--input={tmp_path / 'letters'}", "--tokenizer=byte"],
+             "sft.py": [f"--input={tmp_path / 'talk.jsonl'}", "--tokenizer=byte"],
+             "shakespeare.py": [f"--input={tmp_path / 'letters'}"], "synthetic_code.py": ["--samples=20"]}[script]
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    for name in ("letters", "../letters", str(tmp_path / "letters"), "."):
+        done = run(script, *flags, f"--name={name}", f"--data_dir={tmp_path / 'data'}")
+        assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+        assert ("is not a dataset" if name == "letters" else "plain name") in done.stderr
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
 def test_input_that_changes_between_readings(tmp_path):
     lengths = itertools.count(100)
     with pytest.raises(UserError, match="changed while it was read"):
@@ -194,7 +272,7 @@ def test_overlap_is_warned_of(tmp_path, capsys):
     assert prepare(documents, tmp_path).meta["overlap_13gram"] > 0.3
     assert "val shares whole passages with train" in capsys.readouterr().err
     assert prepare([prose(200, seed=i) for i in range(60)], tmp_path).meta["overlap_13gram"] == 0
-    assert prepare(["a b c"], tmp_path).meta["overlap_13gram"] is None
+    assert prepare(["a b c " * 5], tmp_path).meta["overlap_13gram"] is None
 
 
 # ---- reading
@@ -204,6 +282,11 @@ BAD_FILES = {
     "a web page": (b"\n<!DOCTYPE html><html><body>text</body></html>", "web page"),
     "a web page without doctype": (b"<HTML lang='en'>text", "web page"),
     "404": (b"404: Not Found", "missing page"),
+    "a web page after a comment": (b"<!-- saved from\nexample.org --> <html><body>text", "web page"),
+    "a web page after tags": (b'<?xml version="1.0"?>\n<!-- > --><meta charset="utf-8"><head><title>x', "web page"),
+    "a web page after byte order marks": ("\ufeff\ufeff\n<!doctype HTML>text".encode(), "web page"),
+    "404 in tags": (b"<!-- nginx -->\n<h1>404 Not Found</h1>\n", "missing page"),
+    "404 after a byte order mark": ("\ufeff\ufeff404: Not Found".encode(), "missing page"),
     "404, other words": (b"404 Not Found\n", "missing page"),
     "Not Found": (b"Not Found", "missing page"),
     "a NUL": (b"text\0text", "byte 4 is 0"),
@@ -220,6 +303,30 @@ def test_bad_files_are_named(tmp_path, case):
     with pytest.raises(UserError) as caught:
         reading.read_documents(tmp_path / "in.txt")
     assert reason in str(caught.value) and str(tmp_path / "in.txt") in str(caught.value)
+
+
+PAGES = [content.decode() for content, reason in BAD_FILES.values() if reason in ("web page", "missing page")]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_bad_records_are_named(tmp_path, page):
+    for name, content in (("in.jsonl", '{"text": "good"}\n' + json.dumps({"text": page})),
+                          ("in.json", json.dumps(["good", page]))):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match=f"{name}, (line|record) 2 (is a web page|holds only).*remove the record"):
+            list(reading.read_documents(tmp_path / name)())
+
+
+@pytest.mark.parametrize("content", [
+    '<h1 align="center">Title</h1>\n<!-- <html> -->\nNot found anywhere else.', "The page said: 404 Not Found",
+    "a <html> b", "<div><img src=x></div> 404", "I looked for it and got <body>", "<" * 50_000, "<!-- >" * 50_000,
+    "<!--" * 50_000,
+])
+def test_text_that_mentions_pages_is_text(tmp_path, content):
+    (tmp_path / "in.txt").write_text(content)
+    start = time.perf_counter()
+    assert "".join(next(reading.read_documents(tmp_path / "in.txt")())) == content
+    assert time.perf_counter() - start < 2
 
 
 def test_folder_leaves_bad_files_out_and_says_so(tmp_path, capsys):

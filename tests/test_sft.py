@@ -1,5 +1,6 @@
 """Templates, masks and rows: a model is asked exactly as it was taught, and only answers are in the loss."""
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ from prepare import sft
 from prepare.make_tokenizer import train_bpe
 from thimble import chat, checkpoint, configurator, data
 from thimble.files import UserError
+from thimble.ngrams import NGrams, baselines
 from thimble.tokenizer import Tokenizer, byte_tokenizer, char_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,6 +142,31 @@ def test_rows(rows):
     assert len(greetings) == 3 * len(set(greetings)) and len(set(greetings)) + sum("Hi" in t for t in texts["val"]) < 20
     n_bytes = sum(len(t.split("Assistant:")[1].strip()) for t in texts["val"])
     assert dataset.bytes_per_token("val") == n_bytes / dataset.val_mask.sum()
+
+
+def test_bits_per_byte_of_answers_by_hand(tmp_path):
+    """All logits equal: a token in the loss costs log2(257) bits. " ab", a newline and the end are 5, for 2 bytes."""
+    records = [{"question": f"A question of {i} tokens that are not in the loss?", "answer": "ab"} for i in range(40)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, records)))
+    sft.main(sft.Config(input=(str(tmp_path / "in.jsonl"),), name="ab", tokenizer="byte", block_size=96,
+                        val_fraction=0.2, data_dir=str(tmp_path)))
+    dataset = data.load(tmp_path / "ab")
+    n = dataset.meta["documents"]["val"]
+    assert dataset.meta["bytes"]["val"] == 2 * n and dataset.val_mask.sum() == 5 * n
+    assert dataset.bytes_per_token("val") == dataset.bytes_per_token("train") == 2 / 5
+    m = model.Model(model.Config(n_layer=1, n_embd=16, n_head=2, vocab_size=257, block_size=96))
+    with torch.no_grad():
+        for p in m.parameters():
+            p.zero_()
+    found = train.evaluate(m, dataset, torch.autocast("cpu", enabled=False))
+    assert found["val_tokens"] == 5 * n
+    assert found["val_bpb"] == pytest.approx(5 * math.log2(257) / 2, rel=1e-6)
+    # the n-gram models see the answers alone: "abab...", of which val holds the trigrams aba and bab
+    train_answers = b"ab" * dataset.meta["documents"]["train"]
+    counts = [NGrams(), NGrams()]
+    counts[0].add(np.frombuffer(train_answers, np.uint8))
+    counts[1].add(np.frombuffer(b"ab" * n, np.uint8))
+    assert dataset.meta["baselines"] == baselines(*counts) and dataset.meta["baselines"]["unigram"] < 1.1
 
 
 def test_batches_are_rows(rows):

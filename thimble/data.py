@@ -18,11 +18,13 @@ import glob
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from thimble import chat
 from thimble.configurator import hint
 from thimble.files import UserError, remove, replace_folder, write_synced
 from thimble.tokenizer import load_tokenizer
@@ -33,11 +35,16 @@ DATA_DIR = Path(__file__).resolve().parent.parent / "data"  # where datasets liv
 MB = 1 << 20
 FULL_HASH_LIMIT = 64 * MB  # of a larger file, loading hashes only the first and the last MB, to stay instant
 
+MIN_TOKENS = 2  # of a split: one to predict from and one to predict
+
 # what meta.json must hold, and the type of each value
 META_TYPES = {"format_version": int, "dtype": str, "vocab_size": int, "source": str, "tokenizer": str, "files": dict,
               "tokens": dict, "bytes": dict, "documents": dict, "baselines": dict, "options": dict}
+LEAST = {"tokens": MIN_TOKENS, "bytes": 1, "documents": 0}  # of each split
+BASELINES = ("uniform", "unigram", "bigram", "trigram")
 REQUIRED_FILES = {"train.bin", "val.bin", "tokenizer.json"}
 MASK_FILES = {"train.mask.bin", "val.mask.bin"}
+ALL_FILES = REQUIRED_FILES | MASK_FILES | {"meta.json"}  # a folder that holds others is not only a dataset
 
 
 # ---- loading
@@ -63,12 +70,8 @@ class Dataset:
         return self.meta["bytes"][split] / n
 
     def tokenizer(self):
-        """The Tokenizer that the ids were made with; UserError if it does not fit them."""
-        tokenizer = load_tokenizer(self.path)
-        if tokenizer.vocab_size != self.vocab_size:
-            raise UserError(f"{self.path / 'tokenizer.json'} has {tokenizer.vocab_size} ids, meta.json says vocab_size "
-                            f"{self.vocab_size}: run the prepare script again")
-        return tokenizer
+        """The Tokenizer that the ids were made with."""
+        return load_tokenizer(self.path)
 
 
 def folder_of(name):
@@ -81,7 +84,7 @@ def load(path):
     """Open the dataset folder `path` after checking it; UserError names the file, the fault and the remedy.
 
     Files of up to 64 MB are hashed whole and every id is compared with the vocabulary; of a larger file, the size and
-    the first and last MB are checked.
+    the first and last MB are checked, and the ids between them as they are read.
     """
     path = Path(path)
     if not path.is_dir():
@@ -100,8 +103,7 @@ def load(path):
         if size != entry["size"]:
             raise _damaged(file, f"has {size:,} bytes, meta.json says {entry['size']:,}")
         if name == "tokenizer.json":
-            if hashlib.sha256(file.read_bytes()).hexdigest() != entry["sha256"]:
-                raise _damaged(file, "does not match its sha256 in meta.json")
+            _check_tokenizer(file, entry, meta["vocab_size"])
         elif name in MASK_FILES:
             arrays[name] = _open_mask(file, meta, entry)
         else:
@@ -109,6 +111,25 @@ def load(path):
             arrays[name] = _open_array(file, meta, entry, dtype, limit=meta["vocab_size"])
     return Dataset(path, meta, meta["vocab_size"], arrays["train.bin"], arrays["val.bin"],
                    arrays.get("train.mask.bin"), arrays.get("val.mask.bin"))
+
+
+def _check_tokenizer(file, entry, vocab_size):
+    """UserError unless tokenizer.json is as it was written and has `vocab_size` ids, which size a model's embedding."""
+    content = file.read_bytes()
+    if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+        raise _damaged(file, "does not match its sha256 in meta.json")
+    # read as plain JSON: importing the tokenizers library takes longer than all the rest of loading
+    try:
+        parsed = json.loads(content)
+        vocab = parsed["model"]["vocab"]
+        ids = [token["id"] for token in parsed["added_tokens"]]
+        # a unigram model has a list, whose places are the ids; the others {token: id}
+        ids += vocab.values() if isinstance(vocab, dict) else range(len(vocab))
+        n_ids = max(ids) + 1
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise _damaged(file, "is not a tokenizer.json") from None
+    if n_ids != vocab_size:
+        raise _damaged(file, f"has {n_ids:,} ids, meta.json says vocab_size {vocab_size:,}")
 
 
 def _open_array(file, meta, entry, dtype, limit):
@@ -158,7 +179,8 @@ def _read_meta(file):
     try:
         meta = json.loads(file.read_bytes().decode(), parse_constant=reject)
     except FileNotFoundError:
-        raise _damaged(file, "is missing") from None
+        raise UserError(f"{file} is missing, so the folder is not a dataset: move it away and run the prepare script "
+                        "that made it again") from None
     except (ValueError, RecursionError) as error:
         raise _damaged(file, f"is not valid JSON ({str(error)[:100]})") from None
     fault = _fault_of(meta)
@@ -172,7 +194,7 @@ def _fault_of(meta):
     if not isinstance(meta, dict):
         return "does not hold a JSON object"
     if meta.get("format_version") != FORMAT_VERSION:
-        return f"has format_version {meta.get('format_version')!r}, this version of data.py reads {FORMAT_VERSION}"
+        return f"has format_version {meta.get('format_version')!r:.60}, this version of data.py reads {FORMAT_VERSION}"
     # whoever copies or edits a meta.json by hand gets a line about it, not a KeyError somewhere in training
     for key, kind in META_TYPES.items():
         if type(meta.get(key)) is not kind:  # not isinstance: True is an int to Python
@@ -180,32 +202,57 @@ def _fault_of(meta):
     if meta["dtype"] not in ("uint16", "uint32"):
         return f"has dtype {meta['dtype']!r:.60}, which must be uint16 or uint32"
     if not 0 < meta["vocab_size"] <= 2**32:
-        return f"has vocab_size {meta['vocab_size']}, which must be from 1 to 2^32"
-    row_length = meta.get("row_length", 0)
-    if type(row_length) is not int or row_length < 0:
-        return f"has row_length {row_length!r:.60}, which must be a whole number"
-    for key in ("tokens", "bytes", "documents"):
-        least = 1 if key == "tokens" else 0
+        return f"has vocab_size {meta['vocab_size']!r:.60}, which must be from 1 to 2^32"
+    for key, least in LEAST.items():
         for split in SPLITS:
             value = meta[key].get(split)
-            if type(value) is not int or value < least:
-                return f"needs a number in {key}.{split}, has {value!r:.60}"
-    for value in meta["baselines"].values():
-        if type(value) not in (int, float):
-            return f"needs numbers in baselines, has {meta['baselines']!r:.60}"
+            # 2^63: larger ones overflow once they are divided
+            if type(value) is not int or not least <= value < 2**63:
+                return f"needs a number of at least {least} in {key}.{split}, has {value!r:.60}"
+    for name in (*BASELINES, *meta["baselines"]):
+        value = meta["baselines"].get(name)
+        if not _is_number(value, most=100):
+            return f"needs bits per byte from 0 to 100 in baselines.{name:.60}, has {value!r:.60}"
+    overlap = meta.get("overlap_13gram")
+    if overlap is not None and not _is_number(overlap, most=1):
+        return f"has overlap_13gram {overlap!r:.60}, which must be a share from 0 to 1 or null"
     # exact names, so that no entry can point out of the folder
     if not REQUIRED_FILES <= set(meta["files"]) <= REQUIRED_FILES | MASK_FILES:
         return f"lists the files {sorted(meta['files'])!r:.200}, which are not those of a dataset"
     for name, entry in meta["files"].items():
-        if not isinstance(entry, dict) or type(entry.get("size")) is not int or type(entry.get("sha256")) is not str:
+        size = entry.get("size") if isinstance(entry, dict) else None
+        if type(size) is not int or not 0 <= size < 2**63 or type(entry.get("sha256")) is not str:
             return f"needs size and sha256 of {name}, has {entry!r:.60}"
+    return _fault_of_rows(meta)
+
+
+def _fault_of_rows(meta):
+    """What is wrong with the keys that only a dataset of conversations has, or None."""
+    row_length = meta.get("row_length", 0)
+    if type(row_length) is not int or row_length < 0:
+        return f"has row_length {row_length!r:.60}, which must be a whole number"
+    if not row_length and "template" not in meta:  # running text
+        return None
+    if not row_length or meta.get("template") not in chat.TEMPLATES:
+        return (f"has row_length {row_length!r:.60} and template {meta.get('template')!r:.60}: rows of conversations "
+                f"need both, the template one of {', '.join(chat.TEMPLATES)}")
+    for split in SPLITS:
+        n_tokens = meta["tokens"][split] - 1  # one stands behind the last row
+        if n_tokens % row_length:
+            return f"has row_length {row_length!r:.60}, which does not divide the {n_tokens:,} tokens of {split}"
     return None
 
 
+def _is_number(value, most):
+    """Whether it is a number from 0 to `most`; NaN is not, and neither is true."""
+    return type(value) in (int, float) and 0 <= value <= most
+
+
 # ---- batches
-def batch(tokens, step, batch_size, block_size, seed, mask=None, row_length=0):
+def batch(tokens, step, batch_size, block_size, seed, mask=None, row_length=0, vocab_size=None):
     """Batch `step`: (x, y), int64 (batch_size, block_size); y is x shifted by one, -1 where `mask` is 0.
 
+    UserError if an id is not below `vocab_size`.
     Rows of a fixed length end in padding: the part of it that all rows of a batch share is cut off, which leaves a
     multiple of 32 tokens.
     """
@@ -214,6 +261,7 @@ def batch(tokens, step, batch_size, block_size, seed, mask=None, row_length=0):
     starts = batch_indices(len(tokens), step, batch_size, block_size, seed, rows=row_length > 0)
     at = starts[:, None] + np.arange(block_size + 1)  # (batch_size, block_size + 1)
     windows = np.asarray(tokens)[at].astype(np.int64)  # the only read from the disk
+    _check_ids(tokens, windows, at, vocab_size)
     x = windows[:, :-1].copy()  # copies: callers may write into them
     y = windows[:, 1:].copy()
     if mask is not None:
@@ -223,6 +271,17 @@ def batch(tokens, step, batch_size, block_size, seed, mask=None, row_length=0):
         width = -(-used // 32) * 32  # rounded up, so that there are few different shapes
         x, y = x[:, :width], y[:, :width]
     return x, y
+
+
+def _check_ids(tokens, ids, at, vocab_size):
+    """UserError if any of the `ids`, which stand `at` these places in `tokens`, is not below vocab_size (None: any)."""
+    if vocab_size is None or ids.max() < vocab_size:
+        return
+    # reached in files above 64 MB, of which load looks at both ends alone
+    worst = ids.argmax()
+    file = getattr(tokens, "filename", "the split")  # a memmap knows its file
+    raise _damaged(file, f"holds the id {ids.flat[worst]:,} at token {at.flat[worst]:,}, the vocabulary has "
+                         f"{vocab_size:,} ids")
 
 
 def batch_indices(n_tokens, step, batch_size, block_size, seed, rows=False):
@@ -261,12 +320,11 @@ def _epoch(seed, epoch, n_windows, stride, n_offsets):
     return rng.permutation(n_windows) * stride + offset
 
 
-def eval_windows(tokens, block_size, batch_size, mask=None):
+def eval_windows(tokens, block_size, batch_size, mask=None, vocab_size=None):
     """Yield (x, y) over the whole split, int64 (<= batch_size, block_size): each token but the first is a target once.
 
-    The last window is filled up with targets of -1.
+    The last window is filled up with targets of -1. UserError if an id is not below `vocab_size`.
     """
-    tokens = np.asarray(tokens)
     n_targets = len(tokens) - 1
     if n_targets < 1:
         raise UserError(f"the split has {len(tokens)} tokens, at least 2 are needed to predict one")
@@ -276,14 +334,49 @@ def eval_windows(tokens, block_size, batch_size, mask=None):
         n_rows = -(-n // block_size)  # rounded up
         x = np.zeros(n_rows * block_size, np.int64)
         y = np.full(n_rows * block_size, -1, np.int64)
-        x[:n] = tokens[start:start + n]
-        y[:n] = tokens[start + 1:start + n + 1]
+        span_ids = np.asarray(tokens[start:start + n + 1])
+        _check_ids(tokens, span_ids, np.arange(start, start + n + 1), vocab_size)
+        x[:n] = span_ids[:-1]
+        y[:n] = span_ids[1:]
         if mask is not None:
             y[:n][np.asarray(mask)[start + 1:start + n + 1] == 0] = -1
         yield x.reshape(n_rows, block_size), y.reshape(n_rows, block_size)
 
 
 # ---- writing
+def new_folder(data_dir, name):
+    """Where a prepare script is to write the dataset `name`. UserError, before any work, if it could not."""
+    if not re.fullmatch(r"\w[\w.+-]{0,99}", name):
+        raise UserError(f"--name={name!r:.120} must be a plain name of at most 100 letters, digits, '_', '-', '.'")
+    folder = Path(data_dir).expanduser() / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder.parent, os.W_OK):
+        raise UserError(f"{folder.parent} cannot be written to: choose another --data_dir")
+    _check_replaceable(folder)
+    return folder
+
+
+def _check_replaceable(path):
+    """UserError if what stands at `path` is anything but a dataset, whole or damaged: replacing it would delete it."""
+    if not os.path.lexists(path) or _is_dataset(path):
+        return
+    foreign = _foreign(path)
+    reason = f"it holds {', '.join(foreign[:3])}" if foreign else "it lacks a meta.json or any .bin file"
+    raise UserError(f"{path} is not a dataset ({reason}), so it is not replaced: move it away or choose another --name")
+
+
+def _is_dataset(path):
+    """Whether it is a folder of a dataset's files and of nothing else; some may be missing or damaged."""
+    return not _foreign(path) and (path / "meta.json").exists() and any(path.glob("*.bin"))
+
+
+def _foreign(path):
+    """The names in a folder that are not those of a dataset's files; of anything but a folder, its own name."""
+    if not path.is_dir():
+        return [path.name]
+    return sorted(item.name for item in path.iterdir() if item.name not in ALL_FILES or not item.is_file())
+
+
 class Writer:
     """Writes a dataset into a temporary folder beside `path` and, if all went well, renames it into place.
 
@@ -293,6 +386,7 @@ class Writer:
             out.meta["baselines"] = {...}
 
     Whenever the process dies, an earlier dataset is still whole, and an unfinished one is never taken for a dataset.
+    Only a dataset is ever replaced: UserError if anything else stands at `path`.
     """
 
     def __init__(self, path, tokenizer, source, options=None, baselines=None):
@@ -306,8 +400,8 @@ class Writer:
 
     def __enter__(self):
         _remove_stale(self.path)
+        _check_replaceable(self.path)
         self.temporary = self.path.parent / f".{self.path.name}.tmp-{os.getpid()}"
-        remove(self.temporary)
         self.temporary.mkdir(parents=True)
         self.files = {}  # name -> open file
         self.hashes = {}  # name -> sha256 of what was written so far
@@ -360,8 +454,10 @@ class Writer:
 
     def _finish(self):
         for split in SPLITS:
-            if not self.meta["tokens"][split]:
-                raise UserError(f"{self.path}: the {split} split would be empty")
+            n_tokens = self.meta["tokens"][split]
+            if n_tokens < MIN_TOKENS:
+                raise UserError(f"{self.path}: the text is too short, its {split} split would have {n_tokens} token(s) "
+                                f"and needs at least {MIN_TOKENS}: use more text")
         # as bytes through _write, which hashes it like the others
         self._write("tokenizer.json", np.frombuffer(self.tokenizer.to_json().encode(), np.uint8))
         entries = {}
@@ -374,8 +470,12 @@ class Writer:
                 entries[name]["sha256_ends"] = _hash_ends(np.memmap(self.temporary / name, np.uint8, mode="r"))
         # last: a folder without meta.json is not a dataset
         self.meta["files"] = entries
+        fault = _fault_of(self.meta)
+        if fault:  # of the script: load would refuse what it wrote
+            raise UserError(f"{self.path}: its meta.json {fault}")
         text = json.dumps(self.meta, indent=1, ensure_ascii=False, allow_nan=False)
         write_synced(self.temporary / "meta.json", text.encode())
+        _check_replaceable(self.path)  # again: it may have changed since
         old = self.path.parent / f".{self.path.name}.old-{os.getpid()}"
         replace_folder(self.temporary, self.path, trash=old)
         remove(old)
@@ -385,9 +485,12 @@ def _remove_stale(path):
     """Clean up after processes that died while they wrote `path`."""
     for folder in path.parent.glob(f".{glob.escape(path.name)}.*-*"):
         kind, _, pid = folder.name.removeprefix(f".{path.name}.").partition("-")
-        if kind not in ("tmp", "old") or not pid.isdigit() or _alive(int(pid)):
+        if kind not in ("tmp", "old") or not pid.isdigit() or _foreign(folder):
             continue
-        if kind == "old" and not path.exists():
+        # in a container the process before had the same number as this one
+        if int(pid) != os.getpid() and _alive(int(pid)):
+            continue
+        if kind == "old" and not path.exists() and _is_dataset(folder):
             folder.rename(path)  # it died between the two renames of replace_folder
         else:
             remove(folder)
