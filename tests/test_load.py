@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import send
 
 import model
 import ternary
@@ -82,7 +83,7 @@ def test_a_tokenizer_from_a_dataset_a_file_and_a_checkpoint(toy, tmp_path):
 def test_a_hugging_face_folder(tmp_path):
     pytest.importorskip("transformers", reason="pip install -r requirements-test.txt")
     made = tiny()
-    export_to(tmp_path / "hf_model", made, "hf", "f32")
+    send(made, byte_tokenizer(), tmp_path / "hf_model", "hf", "f32", check=False)
     loaded = load.load(tmp_path / "hf_model")
     assert loaded.name == "hf_model" and loaded.path == tmp_path / "hf_model" and loaded.meta["arch"] == "model"
     assert same(loaded.model, made, 1e-5)
@@ -93,18 +94,12 @@ def test_a_hugging_face_folder(tmp_path):
 def test_a_gguf_file(tmp_path):
     pytest.importorskip("gguf", reason="pip install -r requirements-test.txt")
     made = tiny()
-    export_to(tmp_path / "small.gguf", made, "gguf", "f32")
+    send(made, byte_tokenizer(), tmp_path / "small.gguf", "gguf", "f32", check=False)
     loaded = load.load(tmp_path / "small.gguf")
     assert loaded.name == "small" and loaded.path == tmp_path / "small.gguf"
     assert same(loaded.model, made, 1e-5)
     assert loaded.tokenizer.encode("abc") == load.read_tokenizer(str(tmp_path / "small.gguf")).encode("abc")
     assert list(generate(loaded.model, [1], 5, temperature=0)) == list(generate(made, [1], 5, temperature=0))
-
-
-def export_to(path, made, form, quant):
-    import export
-
-    export.export(made, byte_tokenizer(), path, form, quant, checked=False)
 
 
 # ---- what is none of them
