@@ -12,14 +12,10 @@ import asyncio
 import base64
 import collections
 import hashlib
-import hmac
-import ipaddress
 import json
 import os
 import re
 import secrets
-import socket
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +28,6 @@ from thimble.load import load
 from thimble.tokenizer import ByteStream
 
 try:
-    import h11
-    import uvicorn
     from pydantic import BaseModel, Field, ValidationError
     from pydantic_core import from_json
     from starlette.applications import Starlette
@@ -42,7 +36,8 @@ try:
     from starlette.requests import ClientDisconnect
     from starlette.responses import Response
     from starlette.routing import Route
-    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    from thimble.http import ApiError, Guard, Uvicorn, is_loopback, listen, reply, respond
 except ImportError as e:
     raise SystemExit(f"error: serve.py needs more packages ({e}): pip install -r requirements-serve.txt") from None
 
@@ -77,42 +72,9 @@ class Config:
             raise ValueError(f"port={self.port} must be in [0, 65535]")
 
 
-def reply(body, status=200, headers=None):
-    # json.dumps escapes everything outside ASCII, so that nothing can break the framing
-    return Response(json.dumps(body), status, headers, "application/json")
-
-
 def event(body):
     """One server-sent event."""
     return f"data: {json.dumps(body)}\n\n".encode()
-
-
-class ApiError(Exception):
-    """An error in the shape of OpenAI's API; `param` is the field of the request that is to blame."""
-
-    TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 500: "server_error"}
-
-    def __init__(self, status, message, param=None, code=None, headers=None):
-        super().__init__(message)
-        self.status = status
-        self.headers = headers
-        kind = self.TYPES.get(status, "invalid_request_error")
-        # cut, since a message may quote the request
-        self.body = {"error": {"message": message[:300], "type": kind, "param": param, "code": code}}
-
-    def response(self):
-        return reply(self.body, self.status, self.headers)
-
-
-async def respond(request, e):
-    """The response to any exception, as Starlette's handler."""
-    if isinstance(e, HTTPException):
-        e = ApiError(e.status_code, e.detail, headers=e.headers)
-    elif isinstance(e, UserError):
-        e = ApiError(400, str(e))
-    elif not isinstance(e, ApiError):
-        e = ApiError(500, "internal server error; see the server's log")
-    return e.response()
 
 
 # ---- request bodies
@@ -245,14 +207,6 @@ def schema(body):
 
 
 # ---- routes
-def is_loopback(host):
-    """Whether a host name or address, IPv6 without brackets, always means this machine."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def read_page():
     """(the page, a Content-Security-Policy that allows its own script and style and nothing else)."""
     page = PAGE.read_text(encoding="utf-8")
@@ -377,20 +331,22 @@ class Server:
         kind = request.headers.get("content-type", "").partition(";")[0]
         if kind.strip().lower() != "application/json":
             raise ApiError(415, "Content-Type must be application/json")
+        limit = self.cfg.max_body
+        too_large = ApiError(413, f"the body is larger than {limit:,} bytes", unread=True)
+        if int(request.headers.get("content-length", 0)) > limit:  # h11 has checked that it is a number
+            raise too_large
         body = bytearray()
-        close = {"Connection": "close"}  # the rest of the body is not read, so nothing can follow on this connection
         try:
             async with asyncio.timeout(self.cfg.client_seconds):
                 async for part in request.stream():
                     body += part
-                    if len(body) > self.cfg.max_body:
-                        message = f"the body is larger than {self.cfg.max_body:,} bytes"
-                        raise ApiError(413, message, headers=close)
+                    if len(body) > limit:
+                        raise too_large
         except ClientDisconnect:  # nobody reads this, but it ends the request quietly
             raise ApiError(400, "the client disconnected") from None
         except TimeoutError:
             message = f"the body did not arrive within {self.cfg.client_seconds:g} s"
-            raise ApiError(408, message, headers=close) from None
+            raise ApiError(408, message, unread=True) from None
         asked = parse(bytes(body), BODIES[request.url.path])
         if asked.model not in ("", self.name):
             message = f"the model {asked.model[:100]!r} does not exist; this server has {self.name!r}"
@@ -522,6 +478,8 @@ class Answer:
 
     async def __call__(self, scope, receive, send):
         # whichever comes first: the end of the answer, the client's leaving, the deadline
+        if self.asked.stream:
+            scope["filler"] = b": \n\n"  # a comment, which may be written between two events, see Protocol.probe
         work = asyncio.create_task(self.stream(send) if self.asked.stream else self.whole())
         gone = asyncio.create_task(disconnected(receive))
         seconds = self.server.cfg.request_seconds
@@ -674,155 +632,6 @@ class ChatAnswer(Answer):
 
     def item(self, i, logprob):
         return {"token": self.server.token(i), "bytes": list(self.server.raw(i)), "logprob": logprob}
-
-
-# ---- around all routes
-class Guard:
-    """ASGI middleware: who may connect, and one line in the log and one count for each request."""
-
-    def __init__(self, app, server):
-        self.app = app
-        self.server = server
-
-    async def __call__(self, scope, receive, send):
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        start = time.monotonic()
-        status = 499  # nginx's number for a client that closed the connection before a response
-
-        async def watch(message):
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            error = self.refuse(scope)
-            app = error.response() if error else self.app
-            await app(scope, receive, watch)
-        except Exception:
-            status = 500  # Starlette's outermost handler sends it
-            raise
-        finally:
-            # other paths share one count: a client could fill the memory with their names
-            path = scope["path"] if scope["path"] in self.server.paths else "other"
-            self.server.requests[path, status] += 1
-            if self.server.cfg.log:
-                self.log(scope, status, time.monotonic() - start)
-
-    def log(self, scope, status, seconds):
-        client = scope.get("client") or ["-"]
-        path = json.dumps(scope["path"][:100])  # quoted ASCII: no path can forge a line
-        left = ", client disconnected" if scope.get("gone") else ""
-        line = f"{client[0]} {scope['method']:.10} {path} {status} {1000 * seconds:.0f} ms{left}"
-        print(time.strftime("%H:%M:%S"), line, file=sys.stderr, flush=True)
-
-    def refuse(self, scope):
-        """The ApiError for a request that may not be answered, or None."""
-        headers = dict(reversed(scope["headers"]))  # where a name comes twice, the first one counts
-        host = headers.get(b"host", b"").decode("latin-1").lower()
-        hostname = re.sub(r":\d{1,5}$", "", host).strip("[]")
-        # A web page may point a name of its own at 127.0.0.1 (DNS rebinding): then the browser takes us for its origin,
-        # but sends that name.
-        if self.server.local and not is_loopback(hostname):
-            return ApiError(403, "this server accepts only requests to localhost; check the Host header", code="host")
-        origin = headers.get(b"origin", b"").decode("latin-1").lower()
-        if origin and origin.partition("://")[2] != host:
-            return ApiError(403, "requests from web pages of another origin are not allowed", code="origin")
-        # the page asks for the key itself, and a load balancer that watches /health has none
-        if self.server.key and scope["path"] not in ("/", "/health"):
-            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-            # compare_digest takes the same time wherever the two differ, so that a key cannot be found byte by byte
-            if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self.server.key):
-                return ApiError(401, "missing or wrong API key in the Authorization header", code="invalid_api_key",
-                                headers={"WWW-Authenticate": "Bearer"})
-        return None
-
-
-# ---- below HTTP
-class Protocol(H11Protocol):
-    """uvicorn's own with two deadlines that it lacks: for complete headers, and for a client that stops reading."""
-
-    seconds = 10.0
-
-    def connection_made(self, transport):
-        super().connection_made(transport)
-        self.deadline = self.loop.call_later(self.seconds, self.close_idle)
-
-    def connection_lost(self, exc):
-        self.deadline.cancel()
-        super().connection_lost(exc)
-
-    def on_response_complete(self):
-        super().on_response_complete()
-        # the connection stays open for another request, which has the same time to arrive
-        self.deadline.cancel()
-        self.deadline = self.loop.call_later(self.seconds, self.close_idle)
-
-    def close_idle(self):
-        if self.cycle is None or self.cycle.response_complete:  # no request has been read, none is being answered
-            self.transport.abort()  # close() would wait until the client has read what was sent
-
-    def pause_writing(self):
-        super().pause_writing()
-        self.stuck = self.loop.call_later(self.seconds, self.transport.abort)
-
-    def resume_writing(self):
-        super().resume_writing()
-        self.stuck.cancel()
-
-    def send_400_response(self, msg):
-        """What is not HTTP gets an error in JSON like all others."""
-        body = json.dumps(ApiError(400, msg).body).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()),
-                   (b"connection", b"close")]
-        head = h11.Response(status_code=400, reason=b"Bad Request", headers=headers)
-        for part in (head, h11.Data(data=body), h11.EndOfMessage()):
-            self.transport.write(self.conn.send(part))
-        self.transport.close()
-
-
-class Uvicorn(uvicorn.Server):
-    """Runs a Server. On SIGTERM it lets running answers finish and ends with exit code 0."""
-
-    def __init__(self, cfg, server):
-        protocol = type("Protocol", (Protocol,), {"seconds": cfg.client_seconds})
-        super().__init__(uvicorn.Config(
-            server.app, cfg.host.strip("[]"), cfg.port, loop="asyncio", http=protocol, ws="none", lifespan="off",
-            log_level="error", access_log=False, server_header=False, backlog=1024,
-            proxy_headers=False,  # with X-Forwarded-For a client could write any address into the log
-            h11_max_incomplete_event_size=16384,  # bytes of headers
-            timeout_graceful_shutdown=int(cfg.drain_seconds) + 2))  # the engine has ended all texts 2 s earlier
-        self.ours = server
-
-    async def startup(self, sockets=None):
-        # not earlier: the event loop exists only now, and the number of the port where it was 0
-        self.ours.engine.start(asyncio.get_running_loop())
-        await super().startup(sockets)
-        if self.should_exit:
-            return
-        host, port = self.servers[0].sockets[0].getsockname()[:2]
-        if ":" in host:
-            host = f"[{host}]"
-        key = " (API key required)" if self.ours.key else ""
-        print(f"{self.ours.name} on http://{host}:{port}{key}", file=sys.stderr, flush=True)
-
-    def handle_exit(self, sig, frame):
-        # a second signal ends the answers at once
-        seconds = 0 if self.should_exit else self.ours.cfg.drain_seconds
-        self.ours.engine.stop_at = time.monotonic() + seconds
-        self.should_exit = True
-
-
-def listen(cfg):
-    """The socket, opened here so that a port in use ends in a UserError."""
-    host = cfg.host.strip("[]")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, cfg.port), backlog=1024, family=family)
-    except OSError as e:
-        why = e.strerror.partition(" (")[0]
-        raise UserError(f"--host={cfg.host} --port={cfg.port}: {why}; --port=0 takes any free port") from None
 
 
 def main(cfg):
