@@ -28,7 +28,7 @@ from thimble.load import load
 from thimble.tokenizer import ByteStream
 
 try:
-    from pydantic import BaseModel, Field, ValidationError
+    from pydantic import AfterValidator, BaseModel, Field, ValidationError
     from pydantic_core import from_json
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
@@ -79,7 +79,8 @@ def event(body):
 
 # ---- request bodies
 # They check what comes in and are the schema of /openapi.json, of which a docstring here would become a part.
-# A field that is null counts as absent. fail_fast, because a body of 1 MB can hold a million errors.
+# A field that is null counts as absent. Fields of OpenAI's API that we lack are accepted with the values that change
+# nothing, since clients send these as well. fail_fast, because a body of 1 MB can hold a million errors.
 class Strict(BaseModel, extra="forbid", strict=True, allow_inf_nan=False):  # strict: "1" and true are not 1
     pass
 
@@ -89,7 +90,8 @@ class Body(Strict):
 
 
 class StreamOptions(Strict):
-    include_usage: bool | None = False
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 NotEmpty = Field(min_length=1, fail_fast=True)
@@ -98,6 +100,16 @@ Ids = Annotated[list[Id], NotEmpty]
 Stop = Annotated[str, Field(max_length=256)]
 BiasId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]  # keys of JSON are strings
 Bias = Annotated[float, Field(ge=-100, le=100)]
+Metadata = Annotated[dict[str, str], Field(max_length=16, fail_fast=True)]  # as in OpenAI's API
+
+
+def none_of_them(values):
+    if values:
+        raise ValueError("not supported by this server")
+    return values
+
+
+Nothing = Annotated[list, AfterValidator(none_of_them)]
 
 
 class Generation(Body):
@@ -137,6 +149,8 @@ class Completion(Generation):
     prompt: str | Ids | Annotated[list[str], NotEmpty] | Annotated[list[Ids], NotEmpty]
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=20)
+    best_of: Literal[1] = 1
+    suffix: Literal[""] = ""
 
 
 class TextPart(Strict):
@@ -148,6 +162,11 @@ class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], NotEmpty]
     name: str | None = None  # accepted and ignored
+    annotations: Nothing = []  # the answers of OpenAI's own models have it
+
+
+class ResponseFormat(Strict):
+    type: Literal["text"]
 
 
 class ChatCompletion(Generation):
@@ -155,6 +174,18 @@ class ChatCompletion(Generation):
     max_completion_tokens: Id | None = None
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
+    # accepted with the values that change nothing
+    tools: Nothing = []
+    tool_choice: Literal["none", "auto"] = "none"
+    parallel_tool_calls: bool = True
+    response_format: ResponseFormat | None = None
+    modalities: Annotated[list[Literal["text"]], NotEmpty] = ["text"]
+    store: Literal[False] = False
+    service_tier: Literal["auto", "default"] = "auto"
+    # accepted and ignored
+    metadata: Metadata = {}
+    prompt_cache_key: str = Field("", max_length=1000)
+    safety_identifier: str = Field("", max_length=1000)
 
 
 class Tokenize(Body):
@@ -170,6 +201,33 @@ BODIES = {"/v1/completions": Completion, "/v1/chat/completions": ChatCompletion,
           "/detokenize": Detokenize}
 
 
+def without_nulls(value):
+    """Parsed JSON without the fields that are null, at any depth."""
+    if isinstance(value, list):
+        return [without_nulls(part) for part in value]
+    if isinstance(value, dict):
+        return {key: without_nulls(part) for key, part in value.items() if part is not None}
+    return value
+
+
+def describe(errors):
+    """pydantic's errors as one line, each with the place in the body that it is about."""
+    reasons = {}  # place, a tuple of keys and indices -> what is wrong there
+    for error in errors:
+        # where a field may have one of several types, pydantic tries each and names it in the path: list[str]
+        place = tuple(key for key in error["loc"] if not re.search(r"\[|^(constrained-)?str$", str(key)))
+        known = reasons.setdefault(place, [])
+        if error["msg"] not in known:
+            known.append(error["msg"])
+    messages = []
+    for place, known in reasons.items():
+        # the type whose check came further is the one that was meant
+        further = any(len(other) > len(place) and other[:len(place)] == place for other in reasons)
+        if not further:
+            messages.append(f"{'.'.join(map(str, place))}: {' or '.join(known)}")
+    return "; ".join(messages)
+
+
 def parse(body, kind):
     """bytes -> an instance of `kind`, a class of BODIES; ApiError 400 if they are not one."""
     # unlike json.loads it refuses lone surrogates, and deep nesting without a RecursionError
@@ -179,20 +237,16 @@ def parse(body, kind):
         raise ApiError(400, f"the body is not valid JSON: {e}", code="invalid_json") from None
     if not isinstance(value, dict):
         raise ApiError(400, "the body must be a JSON object")
-    # refused here and not by pydantic: with a code of their own, and also where they are null
-    unknown = [key[:50] for key in value if key not in kind.model_fields]
+    given = without_nulls(value)
+    # refused here and not by pydantic, to have a code of their own
+    unknown = [key[:50] for key in given if key not in kind.model_fields]
     if unknown:
         raise ApiError(400, f"unknown fields: {', '.join(unknown[:5])}", unknown[0], "unknown_field")
-    given = {key: part for key, part in value.items() if part is not None}
     try:
         return kind.model_validate(given)
     except ValidationError as e:
-        errors = e.errors(include_url=False, include_input=False, include_context=False)
-    messages = []
-    for error in errors:
-        where = ".".join(map(str, error["loc"]))
-        messages.append(f"{where}: {error['msg']}")
-    raise ApiError(400, "; ".join(messages), str(errors[0]["loc"][0])[:100])
+        errors = e.errors(include_url=False, include_input=False, include_context=False)[:20]
+    raise ApiError(400, describe(errors), str(errors[0]["loc"][0])[:100])
 
 
 def schema(body):
@@ -238,8 +292,8 @@ class Server:
         self.local = is_loopback(cfg.host.strip("[]"))
         if not self.key and not self.local:
             raise UserError(f"--host={cfg.host} can be reached by other machines: set an API key (THIMBLE_API_KEY)")
-        gets = {"/": self.index, "/health": self.health, "/v1/models": self.models, "/metrics": self.metrics,
-                "/tokenizer_info": self.tokenizer_info, "/openapi.json": self.openapi}
+        gets = {"/": self.index, "/health": self.health, "/v1/models": self.models, "/v1/models/{id:path}": self.model,
+                "/metrics": self.metrics, "/tokenizer_info": self.tokenizer_info, "/openapi.json": self.openapi}
         posts = {"/v1/completions": self.completions, "/v1/chat/completions": self.chat_completions,
                  "/tokenize": self.tokenize, "/detokenize": self.detokenize}
         self.paths = {*gets, *posts}
@@ -258,9 +312,21 @@ class Server:
         return reply({"status": "ok"})
 
     async def models(self, request):
-        model = {"id": self.name, "object": "model", "created": self.created, "owned_by": "thimble",
-                 "max_model_len": self.engine.size}
-        return reply({"object": "list", "data": [model]})
+        return reply({"object": "list", "data": [self.about()]})
+
+    async def model(self, request):
+        self.check_model(request.path_params["id"])
+        return reply(self.about())
+
+    def about(self):
+        """The model as /v1/models describes it."""
+        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "thimble",
+                "max_model_len": self.engine.size}
+
+    def check_model(self, name):
+        if name != self.name:
+            message = f"the model {name[:100]!r} does not exist; this server has {self.name!r}"
+            raise ApiError(404, message, "model", "model_not_found")
 
     async def metrics(self, request):
         """Prometheus' text format."""
@@ -312,6 +378,9 @@ class Server:
         paths = {}
         for path in sorted(self.paths - set(BODIES)):
             paths[path] = {"get": {"responses": responses}}
+        one = paths.pop("/v1/models/{id:path}")
+        parameter = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+        paths["/v1/models/{id}"] = one | {"parameters": [parameter]}
         for path, body in BODIES.items():
             own, parts = schema(body)
             schemas |= parts
@@ -348,9 +417,8 @@ class Server:
             message = f"the body did not arrive within {self.cfg.client_seconds:g} s"
             raise ApiError(408, message, unread=True) from None
         asked = parse(bytes(body), BODIES[request.url.path])
-        if asked.model not in ("", self.name):
-            message = f"the model {asked.model[:100]!r} does not exist; this server has {self.name!r}"
-            raise ApiError(404, message, "model", "model_not_found")
+        if asked.model:
+            self.check_model(asked.model)
         return asked
 
     async def encode(self, text):
@@ -618,7 +686,7 @@ class ChatAnswer(Answer):
         return {"index": index, "delta": delta, "logprobs": self.logprobs(index, entries), "finish_reason": finish}
 
     def choice(self, index, text, entries, finish):
-        message = {"role": "assistant", "content": text}
+        message = {"role": "assistant", "content": text, "refusal": None}
         return {"index": index, "message": message, "logprobs": self.logprobs(index, entries), "finish_reason": finish}
 
     def logprobs(self, index, entries):
