@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from thimble import chat, configurator
-from thimble.engine import Engine, Sequence
+from thimble.engine import SECONDS, Engine, Sequence
 from thimble.files import UserError
 from thimble.load import load
 from thimble.tokenizer import ByteStream
@@ -33,6 +33,7 @@ try:
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
+    from starlette.middleware.cors import CORSMiddleware
     from starlette.requests import ClientDisconnect
     from starlette.responses import Response
     from starlette.routing import Route
@@ -56,6 +57,7 @@ class Config:
     host: str = "127.0.0.1"         # address to listen on; one that other machines can reach needs an API key
     port: int = 8000                # 0: any free port
     api_key: str = ""               # required as a bearer token; empty: environment variable THIMBLE_API_KEY
+    allow_origin: tuple[str, ...] = ()  # origins, separated by commas, whose web pages may use the API: https://a.example
     # limits
     max_batch: int = 16             # texts generated at the same time
     max_queue: int = 64             # texts waiting for their turn; further requests get status 429
@@ -70,6 +72,9 @@ class Config:
         configurator.check(self, ("max_batch", "max_queue", "max_body", "client_seconds", "request_seconds"))
         if self.port > 65535:
             raise ValueError(f"port={self.port} must be in [0, 65535]")
+        for origin in self.allow_origin:
+            if not re.fullmatch(r"https?://[^/\s*]+", origin):
+                raise ValueError(f"allow_origin={origin} must be scheme and host, like https://app.example:8080")
 
 
 def event(body):
@@ -274,6 +279,16 @@ def read_page():
     return page, "; ".join(rules)
 
 
+def histogram_lines(name, histogram):
+    """An engine.Histogram in Prometheus' text format, in which a bucket contains all below it."""
+    lines = [f"# TYPE thimble_{name} histogram"]
+    total = 0
+    for end, count in zip((*SECONDS, "+Inf"), histogram.counts, strict=True):
+        total += count
+        lines.append(f'thimble_{name}_bucket{{le="{end}"}} {total}')
+    return [*lines, f"thimble_{name}_sum {histogram.sum:.6f}", f"thimble_{name}_count {total}"]
+
+
 class Server:
     """The routes, as an ASGI application `app`. UserError where other machines could connect without a key."""
 
@@ -288,7 +303,11 @@ class Server:
         # the pieces of a byte-level tokenizer are bytes, perhaps half of a character; those of others are text
         self.by_bytes = isinstance(self.tokenizer.stream(), ByteStream)
         self.page, self.policy = read_page()
-        self.key = (cfg.api_key or os.environ.get("THIMBLE_API_KEY", "")).encode()
+        key = cfg.api_key or os.environ.get("THIMBLE_API_KEY", "")
+        self.key = key.strip().encode()  # a header cannot carry the line end of a file that the key was read from
+        if key and not re.fullmatch(r"[^\x00-\x1f\x7f]+", key.strip()):
+            raise UserError("the API key is blank or has a control character in it, which no client can send")
+        self.origins = {origin.lower() for origin in cfg.allow_origin}
         self.local = is_loopback(cfg.host.strip("[]"))
         if not self.key and not self.local:
             raise UserError(f"--host={cfg.host} can be reached by other machines: set an API key (THIMBLE_API_KEY)")
@@ -301,7 +320,12 @@ class Server:
         routes += [Route(path, endpoint, methods=["POST"]) for path, endpoint in posts.items()]
         # Starlette's own handlers answer in plain text
         handlers = dict.fromkeys((HTTPException, ApiError, UserError, Exception), respond)
-        self.app = Starlette(routes=routes, middleware=[Middleware(Guard, self)], exception_handlers=handlers)
+        middleware = [Middleware(Guard, self)]
+        if self.origins:
+            # before the Guard, since a browser asks without the key, and reads an error only with these headers
+            cors = Middleware(CORSMiddleware, self.origins, ["GET", "POST"], ["*"], expose_headers=["Retry-After"])
+            middleware.insert(0, cors)
+        self.app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
 
     async def index(self, request):
         headers = {"Content-Security-Policy": self.policy, "X-Content-Type-Options": "nosniff",
@@ -338,9 +362,8 @@ class Server:
             lines += [f"# TYPE thimble_{name} gauge", f"thimble_{name} {value}"]
         for name in ("prompt_tokens", "prompt_tokens_reused", "generated_tokens", "steps", "failures"):
             lines += [f"# TYPE thimble_{name}_total counter", f"thimble_{name}_total {counts[name]}"]
-        lines += ["# TYPE thimble_first_token_seconds summary",
-                  f"thimble_first_token_seconds_count {counts['firsts']}",
-                  f"thimble_first_token_seconds_sum {counts['first_seconds']:.6f}"]
+        lines += histogram_lines("first_token_seconds", engine.first_token)
+        lines += histogram_lines("inter_token_seconds", engine.inter_token)
         lines.append("# TYPE thimble_requests_total counter")
         for (path, status), count in sorted(self.requests.items()):
             lines.append(f'thimble_requests_total{{path="{path}",status="{status}"}} {count}')

@@ -504,6 +504,65 @@ def test_only_the_health_and_the_page_need_no_key(monkeypatch):
         serve.Server(serve.Config(host="0.0.0.0"), loaded(tiny()))
 
 
+@pytest.mark.parametrize("given", ["secret", "secret ", " secret\t", "secret\n", "two words", "schlüssel "])
+def test_a_key_is_compared_without_the_spaces_around_it(given, monkeypatch):
+    for settings, variable in (({"api_key": given}, ""), ({}, given)):
+        monkeypatch.setenv("THIMBLE_API_KEY", variable)
+        with running(tiny(), **settings) as (port, _):
+            def status(sent):
+                return ask(port, "/v1/models", Authorization=f"Bearer {sent}".encode())[0]
+            assert status(given.strip()) == status(given.strip() + " ") == 200
+            assert status("") == status(given.strip()[:-1]) == 401
+
+
+@pytest.mark.parametrize("given", [" ", "\n", "a\nb", "a\x7fb"])
+def test_a_key_that_nobody_can_send_is_refused(given):
+    with pytest.raises(UserError, match="API key is blank or has a control character"):
+        serve.Server(serve.Config(api_key=given), loaded(tiny()))
+
+
+def test_browser_apps_of_an_allowed_origin():
+    app = "https://app.example"
+    asking = {"Origin": app, "Access-Control-Request-Method": "POST",
+              "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os"}
+    with running(tiny(), allow_origin=(app, "http://localhost:3000"), api_key="k") as (port, _):
+        status, _, headers = ask(port, "/v1/completions", method="OPTIONS", **asking)
+        assert status == 200 and headers["access-control-allow-origin"] == app
+        assert "POST" in headers["access-control-allow-methods"]
+        assert {"authorization", "x-stainless-os"} <= set(re.split(", *", headers["access-control-allow-headers"]))
+        for key, expected in (("k", 200), ("wrong", 401)):  # a page can read errors, too
+            status, _, headers = ask(port, "/v1/models", Origin=app, Authorization=f"Bearer {key}")
+            assert status == expected and headers["access-control-allow-origin"] == app and "rigin" in headers["vary"]
+        for other in ("https://evil.example", "http://app.example", "https://app.example.evil", "null"):
+            status, _, headers = ask(port, "/v1/models", Origin=other, Authorization="Bearer k")
+            assert status == 403 and "access-control-allow-origin" not in headers
+            headers = ask(port, "/v1/models", method="OPTIONS", **asking | {"Origin": other})[2]
+            assert "access-control-allow-origin" not in headers
+    with running(tiny()) as (port, _):  # nobody by default
+        status, _, headers = ask(port, "/v1/completions", method="OPTIONS", **asking)
+        assert status == 403 and "access-control-allow-origin" not in headers
+    for wrong in ("*", "app.example", "https://app.example/", "https://*.example"):
+        with pytest.raises(ValueError, match="must be scheme and host"):
+            serve.Config(allow_origin=(wrong,))
+
+
+def test_histograms_of_the_times_to_tokens():
+    with running(Script("a" * 99, 0.012), max_batch=4) as (port, _):
+        for n_texts, n_tokens in ((2, 5), (1, 1), (1, 3)):
+            ask(port, "/v1/completions", {"prompt": "x", "max_tokens": n_tokens, "n": n_texts})
+        ask(port, "/v1/completions", {"prompt": "x", "max_tokens": 0, "echo": True})  # no token at all
+        text = ask(port, "/metrics")[1]
+    for name, count, least in (("first_token", 4, 0.012), ("inter_token", 2 * 4 + 2, 0.012)):
+        assert f"# TYPE thimble_{name}_seconds histogram\n" in text
+        buckets = re.findall(rf'^thimble_{name}_seconds_bucket{{le="(.+)"}} (\d+)$', text, re.M)
+        ends = [float(end) for end, _ in buckets]
+        counts = [int(n) for _, n in buckets]
+        assert ends == sorted(ends) and ends[-1] == float("inf") and counts == sorted(counts)
+        assert counts[-1] == count == int(re.search(rf"thimble_{name}_seconds_count (\d+)", text)[1])
+        assert counts[ends.index(0.01)] == 0  # each step takes 12 ms
+        assert float(re.search(rf"thimble_{name}_seconds_sum (\S+)", text)[1]) >= count * least
+
+
 def test_other_names_and_other_pages_are_refused(served):
     def status(**headers):
         return ask(served.port, "/v1/models", **headers)[0]
