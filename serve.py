@@ -725,9 +725,13 @@ class ChatAnswer(Answer):
         return {"token": self.server.token(i), "bytes": list(self.server.raw(i)), "logprob": logprob}
 
 
+def build(cfg):
+    """The Server of a Config. UserError if its model cannot be served."""
+    return Server(cfg, load(cfg.checkpoint, cfg.which, cfg.device, cfg.template))
+
+
 def main(cfg):
-    loaded = load(cfg.checkpoint, cfg.which, cfg.device, cfg.template)
-    Uvicorn(cfg, Server(cfg, loaded)).run([listen(cfg)])
+    Uvicorn(cfg, build(cfg)).run([listen(cfg)])
 
 
 if __name__ == "__main__":

@@ -57,11 +57,11 @@ def loaded(model, name="tiny"):
 
 
 @contextmanager
-def running(model, **settings):
-    """A server in a thread -> (port, Server)."""
-    cfg = serve.Config(port=0, log=False, **settings)
-    ours = serve.Server(cfg, loaded(model))
-    theirs = serve.Uvicorn(cfg, ours)
+def running(model, ours=None, **settings):
+    """A server in a thread, of a model or one that is there -> (port, Server)."""
+    if ours is None:
+        ours = serve.Server(serve.Config(**{"port": 0, "log": False} | settings), loaded(model))
+    theirs = serve.Uvicorn(ours.cfg, ours)
     ours.connections = theirs.server_state.connections
     thread = threading.Thread(target=theirs.run)
     thread.start()
@@ -611,7 +611,7 @@ def test_a_client_that_leaves_frees_its_place_in_the_queue():
 def test_a_client_that_does_not_read_is_cut_off(stream, capfd):
     with running(Script("a" * 9000), client_seconds=0.5, max_batch=4) as (port, ours):
         with post(port, prompt="x", max_tokens=3000, n=4, logprobs=20, stream=stream):  # some 6 MB
-            assert until(lambda: ours.connections) and until(lambda: not ours.connections, 20)
+            assert until(lambda: ours.connections) and until(lambda: not ours.connections, 120)
             assert until(lambda: not ours.engine.n_running)
     assert "Traceback" not in capfd.readouterr().err
 
