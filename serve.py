@@ -12,37 +12,33 @@ import asyncio
 import base64
 import collections
 import hashlib
-import hmac
-import ipaddress
 import json
 import os
 import re
 import secrets
-import socket
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from thimble import chat, configurator
-from thimble.engine import Engine, Sequence
+from thimble.engine import SECONDS, Engine, Sequence
 from thimble.files import UserError
 from thimble.load import load
 from thimble.tokenizer import ByteStream
 
 try:
-    import h11
-    import uvicorn
-    from pydantic import BaseModel, Field, ValidationError
+    from pydantic import AfterValidator, BaseModel, Field, ValidationError
     from pydantic_core import from_json
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
+    from starlette.middleware.cors import CORSMiddleware
     from starlette.requests import ClientDisconnect
     from starlette.responses import Response
     from starlette.routing import Route
-    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    from thimble.http import ApiError, Guard, Uvicorn, is_loopback, listen, reply, respond
 except ImportError as e:
     raise SystemExit(f"error: serve.py needs more packages ({e}): pip install -r requirements-serve.txt") from None
 
@@ -61,6 +57,7 @@ class Config:
     host: str = "127.0.0.1"         # address to listen on; one that other machines can reach needs an API key
     port: int = 8000                # 0: any free port
     api_key: str = ""               # required as a bearer token; empty: environment variable THIMBLE_API_KEY
+    allow_origin: tuple[str, ...] = ()  # origins, separated by commas, whose web pages may use the API: https://a.example
     # limits
     max_batch: int = 16             # texts generated at the same time
     max_queue: int = 64             # texts waiting for their turn; further requests get status 429
@@ -75,11 +72,9 @@ class Config:
         configurator.check(self, ("max_batch", "max_queue", "max_body", "client_seconds", "request_seconds"))
         if self.port > 65535:
             raise ValueError(f"port={self.port} must be in [0, 65535]")
-
-
-def reply(body, status=200, headers=None):
-    # json.dumps escapes everything outside ASCII, so that nothing can break the framing
-    return Response(json.dumps(body), status, headers, "application/json")
+        for origin in self.allow_origin:
+            if not re.fullmatch(r"https?://[^/\s*]+", origin):
+                raise ValueError(f"allow_origin={origin} must be scheme and host, like https://app.example:8080")
 
 
 def event(body):
@@ -87,37 +82,10 @@ def event(body):
     return f"data: {json.dumps(body)}\n\n".encode()
 
 
-class ApiError(Exception):
-    """An error in the shape of OpenAI's API; `param` is the field of the request that is to blame."""
-
-    TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 500: "server_error"}
-
-    def __init__(self, status, message, param=None, code=None, headers=None):
-        super().__init__(message)
-        self.status = status
-        self.headers = headers
-        kind = self.TYPES.get(status, "invalid_request_error")
-        # cut, since a message may quote the request
-        self.body = {"error": {"message": message[:300], "type": kind, "param": param, "code": code}}
-
-    def response(self):
-        return reply(self.body, self.status, self.headers)
-
-
-async def respond(request, e):
-    """The response to any exception, as Starlette's handler."""
-    if isinstance(e, HTTPException):
-        e = ApiError(e.status_code, e.detail, headers=e.headers)
-    elif isinstance(e, UserError):
-        e = ApiError(400, str(e))
-    elif not isinstance(e, ApiError):
-        e = ApiError(500, "internal server error; see the server's log")
-    return e.response()
-
-
 # ---- request bodies
 # They check what comes in and are the schema of /openapi.json, of which a docstring here would become a part.
-# A field that is null counts as absent. fail_fast, because a body of 1 MB can hold a million errors.
+# A field that is null counts as absent. Fields of OpenAI's API that we lack are accepted with the values that change
+# nothing, since clients send these as well. fail_fast, because a body of 1 MB can hold a million errors.
 class Strict(BaseModel, extra="forbid", strict=True, allow_inf_nan=False):  # strict: "1" and true are not 1
     pass
 
@@ -127,7 +95,8 @@ class Body(Strict):
 
 
 class StreamOptions(Strict):
-    include_usage: bool | None = False
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 NotEmpty = Field(min_length=1, fail_fast=True)
@@ -136,6 +105,16 @@ Ids = Annotated[list[Id], NotEmpty]
 Stop = Annotated[str, Field(max_length=256)]
 BiasId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]  # keys of JSON are strings
 Bias = Annotated[float, Field(ge=-100, le=100)]
+Metadata = Annotated[dict[str, str], Field(max_length=16, fail_fast=True)]  # as in OpenAI's API
+
+
+def none_of_them(values):
+    if values:
+        raise ValueError("not supported by this server")
+    return values
+
+
+Nothing = Annotated[list, AfterValidator(none_of_them)]
 
 
 class Generation(Body):
@@ -175,6 +154,8 @@ class Completion(Generation):
     prompt: str | Ids | Annotated[list[str], NotEmpty] | Annotated[list[Ids], NotEmpty]
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=20)
+    best_of: Literal[1] = 1
+    suffix: Literal[""] = ""
 
 
 class TextPart(Strict):
@@ -186,6 +167,11 @@ class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], NotEmpty]
     name: str | None = None  # accepted and ignored
+    annotations: Nothing = []  # the answers of OpenAI's own models have it
+
+
+class ResponseFormat(Strict):
+    type: Literal["text"]
 
 
 class ChatCompletion(Generation):
@@ -193,6 +179,18 @@ class ChatCompletion(Generation):
     max_completion_tokens: Id | None = None
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
+    # accepted with the values that change nothing
+    tools: Nothing = []
+    tool_choice: Literal["none", "auto"] = "none"
+    parallel_tool_calls: bool = True
+    response_format: ResponseFormat | None = None
+    modalities: Annotated[list[Literal["text"]], NotEmpty] = ["text"]
+    store: Literal[False] = False
+    service_tier: Literal["auto", "default"] = "auto"
+    # accepted and ignored
+    metadata: Metadata = {}
+    prompt_cache_key: str = Field("", max_length=1000)
+    safety_identifier: str = Field("", max_length=1000)
 
 
 class Tokenize(Body):
@@ -208,6 +206,33 @@ BODIES = {"/v1/completions": Completion, "/v1/chat/completions": ChatCompletion,
           "/detokenize": Detokenize}
 
 
+def without_nulls(value):
+    """Parsed JSON without the fields that are null, at any depth."""
+    if isinstance(value, list):
+        return [without_nulls(part) for part in value]
+    if isinstance(value, dict):
+        return {key: without_nulls(part) for key, part in value.items() if part is not None}
+    return value
+
+
+def describe(errors):
+    """pydantic's errors as one line, each with the place in the body that it is about."""
+    reasons = {}  # place, a tuple of keys and indices -> what is wrong there
+    for error in errors:
+        # where a field may have one of several types, pydantic tries each and names it in the path: list[str]
+        place = tuple(key for key in error["loc"] if not re.search(r"\[|^(constrained-)?str$", str(key)))
+        known = reasons.setdefault(place, [])
+        if error["msg"] not in known:
+            known.append(error["msg"])
+    messages = []
+    for place, known in reasons.items():
+        # the type whose check came further is the one that was meant
+        further = any(len(other) > len(place) and other[:len(place)] == place for other in reasons)
+        if not further:
+            messages.append(f"{'.'.join(map(str, place))}: {' or '.join(known)}")
+    return "; ".join(messages)
+
+
 def parse(body, kind):
     """bytes -> an instance of `kind`, a class of BODIES; ApiError 400 if they are not one."""
     # unlike json.loads it refuses lone surrogates, and deep nesting without a RecursionError
@@ -217,20 +242,16 @@ def parse(body, kind):
         raise ApiError(400, f"the body is not valid JSON: {e}", code="invalid_json") from None
     if not isinstance(value, dict):
         raise ApiError(400, "the body must be a JSON object")
-    # refused here and not by pydantic: with a code of their own, and also where they are null
-    unknown = [key[:50] for key in value if key not in kind.model_fields]
+    given = without_nulls(value)
+    # refused here and not by pydantic, to have a code of their own
+    unknown = [key[:50] for key in given if key not in kind.model_fields]
     if unknown:
         raise ApiError(400, f"unknown fields: {', '.join(unknown[:5])}", unknown[0], "unknown_field")
-    given = {key: part for key, part in value.items() if part is not None}
     try:
         return kind.model_validate(given)
     except ValidationError as e:
-        errors = e.errors(include_url=False, include_input=False, include_context=False)
-    messages = []
-    for error in errors:
-        where = ".".join(map(str, error["loc"]))
-        messages.append(f"{where}: {error['msg']}")
-    raise ApiError(400, "; ".join(messages), str(errors[0]["loc"][0])[:100])
+        errors = e.errors(include_url=False, include_input=False, include_context=False)[:20]
+    raise ApiError(400, describe(errors), str(errors[0]["loc"][0])[:100])
 
 
 def schema(body):
@@ -245,14 +266,6 @@ def schema(body):
 
 
 # ---- routes
-def is_loopback(host):
-    """Whether a host name or address, IPv6 without brackets, always means this machine."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def read_page():
     """(the page, a Content-Security-Policy that allows its own script and style and nothing else)."""
     page = PAGE.read_text(encoding="utf-8")
@@ -264,6 +277,16 @@ def read_page():
         rules.append(f"{tag}-src 'sha256-{digest}'")
     rules += ["connect-src 'self'", "img-src data:", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"]
     return page, "; ".join(rules)
+
+
+def histogram_lines(name, histogram):
+    """An engine.Histogram in Prometheus' text format, in which a bucket contains all below it."""
+    lines = [f"# TYPE thimble_{name} histogram"]
+    total = 0
+    for end, count in zip((*SECONDS, "+Inf"), histogram.counts, strict=True):
+        total += count
+        lines.append(f'thimble_{name}_bucket{{le="{end}"}} {total}')
+    return [*lines, f"thimble_{name}_sum {histogram.sum:.6f}", f"thimble_{name}_count {total}"]
 
 
 class Server:
@@ -280,12 +303,16 @@ class Server:
         # the pieces of a byte-level tokenizer are bytes, perhaps half of a character; those of others are text
         self.by_bytes = isinstance(self.tokenizer.stream(), ByteStream)
         self.page, self.policy = read_page()
-        self.key = (cfg.api_key or os.environ.get("THIMBLE_API_KEY", "")).encode()
+        key = cfg.api_key or os.environ.get("THIMBLE_API_KEY", "")
+        self.key = key.strip().encode()  # a header cannot carry the line end of a file that the key was read from
+        if key and not re.fullmatch(r"[^\x00-\x1f\x7f]+", key.strip()):
+            raise UserError("the API key is blank or has a control character in it, which no client can send")
+        self.origins = {origin.lower() for origin in cfg.allow_origin}
         self.local = is_loopback(cfg.host.strip("[]"))
         if not self.key and not self.local:
             raise UserError(f"--host={cfg.host} can be reached by other machines: set an API key (THIMBLE_API_KEY)")
-        gets = {"/": self.index, "/health": self.health, "/v1/models": self.models, "/metrics": self.metrics,
-                "/tokenizer_info": self.tokenizer_info, "/openapi.json": self.openapi}
+        gets = {"/": self.index, "/health": self.health, "/v1/models": self.models, "/v1/models/{id:path}": self.model,
+                "/metrics": self.metrics, "/tokenizer_info": self.tokenizer_info, "/openapi.json": self.openapi}
         posts = {"/v1/completions": self.completions, "/v1/chat/completions": self.chat_completions,
                  "/tokenize": self.tokenize, "/detokenize": self.detokenize}
         self.paths = {*gets, *posts}
@@ -293,7 +320,12 @@ class Server:
         routes += [Route(path, endpoint, methods=["POST"]) for path, endpoint in posts.items()]
         # Starlette's own handlers answer in plain text
         handlers = dict.fromkeys((HTTPException, ApiError, UserError, Exception), respond)
-        self.app = Starlette(routes=routes, middleware=[Middleware(Guard, self)], exception_handlers=handlers)
+        middleware = [Middleware(Guard, self)]
+        if self.origins:
+            # before the Guard, since a browser asks without the key, and reads an error only with these headers
+            cors = Middleware(CORSMiddleware, self.origins, ["GET", "POST"], ["*"], expose_headers=["Retry-After"])
+            middleware.insert(0, cors)
+        self.app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
 
     async def index(self, request):
         headers = {"Content-Security-Policy": self.policy, "X-Content-Type-Options": "nosniff",
@@ -304,9 +336,21 @@ class Server:
         return reply({"status": "ok"})
 
     async def models(self, request):
-        model = {"id": self.name, "object": "model", "created": self.created, "owned_by": "thimble",
-                 "max_model_len": self.engine.size}
-        return reply({"object": "list", "data": [model]})
+        return reply({"object": "list", "data": [self.about()]})
+
+    async def model(self, request):
+        self.check_model(request.path_params["id"])
+        return reply(self.about())
+
+    def about(self):
+        """The model as /v1/models describes it."""
+        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "thimble",
+                "max_model_len": self.engine.size}
+
+    def check_model(self, name):
+        if name != self.name:
+            message = f"the model {name[:100]!r} does not exist; this server has {self.name!r}"
+            raise ApiError(404, message, "model", "model_not_found")
 
     async def metrics(self, request):
         """Prometheus' text format."""
@@ -318,9 +362,8 @@ class Server:
             lines += [f"# TYPE thimble_{name} gauge", f"thimble_{name} {value}"]
         for name in ("prompt_tokens", "prompt_tokens_reused", "generated_tokens", "steps", "failures"):
             lines += [f"# TYPE thimble_{name}_total counter", f"thimble_{name}_total {counts[name]}"]
-        lines += ["# TYPE thimble_first_token_seconds summary",
-                  f"thimble_first_token_seconds_count {counts['firsts']}",
-                  f"thimble_first_token_seconds_sum {counts['first_seconds']:.6f}"]
+        lines += histogram_lines("first_token_seconds", engine.first_token)
+        lines += histogram_lines("inter_token_seconds", engine.inter_token)
         lines.append("# TYPE thimble_requests_total counter")
         for (path, status), count in sorted(self.requests.items()):
             lines.append(f'thimble_requests_total{{path="{path}",status="{status}"}} {count}')
@@ -358,6 +401,9 @@ class Server:
         paths = {}
         for path in sorted(self.paths - set(BODIES)):
             paths[path] = {"get": {"responses": responses}}
+        one = paths.pop("/v1/models/{id:path}")
+        parameter = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+        paths["/v1/models/{id}"] = one | {"parameters": [parameter]}
         for path, body in BODIES.items():
             own, parts = schema(body)
             schemas |= parts
@@ -377,24 +423,25 @@ class Server:
         kind = request.headers.get("content-type", "").partition(";")[0]
         if kind.strip().lower() != "application/json":
             raise ApiError(415, "Content-Type must be application/json")
+        limit = self.cfg.max_body
+        too_large = ApiError(413, f"the body is larger than {limit:,} bytes", unread=True)
+        if int(request.headers.get("content-length", 0)) > limit:  # h11 has checked that it is a number
+            raise too_large
         body = bytearray()
-        close = {"Connection": "close"}  # the rest of the body is not read, so nothing can follow on this connection
         try:
             async with asyncio.timeout(self.cfg.client_seconds):
                 async for part in request.stream():
                     body += part
-                    if len(body) > self.cfg.max_body:
-                        message = f"the body is larger than {self.cfg.max_body:,} bytes"
-                        raise ApiError(413, message, headers=close)
+                    if len(body) > limit:
+                        raise too_large
         except ClientDisconnect:  # nobody reads this, but it ends the request quietly
             raise ApiError(400, "the client disconnected") from None
         except TimeoutError:
             message = f"the body did not arrive within {self.cfg.client_seconds:g} s"
-            raise ApiError(408, message, headers=close) from None
+            raise ApiError(408, message, unread=True) from None
         asked = parse(bytes(body), BODIES[request.url.path])
-        if asked.model not in ("", self.name):
-            message = f"the model {asked.model[:100]!r} does not exist; this server has {self.name!r}"
-            raise ApiError(404, message, "model", "model_not_found")
+        if asked.model:
+            self.check_model(asked.model)
         return asked
 
     async def encode(self, text):
@@ -522,6 +569,8 @@ class Answer:
 
     async def __call__(self, scope, receive, send):
         # whichever comes first: the end of the answer, the client's leaving, the deadline
+        if self.asked.stream:
+            scope["filler"] = b": \n\n"  # a comment, which may be written between two events, see Protocol.probe
         work = asyncio.create_task(self.stream(send) if self.asked.stream else self.whole())
         gone = asyncio.create_task(disconnected(receive))
         seconds = self.server.cfg.request_seconds
@@ -660,7 +709,7 @@ class ChatAnswer(Answer):
         return {"index": index, "delta": delta, "logprobs": self.logprobs(index, entries), "finish_reason": finish}
 
     def choice(self, index, text, entries, finish):
-        message = {"role": "assistant", "content": text}
+        message = {"role": "assistant", "content": text, "refusal": None}
         return {"index": index, "message": message, "logprobs": self.logprobs(index, entries), "finish_reason": finish}
 
     def logprobs(self, index, entries):
@@ -676,158 +725,13 @@ class ChatAnswer(Answer):
         return {"token": self.server.token(i), "bytes": list(self.server.raw(i)), "logprob": logprob}
 
 
-# ---- around all routes
-class Guard:
-    """ASGI middleware: who may connect, and one line in the log and one count for each request."""
-
-    def __init__(self, app, server):
-        self.app = app
-        self.server = server
-
-    async def __call__(self, scope, receive, send):
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        start = time.monotonic()
-        status = 499  # nginx's number for a client that closed the connection before a response
-
-        async def watch(message):
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            error = self.refuse(scope)
-            app = error.response() if error else self.app
-            await app(scope, receive, watch)
-        except Exception:
-            status = 500  # Starlette's outermost handler sends it
-            raise
-        finally:
-            # other paths share one count: a client could fill the memory with their names
-            path = scope["path"] if scope["path"] in self.server.paths else "other"
-            self.server.requests[path, status] += 1
-            if self.server.cfg.log:
-                self.log(scope, status, time.monotonic() - start)
-
-    def log(self, scope, status, seconds):
-        client = scope.get("client") or ["-"]
-        path = json.dumps(scope["path"][:100])  # quoted ASCII: no path can forge a line
-        left = ", client disconnected" if scope.get("gone") else ""
-        line = f"{client[0]} {scope['method']:.10} {path} {status} {1000 * seconds:.0f} ms{left}"
-        print(time.strftime("%H:%M:%S"), line, file=sys.stderr, flush=True)
-
-    def refuse(self, scope):
-        """The ApiError for a request that may not be answered, or None."""
-        headers = dict(reversed(scope["headers"]))  # where a name comes twice, the first one counts
-        host = headers.get(b"host", b"").decode("latin-1").lower()
-        hostname = re.sub(r":\d{1,5}$", "", host).strip("[]")
-        # A web page may point a name of its own at 127.0.0.1 (DNS rebinding): then the browser takes us for its origin,
-        # but sends that name.
-        if self.server.local and not is_loopback(hostname):
-            return ApiError(403, "this server accepts only requests to localhost; check the Host header", code="host")
-        origin = headers.get(b"origin", b"").decode("latin-1").lower()
-        if origin and origin.partition("://")[2] != host:
-            return ApiError(403, "requests from web pages of another origin are not allowed", code="origin")
-        # the page asks for the key itself, and a load balancer that watches /health has none
-        if self.server.key and scope["path"] not in ("/", "/health"):
-            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-            # compare_digest takes the same time wherever the two differ, so that a key cannot be found byte by byte
-            if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self.server.key):
-                return ApiError(401, "missing or wrong API key in the Authorization header", code="invalid_api_key",
-                                headers={"WWW-Authenticate": "Bearer"})
-        return None
-
-
-# ---- below HTTP
-class Protocol(H11Protocol):
-    """uvicorn's own with two deadlines that it lacks: for complete headers, and for a client that stops reading."""
-
-    seconds = 10.0
-
-    def connection_made(self, transport):
-        super().connection_made(transport)
-        self.deadline = self.loop.call_later(self.seconds, self.close_idle)
-
-    def connection_lost(self, exc):
-        self.deadline.cancel()
-        super().connection_lost(exc)
-
-    def on_response_complete(self):
-        super().on_response_complete()
-        # the connection stays open for another request, which has the same time to arrive
-        self.deadline.cancel()
-        self.deadline = self.loop.call_later(self.seconds, self.close_idle)
-
-    def close_idle(self):
-        if self.cycle is None or self.cycle.response_complete:  # no request has been read, none is being answered
-            self.transport.abort()  # close() would wait until the client has read what was sent
-
-    def pause_writing(self):
-        super().pause_writing()
-        self.stuck = self.loop.call_later(self.seconds, self.transport.abort)
-
-    def resume_writing(self):
-        super().resume_writing()
-        self.stuck.cancel()
-
-    def send_400_response(self, msg):
-        """What is not HTTP gets an error in JSON like all others."""
-        body = json.dumps(ApiError(400, msg).body).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()),
-                   (b"connection", b"close")]
-        head = h11.Response(status_code=400, reason=b"Bad Request", headers=headers)
-        for part in (head, h11.Data(data=body), h11.EndOfMessage()):
-            self.transport.write(self.conn.send(part))
-        self.transport.close()
-
-
-class Uvicorn(uvicorn.Server):
-    """Runs a Server. On SIGTERM it lets running answers finish and ends with exit code 0."""
-
-    def __init__(self, cfg, server):
-        protocol = type("Protocol", (Protocol,), {"seconds": cfg.client_seconds})
-        super().__init__(uvicorn.Config(
-            server.app, cfg.host.strip("[]"), cfg.port, loop="asyncio", http=protocol, ws="none", lifespan="off",
-            log_level="error", access_log=False, server_header=False, backlog=1024,
-            proxy_headers=False,  # with X-Forwarded-For a client could write any address into the log
-            h11_max_incomplete_event_size=16384,  # bytes of headers
-            timeout_graceful_shutdown=int(cfg.drain_seconds) + 2))  # the engine has ended all texts 2 s earlier
-        self.ours = server
-
-    async def startup(self, sockets=None):
-        # not earlier: the event loop exists only now, and the number of the port where it was 0
-        self.ours.engine.start(asyncio.get_running_loop())
-        await super().startup(sockets)
-        if self.should_exit:
-            return
-        host, port = self.servers[0].sockets[0].getsockname()[:2]
-        if ":" in host:
-            host = f"[{host}]"
-        key = " (API key required)" if self.ours.key else ""
-        print(f"{self.ours.name} on http://{host}:{port}{key}", file=sys.stderr, flush=True)
-
-    def handle_exit(self, sig, frame):
-        # a second signal ends the answers at once
-        seconds = 0 if self.should_exit else self.ours.cfg.drain_seconds
-        self.ours.engine.stop_at = time.monotonic() + seconds
-        self.should_exit = True
-
-
-def listen(cfg):
-    """The socket, opened here so that a port in use ends in a UserError."""
-    host = cfg.host.strip("[]")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, cfg.port), backlog=1024, family=family)
-    except OSError as e:
-        why = e.strerror.partition(" (")[0]
-        raise UserError(f"--host={cfg.host} --port={cfg.port}: {why}; --port=0 takes any free port") from None
+def build(cfg):
+    """The Server of a Config. UserError if its model cannot be served."""
+    return Server(cfg, load(cfg.checkpoint, cfg.which, cfg.device, cfg.template))
 
 
 def main(cfg):
-    loaded = load(cfg.checkpoint, cfg.which, cfg.device, cfg.template)
-    Uvicorn(cfg, Server(cfg, loaded)).run([listen(cfg)])
+    Uvicorn(cfg, build(cfg)).run([listen(cfg)])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python bench/serve.py                                          # a dense model of 19 M parameters, made here
     python bench/serve.py --checkpoint=runs/tiny_cpu --what=speed,leave
+    python bench/serve.py --what=overload,soak --minutes=30        # the long ones
 
 The server is a process of its own, all clients share this one: on two cores they slow down what they measure.
 """
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,14 +33,17 @@ from thimble.tokenizer import byte_tokenizer
 @dataclass(frozen=True)
 class Config:
     checkpoint: str = ""            # what to serve; empty: random weights, 8 layers of width 448, byte tokens
-    what: tuple[Literal["same", "speed", "crowd", "leave", "slow"], ...] = (  # measurements, separated by commas
+    # measurements, separated by commas
+    what: tuple[Literal["same", "speed", "crowd", "leave", "slow", "overload", "soak"], ...] = (
         "same", "speed", "crowd", "leave", "slow")
     clients: int = 100              # simultaneous clients in crowd
     requests: int = 2000            # requests in crowd, of all clients together
-    tokens: int = 64                # tokens of each answer in speed
+    tokens: int = 64                # tokens of each answer in speed and overload
+    seconds: float = 60.0           # length of overload
+    minutes: float = 5.0            # length of soak
 
     def __post_init__(self):
-        configurator.check(self, positive=("clients", "requests", "tokens"))
+        configurator.check(self, positive=("clients", "requests", "tokens", "seconds", "minutes"))
 
 
 # ---- the server
@@ -77,6 +82,12 @@ def memory(pid):
     return int(re.search(r"VmRSS:\s+(\d+)", path.read_text())[1]) // 1024
 
 
+def open_files(pid):
+    """How many files and connections a process has open; nan where there is no /proc."""
+    path = Path(f"/proc/{pid}/fd")
+    return len(os.listdir(path)) if path.exists() else float("nan")
+
+
 def counts(port):
     """The server's own counters and gauges, {name: value}."""
     connection = http.client.HTTPConnection("127.0.0.1", port)
@@ -94,15 +105,17 @@ async def ask(port, body):
     sent = json.dumps(body).encode()
     writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
                  b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(sent) + sent)
-    head = await reader.readuntil(b"\r\n\r\n")
-    status = int(head.split()[1])
     first = None
     raw = b""
-    while part := await reader.read(65536):
-        if first is None and b'"text"' in part:
-            first = time.perf_counter() - begun
-        raw += part
-    writer.close()
+    try:
+        head = await reader.readuntil(b"\r\n\r\n")
+        while part := await reader.read(65536):
+            if first is None and b'"text"' in part:
+                first = time.perf_counter() - begun
+            raw += part
+    finally:
+        writer.close()
+    status = int(head.split()[1])
     text = ""
     whole = True
     if status == 200 and body.get("stream"):
@@ -140,7 +153,8 @@ def quantile(values, q):
 
 
 # ---- the measurements
-async def same(port, cfg):
+# each by the port of the server, the Config and the number of the server's process
+async def same(port, cfg, pid):
     """200 prompts by the official client, completions and chats: is a streamed answer the same as a whole one?"""
     import openai
     equal = 0
@@ -170,7 +184,7 @@ async def same(port, cfg):
           flush=True)
 
 
-async def speed(port, cfg):
+async def speed(port, cfg, pid):
     """Tokens per second of all clients together, and how long each waits for its first one."""
     alone = None
     for clients in (1, 4, 16, 1, 4, 16):  # twice, since the first round warms up
@@ -191,7 +205,7 @@ async def speed(port, cfg):
               f"{1000 * quantile(first, 0.5):.0f} ms, p99 {1000 * quantile(first, 0.99):.0f} ms", flush=True)
 
 
-async def crowd(port, cfg):
+async def crowd(port, cfg, pid):
     """Does every request have one outcome, is every greedy answer the one given alone, do both sides count the same?"""
     kinds = []
     for i in range(50):
@@ -219,7 +233,7 @@ async def crowd(port, cfg):
           flush=True)
 
 
-async def leave(port, cfg):
+async def leave(port, cfg, pid):
     """100 clients that disconnect in the middle of an answer, half of them streaming: how soon is their row free?"""
     times = []
     for i in range(100):
@@ -254,7 +268,7 @@ async def dawdle(port, sent, trickle):
     writer.close()
 
 
-async def slow(port, cfg):
+async def slow(port, cfg, pid):
     """400 connections that send nothing, half a header or half a body: when are they closed, and does /health wait?"""
     sent = [b"", b"GET /health HTTP/1.1\r\nHost: local", b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
             b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{", b"GET /"]
@@ -279,7 +293,83 @@ async def slow(port, cfg):
           f"{1000 * quantile(waits, 0.5):.1f} ms, p99 {1000 * quantile(waits, 0.99):.1f} ms", flush=True)
 
 
-MEASUREMENTS = {"same": same, "speed": speed, "crowd": crowd, "leave": leave, "slow": slow}
+async def overload(port, cfg, pid):
+    """Requests at twice the rate that the server can answer, sent on time whatever became of those before (an open
+    loop): does it still do all it can, and how soon does it refuse the rest?
+    """
+    def body(i):
+        return {"prompt": f"{i} A little prompt to go on from", "max_tokens": cfg.tokens, "temperature": 0,
+                "logit_bias": {"256": -100}, "stream": True}  # 256: the end of the text, so that all are equally long
+
+    await many(port, [body(i) for i in range(32)], 32)  # warms up
+    begun = time.perf_counter()
+    await many(port, [body(i) for i in range(96)], 32)
+    capacity = 96 / (time.perf_counter() - begun)  # answers per second
+    tasks = []
+    begun = time.perf_counter()
+    while (now := time.perf_counter() - begun) < cfg.seconds:
+        while len(tasks) < 2 * capacity * now:
+            tasks.append(asyncio.create_task(ask(port, body(len(tasks)))))
+        await asyncio.sleep(0.005)
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    seconds = time.perf_counter() - begun
+    broken = [answer for answer in answers if isinstance(answer, Exception)]
+    told = [answer for answer in answers if not isinstance(answer, Exception)]
+    done = [answer for answer in told if answer[0] == 200 and answer[4]]
+    refused = [answer for answer in told if answer[0] == 429]
+    first = [answer[2] for answer in done]
+    waits = [answer[3] for answer in refused]
+    print(f"{len(tasks)} requests at twice the capacity of {capacity:.1f}/s: {len(done)} whole "
+          f"({len(done) / seconds:.1f}/s), {len(refused)} times 429, {len(told) - len(done) - len(refused)} others, "
+          f"{len(broken)} broken; first token p50 {quantile(first, 0.5):.2f} s, p99 {quantile(first, 0.99):.2f} s; "
+          f"429 after p50 {1000 * quantile(waits, 0.5):.0f} ms, p99 {1000 * quantile(waits, 0.99):.0f} ms", flush=True)
+
+
+async def soak(port, cfg, pid):
+    """A long mixture of requests: whole and streamed ones, wrong ones, clients that leave. Does anything grow?"""
+    end = time.perf_counter() + 60 * cfg.minutes
+    outcomes = Counter()
+
+    async def client(number):
+        i = number
+        while time.perf_counter() < end:
+            i += 16  # the number of clients, so that no two send the same prompt
+            body = {"prompt": f"{i} of a mixture " * (1 + i % 9), "max_tokens": 1 + i % 60, "stream": i % 2 == 0,
+                    "n": 1 + i % 3, "seed": i, "logprobs": None if i % 5 else 2}
+            if i % 7 == 0:
+                body["temperature"] = -1
+            asking = asyncio.create_task(ask(port, body))
+            if i % 11 == 0:
+                await asyncio.sleep(0.05)
+                asking.cancel()
+            try:
+                outcomes[(await asking)[0]] += 1
+            except asyncio.CancelledError:
+                outcomes["left"] += 1
+            except Exception as e:
+                outcomes[type(e).__name__] += 1
+
+    async def report():
+        begun = time.perf_counter()
+        while True:
+            await asyncio.sleep(min(60, 15 * cfg.minutes))
+            found = counts(port)
+            print(f"  {(time.perf_counter() - begun) / 60:.1f} min: {found['thimble_generated_tokens_total']:,.0f} "
+                  f"tokens, {memory(pid)} MB, {open_files(pid)} open files", flush=True)
+
+    reporting = asyncio.create_task(report())
+    await asyncio.gather(*(client(number) for number in range(16)))
+    reporting.cancel()
+    await asyncio.sleep(1)
+    found = counts(port)
+    told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items(), key=str))
+    print(f"{cfg.minutes:g} minutes by 16 clients: {told}; afterwards {found['thimble_requests_running']:.0f} running, "
+          f"{found['thimble_requests_waiting']:.0f} waiting, {found['thimble_failures_total']:.0f} failures",
+          flush=True)
+
+
+MEASUREMENTS = {"same": same, "speed": speed, "crowd": crowd, "leave": leave, "slow": slow, "overload": overload,
+                "soak": soak}
 
 
 def main(cfg):
@@ -294,7 +384,7 @@ def main(cfg):
         try:
             for name in cfg.what:
                 before = memory(process.pid)
-                asyncio.run(MEASUREMENTS[name](port, cfg))
+                asyncio.run(MEASUREMENTS[name](port, cfg, process.pid))
                 print(f"  {name}: the server went from {before} to {memory(process.pid)} MB", flush=True)
         finally:
             process.terminate()

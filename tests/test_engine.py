@@ -1,11 +1,15 @@
 """Continuous batching without a network: the engine turn by turn, and the model itself as the reference."""
 import importlib
+import math
 import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
-from thimble.engine import Engine, Sequence
+from thimble.engine import Engine, Sequence, free_memory
+from thimble.files import UserError
 from thimble.generate import generate
 from thimble.load import deployed
 from thimble.tokenizer import byte_tokenizer
@@ -43,6 +47,26 @@ def test_only_keys_and_values_of_the_whole_context_are_cut():
         model.step = lambda idx, cache: (torch.zeros(len(idx), 257), cache)
         assert Engine(model, TOKENIZER, set(), 2).cuttable == cuttable
     assert not Engine(tiny("hybrid"), TOKENIZER, set(), 2).cuttable
+
+
+@pytest.mark.parametrize("kind", ["dense", "hybrid"])
+def test_a_batch_that_does_not_fit_is_refused_before_it_is_allocated(kind, monkeypatch):
+    model = tiny(kind)
+    rows = []
+    init_cache = model.init_cache
+    model.init_cache = lambda n, size: rows.append(n) or init_cache(n, size)
+    monkeypatch.setattr("thimble.engine.free_memory", lambda device: 2e6)
+    with pytest.raises(UserError, match=r"--max_batch=5000: 5,000 rows of 96 tokens need .* GB, but 0.0 GB") as e:
+        Engine(model, TOKENIZER, set(), 5000)
+    assert rows == [1]
+    fits = int(re.search(r"use --max_batch=(\d+) or less", str(e.value))[1])
+    assert fits > 5 and Engine(model, TOKENIZER, set(), fits).max_batch == fits
+
+
+def test_free_memory_is_that_of_the_machine():
+    free = free_memory(torch.device("cpu"))
+    assert free == math.inf or 1e6 < free <= 1024 * int(re.search(r"\d+", Path("/proc/meminfo").read_text())[0])
+    assert free_memory(torch.device("meta")) == math.inf
 
 
 @torch.no_grad()

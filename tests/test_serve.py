@@ -1,9 +1,11 @@
 """The server as its clients see it: the official openai client, raw sockets, and the model itself as the reference."""
 import asyncio
 import http.client
+import inspect
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -55,11 +57,11 @@ def loaded(model, name="tiny"):
 
 
 @contextmanager
-def running(model, **settings):
-    """A server in a thread -> (port, Server)."""
-    cfg = serve.Config(port=0, log=False, **settings)
-    ours = serve.Server(cfg, loaded(model))
-    theirs = serve.Uvicorn(cfg, ours)
+def running(model, ours=None, **settings):
+    """A server in a thread, of a model or one that is there -> (port, Server)."""
+    if ours is None:
+        ours = serve.Server(serve.Config(**{"port": 0, "log": False} | settings), loaded(model))
+    theirs = serve.Uvicorn(ours.cfg, ours)
     ours.connections = theirs.server_state.connections
     thread = threading.Thread(target=theirs.run)
     thread.start()
@@ -179,6 +181,114 @@ def test_chat_streamed_is_not_streamed(served):
     prompt, _ = chat.encode(TOKENIZER, [{"role": "system", "content": "Be."}, {"role": "user", "content": "Hi"}],
                             "elite", reply=True)
     assert whole.usage.prompt_tokens == len(prompt)
+
+
+# ---- the official clients
+HARMLESS = {"completions": {"best_of": 1, "suffix": "", "user": "me"},
+            "chat": {"tools": [], "tool_choice": "none", "parallel_tool_calls": False, "modalities": ["text"],
+                     "response_format": {"type": "text"}, "store": False, "service_tier": "auto",
+                     "metadata": {"a": "b"}, "prompt_cache_key": "a", "safety_identifier": "b", "user": "me"}}
+UNSUPPORTED = {"completions": {"best_of": 2, "suffix": "x"},
+               "chat": {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required",
+                        "response_format": {"type": "json_object"}, "store": True, "service_tier": "flex",
+                        "modalities": ["text", "audio"], "functions": [], "prediction": {"type": "content"},
+                        "reasoning_effort": "high", "audio": {"voice": "a"}, "web_search_options": {}}}
+
+
+def creating(api, path):
+    """-> (a client's function that asks, what it needs)."""
+    if path == "chat":
+        return api.chat.completions.create, {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "seed": 1}
+    return api.completions.create, {"model": "tiny", "prompt": "a", "seed": 1}
+
+
+def told(answer):
+    return answer.choices[0].model_dump()
+
+
+@pytest.mark.parametrize("path", ["completions", "chat"])
+def test_what_a_client_sends_without_wanting_anything_changes_nothing(served, path):
+    create, needed = creating(served.api, path)
+    expected = told(create(**needed))
+    own = {"extra_headers", "extra_query", "extra_body", "timeout", "stream"}  # not sent, or of another type
+    nulls = dict.fromkeys(inspect.signature(create).parameters.keys() - own - needed.keys())
+    assert len(nulls) > 10 and told(create(**needed, **nulls)) == expected
+    assert told(create(**needed, extra_body={"new_in_the_next_version": None})) == expected
+    for key, value in HARMLESS[path].items():
+        assert told(create(**needed, **{key: value})) == expected
+    assert told(create(**needed, **HARMLESS[path])) == expected
+
+
+@pytest.mark.parametrize("path, key", [(path, key) for path in UNSUPPORTED for key in UNSUPPORTED[path]])
+def test_what_would_change_the_answer_and_is_not_supported_is_refused(served, path, key):
+    create, needed = creating(served.api, path)
+    with pytest.raises(openai.BadRequestError, match=f"{key}[:.]|unknown fields: {key}") as e:
+        create(**needed, **{key: UNSUPPORTED[path][key]})
+    assert e.value.param == key
+
+
+@pytest.mark.parametrize("back", [
+    lambda message: message, lambda message: message.model_dump(), lambda message: message.to_dict(),
+    lambda message: message.model_dump() | {"annotations": []},  # as OpenAI's own models answer
+    lambda message: {"role": message.role, "content": [{"type": "text", "text": message.content}]}])
+def test_a_conversation_of_the_clients_own_messages(served, back):
+    messages = [{"role": "user", "content": "a"}]
+    for turn in range(3):
+        how = {"model": "tiny", "max_tokens": 3, "seed": turn}
+        answer = served.api.chat.completions.create(messages=messages, **how)
+        plain = [{"role": m["role"] if isinstance(m, dict) else m.role, "content": text}
+                 for m, text in zip(messages, texts_of(messages), strict=True)]
+        assert told(served.api.chat.completions.create(messages=plain, **how)) == told(answer)
+        messages += [back(answer.choices[0].message), {"role": "user", "content": "b"}]
+
+
+def texts_of(messages):
+    contents = [m["content"] if isinstance(m, dict) else m.content for m in messages]
+    return [content if isinstance(content, str) else content[0]["text"] for content in contents]
+
+
+def test_the_clients_own_stream_helper(served):
+    messages = [{"role": "user", "content": "a"}]
+    with served.api.chat.completions.stream(model="tiny", messages=messages, max_tokens=5, seed=1) as stream:
+        streamed = stream.get_final_completion().choices[0].message
+    whole = served.api.chat.completions.create(model="tiny", messages=messages, max_tokens=5, seed=1).choices[0].message
+    assert streamed.content == whole.content and streamed.refusal is whole.refusal is None
+    messages += [streamed, {"role": "user", "content": "b"}]
+    assert served.api.chat.completions.create(model="tiny", messages=messages, max_tokens=2).choices
+
+
+NODE = """
+import OpenAI from "openai";
+const api = new OpenAI({ baseURL: process.argv[2], apiKey: "none", maxRetries: 0 });
+const model = (await api.models.retrieve("tiny")).id;
+const messages = [{ role: "user", content: "a" }];
+for (let seed = 0; seed < 3; seed++) {
+  const how = { model, messages, seed, max_tokens: 3, store: false, tools: null, response_format: { type: "text" } };
+  const whole = (await api.chat.completions.create(how)).choices[0].message;
+  let text = "";
+  for await (const part of await api.chat.completions.create({ ...how, stream: true }))
+    text += part.choices[0]?.delta?.content ?? "";
+  const helped = await api.chat.completions.stream(how).finalMessage();
+  if (text !== whole.content || helped.content !== whole.content) throw new Error("streamed differs");
+  messages.push(seed % 2 ? helped : whole, { role: "user", content: "b" });
+}
+const error = await api.completions.create({ model: "other", prompt: "a" }).catch(e => e);
+if (!(error instanceof OpenAI.NotFoundError) || error.code !== "model_not_found") throw error;
+console.log("ok", messages.length);
+"""
+
+
+@pytest.mark.slow
+def test_the_client_for_node(served, tmp_path):
+    if shutil.which("npm") is None:
+        pytest.skip("npm is not installed")
+    installed = subprocess.run(["npm", "install", "--silent", "openai"], cwd=tmp_path, timeout=120)
+    if installed.returncode:
+        pytest.skip("npm cannot install openai here")
+    (tmp_path / "talk.mjs").write_text(NODE)
+    command = ["node", "talk.mjs", f"http://127.0.0.1:{served.port}/v1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "ok 7\n", done.stderr
 
 
 @torch.no_grad()
@@ -354,14 +464,30 @@ def test_errors_are_typed(served):
     with pytest.raises(openai.BadRequestError, match="context") as e:
         served.api.completions.create(model="tiny", prompt="a" * 97)
     assert e.value.code == "context_length_exceeded" and e.value.param == "prompt"
-    with pytest.raises(openai.NotFoundError):
-        served.api.completions.create(model="other", prompt="a")
+    for call in (lambda: served.api.completions.create(model="other", prompt="a"),
+                 lambda: served.api.models.retrieve("other")):
+        with pytest.raises(openai.NotFoundError, match="this server has 'tiny'") as e:
+            call()
+        assert e.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize("path, body, message", [
+    ("completions", {"prompt": 5}, "prompt: Input should be a valid string or Input should be a valid list"),
+    ("completions", {"prompt": ["a", 5]}, "prompt.1: Input should be a valid string"),
+    ("completions", {"prompt": "a", "stop": ["a", 5]}, "stop.1: Input should be a valid string"),
+    ("completions", {"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias.x: String should match pattern"),
+    ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url", "text": ""}]}]},
+     "messages.0.content.0.type: Input should be 'text'")])
+def test_errors_name_the_place_in_the_body(served, path, body, message):
+    status, answer, _ = ask(served.port, f"/v1/{path}", body)
+    assert status == 400 and message in answer["error"]["message"]
+    assert "[" not in answer["error"]["message"].replace("[0-9]", "") and answer["error"]["param"] in body
 
 
 def test_only_the_health_and_the_page_need_no_key(monkeypatch):
     monkeypatch.setenv("THIMBLE_API_KEY", "schlüssel")
     with running(tiny()) as (port, ours):
-        for path in ours.paths:
+        for path in (path.replace("{id:path}", "tiny") for path in ours.paths):
             for given in (None, "Bearer", "Bearer wrong", "Basic schlüssel", "Bearer schlüssel"):
                 headers = {} if given is None else {"Authorization": given.encode()}
                 status = ask(port, path, **headers)[0]
@@ -376,6 +502,65 @@ def test_only_the_health_and_the_page_need_no_key(monkeypatch):
     with pytest.raises(UserError, match="API key"):
         monkeypatch.delenv("THIMBLE_API_KEY")
         serve.Server(serve.Config(host="0.0.0.0"), loaded(tiny()))
+
+
+@pytest.mark.parametrize("given", ["secret", "secret ", " secret\t", "secret\n", "two words", "schlüssel "])
+def test_a_key_is_compared_without_the_spaces_around_it(given, monkeypatch):
+    for settings, variable in (({"api_key": given}, ""), ({}, given)):
+        monkeypatch.setenv("THIMBLE_API_KEY", variable)
+        with running(tiny(), **settings) as (port, _):
+            def status(sent):
+                return ask(port, "/v1/models", Authorization=f"Bearer {sent}".encode())[0]
+            assert status(given.strip()) == status(given.strip() + " ") == 200
+            assert status("") == status(given.strip()[:-1]) == 401
+
+
+@pytest.mark.parametrize("given", [" ", "\n", "a\nb", "a\x7fb"])
+def test_a_key_that_nobody_can_send_is_refused(given):
+    with pytest.raises(UserError, match="API key is blank or has a control character"):
+        serve.Server(serve.Config(api_key=given), loaded(tiny()))
+
+
+def test_browser_apps_of_an_allowed_origin():
+    app = "https://app.example"
+    asking = {"Origin": app, "Access-Control-Request-Method": "POST",
+              "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os"}
+    with running(tiny(), allow_origin=(app, "http://localhost:3000"), api_key="k") as (port, _):
+        status, _, headers = ask(port, "/v1/completions", method="OPTIONS", **asking)
+        assert status == 200 and headers["access-control-allow-origin"] == app
+        assert "POST" in headers["access-control-allow-methods"]
+        assert {"authorization", "x-stainless-os"} <= set(re.split(", *", headers["access-control-allow-headers"]))
+        for key, expected in (("k", 200), ("wrong", 401)):  # a page can read errors, too
+            status, _, headers = ask(port, "/v1/models", Origin=app, Authorization=f"Bearer {key}")
+            assert status == expected and headers["access-control-allow-origin"] == app and "rigin" in headers["vary"]
+        for other in ("https://evil.example", "http://app.example", "https://app.example.evil", "null"):
+            status, _, headers = ask(port, "/v1/models", Origin=other, Authorization="Bearer k")
+            assert status == 403 and "access-control-allow-origin" not in headers
+            headers = ask(port, "/v1/models", method="OPTIONS", **asking | {"Origin": other})[2]
+            assert "access-control-allow-origin" not in headers
+    with running(tiny()) as (port, _):  # nobody by default
+        status, _, headers = ask(port, "/v1/completions", method="OPTIONS", **asking)
+        assert status == 403 and "access-control-allow-origin" not in headers
+    for wrong in ("*", "app.example", "https://app.example/", "https://*.example"):
+        with pytest.raises(ValueError, match="must be scheme and host"):
+            serve.Config(allow_origin=(wrong,))
+
+
+def test_histograms_of_the_times_to_tokens():
+    with running(Script("a" * 99, 0.012), max_batch=4) as (port, _):
+        for n_texts, n_tokens in ((2, 5), (1, 1), (1, 3)):
+            ask(port, "/v1/completions", {"prompt": "x", "max_tokens": n_tokens, "n": n_texts})
+        ask(port, "/v1/completions", {"prompt": "x", "max_tokens": 0, "echo": True})  # no token at all
+        text = ask(port, "/metrics")[1]
+    for name, count, least in (("first_token", 4, 0.012), ("inter_token", 2 * 4 + 2, 0.012)):
+        assert f"# TYPE thimble_{name}_seconds histogram\n" in text
+        buckets = re.findall(rf'^thimble_{name}_seconds_bucket{{le="(.+)"}} (\d+)$', text, re.M)
+        ends = [float(end) for end, _ in buckets]
+        counts = [int(n) for _, n in buckets]
+        assert ends == sorted(ends) and ends[-1] == float("inf") and counts == sorted(counts)
+        assert counts[-1] == count == int(re.search(rf"thimble_{name}_seconds_count (\d+)", text)[1])
+        assert counts[ends.index(0.01)] == 0  # each step takes 12 ms
+        assert float(re.search(rf"thimble_{name}_seconds_sum (\S+)", text)[1]) >= count * least
 
 
 def test_other_names_and_other_pages_are_refused(served):
@@ -426,7 +611,7 @@ def test_a_client_that_leaves_frees_its_place_in_the_queue():
 def test_a_client_that_does_not_read_is_cut_off(stream, capfd):
     with running(Script("a" * 9000), client_seconds=0.5, max_batch=4) as (port, ours):
         with post(port, prompt="x", max_tokens=3000, n=4, logprobs=20, stream=stream):  # some 6 MB
-            assert until(lambda: ours.connections) and until(lambda: not ours.connections, 20)
+            assert until(lambda: ours.connections) and until(lambda: not ours.connections, 120)
             assert until(lambda: not ours.engine.n_running)
     assert "Traceback" not in capfd.readouterr().err
 
@@ -501,12 +686,16 @@ def test_the_log_has_no_prompt_and_cannot_be_forged(capfd):
 
 def test_small_routes(served):
     assert served.api.models.list().data[0].id == "tiny"
+    assert served.api.models.retrieve("tiny") == served.api.models.list().data[0]
+    with running(tiny(), name="org/tiny") as (port, _), client(port) as api:
+        assert api.models.retrieve("org/tiny").id == "org/tiny"
     tokens = ask(served.port, "/tokenize", {"prompt": "né🎉<|endoftext|>"})[1]["tokens"]
     assert ask(served.port, "/detokenize", {"tokens": tokens})[1] == {"prompt": "né🎉<|endoftext|>"}
     eos = ask(served.port, "/tokenizer_info")[1]["eos_token"]
     assert ask(served.port, "/tokenize", {"prompt": eos})[1]["tokens"] == [TOKENIZER.eot]  # so lm-eval asks for its id
     spec = ask(served.port, "/openapi.json")[1]
-    assert set(spec["paths"]) == served.server.paths and spec["openapi"] == "3.1.0"
+    assert set(spec["paths"]) == {path.replace(":path", "") for path in served.server.paths}
+    assert spec["openapi"] == "3.1.0"
     status, page, headers = ask(served.port, "/")
     assert status == 200 and "innerHTML" not in page and "default-src 'none'" in headers["content-security-policy"]
     assert not re.search(r"""(src|href)\s*=\s*["'](?!data:,)|url\(|@import|https?://""", page)

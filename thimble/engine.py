@@ -17,13 +17,16 @@ being swapped across a border. Four of them run, P is filling, and B finishes:
 The event loop calls `start`, `submit` and `cancel`; all else happens in the engine's own thread, which owns the model.
 It reports to each sequence's queue: (index, text, entries, finish), where finish is None, "stop", "length" or "error".
 """
+import bisect
 import collections
 import contextlib
 import math
+import re
 import threading
 import time
 import traceback
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -33,6 +36,8 @@ from thimble.generate import StopTexts, draw
 
 # Prompt tokens read between two tokens of the running rows: more finish a prompt sooner, but hold the others up longer.
 PROMPT_CHUNK = 256
+# Upper ends of the buckets of a Histogram: from a token of a tiny model on a GPU to an answer that waited its turn.
+SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
 
 class Entry(NamedTuple):
@@ -67,6 +72,7 @@ class Sequence:
     def __post_init__(self):
         self.out = []  # ids written so far, the stop id included
         self.length = 0  # characters of the text so far, held ones included
+        self.last = None  # when the last token was written
         self.cancelled = False
         self.created = time.monotonic()
         self.held = StopTexts(self.stops)
@@ -96,6 +102,32 @@ class Row:
         self.used = 0  # when it became free
 
 
+class Histogram:
+    """How often something took how long."""
+
+    def __init__(self):
+        self.counts = [0] * (len(SECONDS) + 1)  # by bucket; the last one has no upper end
+        self.sum = 0.0  # seconds
+
+    def add(self, seconds):
+        self.counts[bisect.bisect_left(SECONDS, seconds)] += 1
+        self.sum += seconds
+
+
+def free_memory(device):
+    """Bytes that can still be allocated on a device; infinity where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = math.inf
+    meminfo = Path("/proc/meminfo")  # Linux
+    if device.type == "cpu" and meminfo.exists():
+        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())[1])
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container: a number, or "max"
+    if device.type == "cpu" and limit.exists() and limit.read_text().strip().isdigit():
+        free = min(free, int(limit.read_text()))
+    return free
+
+
 # ---- a cache is nested dicts and lists of tensors, (B, ...) each, and its position
 def view(part, a, b):
     """Rows a to b of a cache, sharing its memory."""
@@ -114,6 +146,16 @@ def leaves(part):
     if isinstance(part, dict):
         parts = [value for name, value in part.items() if name != "pos"]
     return [leaf for value in parts for leaf in leaves(value)]
+
+
+def is_cuttable(cache, size):
+    """Whether a cache can be cut after any token: keys and values of the whole context, (B, K, S, D), can. A state or
+    a sliding window can only be continued.
+    """
+    for layer in cache.get("layers", [{}]):
+        if set(layer) != {"k", "v"} or layer["k"].shape[2:3] != (size,):
+            return False
+    return True
 
 
 def common_prefix(a, b):
@@ -137,30 +179,44 @@ class Engine:
         self.prompt_chunk = prompt_chunk
         self.size = model.config.block_size  # tokens that a row holds
         self.device = next(model.parameters()).device
-        self.counts = collections.Counter()  # for /metrics
+        # for /metrics
+        self.counts = collections.Counter()
+        self.first_token = Histogram()  # from the request to its first token
+        self.inter_token = Histogram()  # from one token of a text to its next
         self.waiting = collections.deque()  # sequences without a row; only under `changed`
         self.changed = threading.Condition()
         self.entering = None  # the sequence that last left `waiting`, until its turn is over
         self.events = []  # (sequence, text, entries, finish) of this turn
         self.stop_at = math.inf  # by time.monotonic(): when all that is unfinished ends
         try:  # one step of a full batch, before anybody relies on it
+            self.check_memory()
             self.reset()
             with torch.no_grad():
                 self.step([[0]] * max_batch, [0] * max_batch, 0)
+        except UserError:
+            raise
         except Exception as e:  # out of memory, or the model file does not support rows at different positions
             raise UserError(f"--max_batch={max_batch}: the model cannot decode {max_batch} rows of {self.size:,} "
                             f"tokens: {short(e, 200)}; --max_batch=1 needs the least") from None
+
+    def check_memory(self):
+        """UserError if the rows need more memory than is free: on a CPU the system would kill us without a word."""
+        row = self.model.init_cache(1, self.size)
+        self.cuttable = is_cuttable(row, self.size)
+        need = sum(leaf.numel() * leaf.element_size() for leaf in leaves(row))
+        if not self.cuttable:
+            need *= 2  # a step returns new states beside the old ones
+        need += 2 * 4 * self.tokenizer.vocab_size  # float32 logits and their log_softmax
+        free = free_memory(self.device)
+        if self.max_batch * need > free:
+            raise UserError(f"--max_batch={self.max_batch}: {self.max_batch:,} rows of {self.size:,} tokens need "
+                            f"{self.max_batch * need / 1e9:,.1f} GB, but {free / 1e9:,.1f} GB of memory are free; use "
+                            f"--max_batch={max(1, int(0.8 * free / need))} or less")
 
     def reset(self):
         """An empty cache; whatever was in the old one is lost."""
         self.cache = None  # freed before the next one is made: it may fill half of the memory
         self.cache = self.model.init_cache(self.max_batch, self.size)
-        # Keys and values of the whole context, (B, K, S, D), can be cut after any token; a state or a sliding window
-        # can only be continued.
-        self.cuttable = True
-        for layer in self.cache.get("layers", [{}]):
-            if set(layer) != {"k", "v"} or layer["k"].shape[2:3] != (self.size,):
-                self.cuttable = False
         self.rows = [Row() for _ in range(self.max_batch)]
         self.n_running = 0
         self.filling = None  # the Row, which is rows[n_running]
@@ -319,7 +375,7 @@ class Engine:
         if len(row.ids) == len(sequence.prompt):
             self.filling = None
             self.n_running += 1
-            self.count_prompt(sequence)
+            self.counts["prompt_tokens"] += len(sequence.prompt)
             if self.choose(logits, [sequence]):
                 self.leave(self.n_running - 1)
         return len(new)
@@ -341,13 +397,8 @@ class Engine:
             self.choose(logits[-1:], [sequence])
             finished = True
         if finished:
-            self.count_prompt(sequence)
+            self.counts["prompt_tokens"] += len(sequence.prompt)
         return finished
-
-    def count_prompt(self, sequence):
-        self.counts["prompt_tokens"] += len(sequence.prompt)
-        self.counts["firsts"] += 1
-        self.counts["first_seconds"] += time.monotonic() - sequence.created
 
     # ---- tokens
     def decode(self):
@@ -398,6 +449,12 @@ class Engine:
         """Add a token to its sequence and report it -> whether it was the last."""
         sequence.out.append(token)
         self.counts["generated_tokens"] += 1
+        now = time.monotonic()
+        if sequence.last is None:
+            self.first_token.add(now - sequence.created)
+        else:
+            self.inter_token.add(now - sequence.last)
+        sequence.last = now
         stopped = token in self.stop_ids
         new = "" if stopped else sequence.stream.step(token)
         entries = []
