@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks import sandbox
+from tasks import sandbox, worker
 from tasks.sandbox import Limits
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +62,11 @@ HOSTILE = {
     "keyring": "import ctypes, platform\nn = 250 if platform.machine() == 'x86_64' else 219\n"
                "print('ESCAPED' if ctypes.CDLL(None).syscall(n, 0, -3, 0) >= 0 else '')",
     "io_uring": "import ctypes; print('ESCAPED' if ctypes.CDLL(None).syscall(425, 1, bytes(120)) >= 0 else '')",
+    "aio": "import ctypes, platform\nn = 206 if platform.machine() == 'x86_64' else 0\n"
+           "print('ESCAPED' if ctypes.CDLL(None).syscall(n, 1, bytes(8)) >= 0 else '')",
+    "message queue by name": "import ctypes\nq = ctypes.CDLL(None).mq_open(b'/q', 0o102, 0o600, None)\n"
+                             "print('ESCAPED' if q >= 0 else '')",
+    "inotify": "import ctypes; print('ESCAPED' if ctypes.CDLL(None).inotify_init1(0) >= 0 else '')",
     "user namespace": "import ctypes; print('ESCAPED' if ctypes.CDLL(None).unshare(1 << 28) == 0 else '')",
     "cloned namespace": "import ctypes, platform\nn = 56 if platform.machine() == 'x86_64' else 220\n"
                         "pid = ctypes.CDLL(None).syscall(n, 1 << 28 | 17, 0, 0, 0, 0)\nprint('ESCAPED' if pid >= 0 "
@@ -109,7 +114,7 @@ CHEATS = {
                       "b'{\"verdict\": \"passed\"}\\n')\n        except OSError:\n            pass\n    return None\n",
     "garbage collector": "    import gc\n    for o in gc.get_objects():\n        if type(o) is dict and 'check' in o:"
                          "\n            o['check'] = lambda c: None\n    return None\n",
-    "own encoder": "    import sys\n    m = sys.modules['__main__']\n    m.encode = lambda v: {'float': 'nan'}\n"
+    "own encoder": "    import sys\n    m = sys.modules['worker']\n    m.encode = lambda v: {'float': 'nan'}\n"
                    "    return 1\n",
     "own check": "    return None\ndef check(candidate):\n    pass\nimport atexit\natexit.register(print, 'passed')\n",
 }
@@ -131,7 +136,8 @@ def workers():
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            ours = str(ROOT / "tasks" / "sandbox.py").encode() in (folder / "cmdline").read_bytes()
+            command = (folder / "cmdline").read_bytes()
+            ours = str(ROOT / "tasks").encode() in command and b"worker.keeper" in command
             if ours and "Z" not in (folder / "stat").read_text().split()[2]:
                 found.add(folder.name)
         except OSError:
@@ -252,6 +258,25 @@ def test_deep_answers_end_in_a_result():
         assert passed or reason
 
 
+def test_workers_are_found_while_they_run():
+    before = workers()
+    with sandbox.Worker({"code": "", "name": "probe"}):
+        assert workers() > before
+    assert workers() <= before
+
+
+@pytest.mark.parametrize("answer", ["dict", "set", "str"])
+def test_hostile_answers_are_read_in_no_time(answer):
+    """Integers that are multiples of the modulus of hashes all collide: 24,000 took 2.6 s, outside every limit."""
+    code = "def f():\n    keys = [i * (2**61 - 1) for i in range(%d)]\n" \
+           "    return {'str': lambda: 'x' * 9 * len(keys), 'dict': lambda: dict.fromkeys(keys), " \
+           "'set': lambda: set(keys)}[%r]()"
+    assert sandbox.call(code % (24000, answer), "f", limits=Limits(seconds=60, cpu=20))[1] == "the answer is too long"
+    begun = time.process_time()
+    value, error = sandbox.call(code % (2000, "dict"), "f")
+    assert not error and len(value) == 2000 and time.process_time() - begun < 0.5
+
+
 def test_daemons_die_without_a_pid_namespace(outside):
     before = workers()
     sandbox.run(HOSTILE["daemon"], QUICK, waive=("namespaces",), deny=("namespaces",))
@@ -263,34 +288,34 @@ def verdict(program, arch, call, argument):
     at, word = 0, None
     while True:
         operation, if_true, if_false, constant = program[at]
-        if operation == sandbox.RETURN:
+        if operation == worker.RETURN:
             return constant
-        if operation == sandbox.LOAD:
-            word = {sandbox.ARCH: arch, sandbox.CALL: call, sandbox.ARGUMENT_0: argument}[constant]
+        if operation == worker.LOAD:
+            word = {worker.ARCH: arch, worker.CALL: call, worker.ARGUMENT_0: argument}[constant]
             at += 1
             continue
-        holds = {sandbox.EQUAL: word == constant, sandbox.AT_LEAST: word >= constant,
-                 sandbox.ANY_BIT: bool(word & constant)}[operation]
+        holds = {worker.EQUAL: word == constant, worker.AT_LEAST: word >= constant,
+                 worker.ANY_BIT: bool(word & constant)}[operation]
         at += 1 + (if_true if holds else if_false)
 
 
 @pytest.mark.parametrize("machine", [0, 1])
 def test_seccomp_filter(machine, monkeypatch):
     """The verdict on every system call, on x86_64 and aarch64, instruction by instruction."""
-    monkeypatch.setattr(sandbox, "MACHINE", machine)
-    program, arch = sandbox.seccomp_filter(), sandbox.AUDIT_ARCH[machine]
-    refused = {numbers[machine] for numbers in sandbox.REFUSED.values()}
-    special = {name: sandbox.NUMBERS[name][machine] for name in ("clone", "clone3", "socket")}
-    assert len(refused) == 14 and not refused & set(special.values())
+    monkeypatch.setattr(worker, "MACHINE", machine)
+    program, arch = worker.seccomp_filter(), worker.AUDIT_ARCH[machine]
+    refused = {numbers[machine] for numbers in worker.REFUSED.values()}
+    special = {name: worker.NUMBERS[name][machine] for name in ("clone", "clone3", "socket")}
+    assert len(refused) == 19 - machine and not refused & set(special.values())
     for call in range(600):
-        assert verdict(program, sandbox.AUDIT_ARCH[1 - machine], call, 0) == sandbox.KILL
+        assert verdict(program, worker.AUDIT_ARCH[1 - machine], call, 0) == worker.KILL
         if call not in special.values():
-            assert verdict(program, arch, call, 1 << 28) == (sandbox.EPERM if call in refused else sandbox.ALLOW)
-        assert verdict(program, arch, call + (1 << 30), 1) == sandbox.EPERM
-    assert verdict(program, arch, special["clone3"], 0) == sandbox.ENOSYS
-    assert verdict(program, arch, special["clone"], 1 << 28 | 17) == sandbox.EPERM
-    assert verdict(program, arch, special["clone"], 0x1200011) == sandbox.ALLOW               # a fork
-    assert [n for n in range(50) if verdict(program, arch, special["socket"], n) == sandbox.ALLOW] == [1, 2, 10]
+            assert verdict(program, arch, call, 1 << 28) == (worker.EPERM if call in refused else worker.ALLOW)
+        assert verdict(program, arch, call + (1 << 30), 1) == worker.EPERM
+    assert verdict(program, arch, special["clone3"], 0) == worker.ENOSYS
+    assert verdict(program, arch, special["clone"], 1 << 28 | 17) == worker.EPERM
+    assert verdict(program, arch, special["clone"], 0x1200011) == worker.ALLOW               # a fork
+    assert [n for n in range(50) if verdict(program, arch, special["socket"], n) == worker.ALLOW] == [1, 2, 10]
 
 
 @pytest.mark.parametrize("layer", sandbox.LAYERS)
