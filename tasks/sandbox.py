@@ -49,7 +49,7 @@ class SandboxError(ValueError):
 class Limits:
     seconds: float = 60.0                                  # wall clock; long, or a busy machine would change scores
     cpu: int = 5                                           # seconds of each process
-    memory: int = 512 << 20                                # bytes of address space of each process
+    memory: int = 1 << 30                                  # bytes of all processes together
     processes: int = 8                                     # with threads
     file: int = 1 << 20                                    # bytes of each file, and of the output
     files: int = 64                                        # open at a time
@@ -99,7 +99,9 @@ class Worker:
             hello = self.receive()
             if not hello:
                 raise SandboxError(f"the sandbox did not start: {self.printed().strip()[-ERROR_LIMIT:]}")
-            self.missing = json.loads(hello)["missing"]    # {layer: why}
+            hello = json.loads(hello)
+            self.missing = hello["missing"]                # {layer: why}
+            self.memory = hello["memory"]                  # how much it may have, and who sees to it
             lacking = [f"{layer} ({why})" for layer, why in self.missing.items() if layer not in waive]
             if lacking:
                 raise SandboxError(f"this machine lacks layers of the sandbox: {', '.join(lacking)}: use another "
@@ -172,6 +174,8 @@ class Worker:
         """The error in a first answer, "" if there is none. Who wrote the line cannot be trusted with any shape."""
         if not line:
             return self.how_it_ended()
+        if len(line) > VALUE_LIMIT:
+            return "the answer is too long"
         try:
             return str(json.loads(line).get("error", ""))[:ERROR_LIMIT]
         except (ValueError, AttributeError, RecursionError):
@@ -196,7 +200,7 @@ def call(code, name, *arguments, limits=None, waive=()):
         worker.send({"call": name, "arguments": encode(list(arguments))})
         line = worker.receive()
         if line and len(line) > VALUE_LIMIT:
-            return None, "the answer is too long"
+            return None, worker.complaint(line)
         try:
             return decode(json.loads(line or b"null")["value"]), ""
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
@@ -245,10 +249,11 @@ def main(arguments):
     if len(arguments) > 1 or arguments and arguments[0].startswith("-"):
         sys.exit(f"error: {' '.join(arguments)}: give one program to run, or none; see --help")
     try:
-        works, missing = active()
-        print("layers:", ", ".join(works))
-        for layer, why in missing.items():
-            print(f"missing: {layer} ({why})")
+        with Worker({"code": "", "name": "probe"}, waive=LAYERS) as worker:
+            print("layers:", ", ".join(layer for layer in LAYERS if layer not in worker.missing))
+            for layer, why in worker.missing.items():
+                print(f"missing: {layer} ({why})")
+            print("memory:", worker.memory)
         for program in arguments:                          # one or none
             with open(program, encoding="utf-8") as f:
                 result = run(f.read())

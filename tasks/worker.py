@@ -200,6 +200,43 @@ def drop_root():
     library("unshare", CLONE_NEWUSER)                      # so that the count of processes is this program's alone
 
 
+def cgroup_beside(name, root="/sys/fs/cgroup", own="/proc/self/cgroup"):
+    """Path of a cgroup v2 beside our own, since one that hands its controllers on may hold no processes itself.
+
+    OSError where version 2 does not govern memory. Kernel documentation, admin-guide/cgroup-v2.rst.
+    """
+    with open(own) as f:
+        paths = [line[3:].rstrip("\n") for line in f if line.startswith("0::")]
+    if not paths:
+        raise OSError("the kernel has no cgroup v2")
+    parent = root + os.path.dirname(paths[0]).rstrip("/")
+    with open(f"{parent}/cgroup.subtree_control") as f:
+        if "memory" not in f.read().split():
+            raise OSError(f"{parent} does not hand on the control of memory")
+    return f"{parent}/{name}"
+
+
+def join_cgroup(folder, memory):
+    """Make the cgroup and become its first process; what this process starts, and all they allocate, counts there."""
+    os.mkdir(folder)
+    values = {"memory.max": memory, "cgroup.procs": 0}     # 0: whoever writes
+    if os.path.exists(f"{folder}/memory.swap.max"):        # not where the kernel does without swap
+        values = {"memory.swap.max": 0, **values}
+    for file, value in values.items():
+        with open(f"{folder}/{file}", "w") as f:
+            f.write(str(value))
+
+
+def limit_memory(name, limits):
+    """Share the memory out -> (bytes for each process, how). A limit of the system's own holds for single processes."""
+    try:
+        join_cgroup(cgroup_beside(name), limits["memory"])
+        return limits["memory"], "together, by a cgroup"
+    except OSError as e:
+        each = limits["memory"] // limits["processes"]
+        return each, f"for each of {limits['processes']} processes, as no cgroup can be used ({e})"
+
+
 def set_limits(resource, limits):
     """Soft and hard limits on each process. `resource` is the module, which can no longer be imported here."""
     values = {"AS": limits["memory"], "CPU": limits["cpu"], "FSIZE": limits["file"], "CORE": 0,
@@ -353,11 +390,15 @@ def keeper():
         layers.add("user", map_user)
     layers.add("namespaces", library, "unshare", CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS)
     layers.add("network", library, "unshare", CLONE_NEWNET)
-    workdir = f"/tmp/sandbox-{os.urandom(8).hex()}"        # to work in where the program cannot have a root of its own
+    name = f"sandbox-{os.urandom(8).hex()}"
+    workdir = f"/tmp/{name}"                               # to work in where the program cannot have a root of its own
     child = os.fork()                                      # the first process of the PID namespace
     if child == 0:
-        confine(layers, is_root, workdir, resource, start["limits"])
-        os.write(replies, json.dumps({"missing": layers.missing}).encode() + b"\n")
+        limits = start["limits"]
+        limits["memory"], how = limit_memory(name, limits)
+        confine(layers, is_root, workdir, resource, limits)
+        memory = f"{limits['memory'] >> 20} MB {how}"
+        write_line(replies, {"missing": layers.missing, "memory": memory})
         try:
             if "test" in start:
                 run_tests(start, requests, replies)
@@ -371,6 +412,10 @@ def keeper():
     poll.register(os.pidfd_open(child), select.POLLIN)     # or the program has ended
     poll.poll()
     kill_all(child)
+    try:
+        os.rmdir(cgroup_beside(name))
+    except OSError:                                        # there is none
+        pass
     if os.path.exists(workdir):
         import shutil  # here, since it takes 9 ms and is hardly ever needed
         shutil.rmtree(workdir, ignore_errors=True)

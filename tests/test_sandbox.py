@@ -277,6 +277,57 @@ def test_hostile_answers_are_read_in_no_time(answer):
     assert not error and len(value) == 2000 and time.process_time() - begun < 0.5
 
 
+MEMORY = """import os, time
+def touch():
+    blocks = []
+    try:
+        while len(blocks) < 100:
+            blocks.append(bytearray(b'x') * (4 << 20))
+    except MemoryError:
+        pass
+    os.write(pipe[1], b'.' * len(blocks))
+    time.sleep(600)
+pipe = os.pipe()
+for _ in range(6):
+    if os.fork() == 0:
+        touch()
+total = 0
+while True:
+    total += 4 * len(os.read(pipe[0], 1000))
+    print(total, flush=True)
+"""
+
+
+def test_processes_share_the_memory():
+    """Six children of up to 400 MB each: they took 1.8 GB, since each process had a limit of its own."""
+    result = sandbox.run(MEMORY, Limits(seconds=4))
+    assert 0 < int(result.output.split()[-1]) <= sandbox.Limits().memory >> 20
+
+
+def test_cgroup(tmp_path, monkeypatch):
+    """Beside our own, where the parent hands memory on; a folder stands for the kernel's, which makes its files."""
+    own = tmp_path / "own"
+    parent = tmp_path / "user.slice" / "app.slice"
+    parent.mkdir(parents=True)
+    own.write_text("9:name=systemd:/x\n0::/user.slice/app.slice/shell.scope\n")
+    (parent / "cgroup.subtree_control").write_text("cpu pids\n")
+    (tmp_path / "v1").write_text("4:memory:/x\n")
+    with pytest.raises(OSError, match="no cgroup v2"):
+        worker.cgroup_beside("box", str(tmp_path), str(tmp_path / "v1"))
+    with pytest.raises(OSError, match="does not hand on"):
+        worker.cgroup_beside("box", str(tmp_path), str(own))
+    (parent / "cgroup.subtree_control").write_text("cpu memory pids\n")
+    folder = worker.cgroup_beside("box", str(tmp_path), str(own))
+    assert folder == str(parent / "box")
+    limits = {"memory": 800 << 20, "processes": 8}
+    monkeypatch.setattr(worker, "cgroup_beside", lambda name: folder)
+    assert worker.limit_memory("box", limits) == (800 << 20, "together, by a cgroup")
+    assert {path.name: path.read_text() for path in Path(folder).iterdir()} == {
+        "memory.max": str(800 << 20), "cgroup.procs": "0"}
+    memory, how = worker.limit_memory("box", limits)       # it exists already, so it is not ours
+    assert memory == 100 << 20 and "each of 8" in how
+
+
 def test_daemons_die_without_a_pid_namespace(outside):
     before = workers()
     sandbox.run(HOSTILE["daemon"], QUICK, waive=("namespaces",), deny=("namespaces",))
@@ -392,6 +443,7 @@ def test_command_line(tmp_path):
     program.write_text("print('hello')")
     out = subprocess.run([sys.executable, ROOT / "tasks" / "sandbox.py", program], capture_output=True, text=True)
     assert out.returncode == 0 and "landlock" in out.stdout and "hello" in out.stdout
+    assert "memory: " in out.stdout and "cgroup" in out.stdout
     out = subprocess.run([sys.executable, ROOT / "tasks" / "sandbox.py", "nosuch.py"], capture_output=True, text=True)
     assert out.returncode == 1 and "nosuch.py" in out.stderr and "Traceback" not in out.stderr
     out = subprocess.run([sys.executable, ROOT / "tasks" / "sandbox.py", "--help"], capture_output=True, text=True)
