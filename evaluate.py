@@ -9,9 +9,10 @@
 Suites, one file each in tasks/: bpb (bits per byte), code (small Python puzzles), skills (35 kinds of questions), cloze
 (rank of the right next word), gsm8k, humaneval, and lm_eval (tasks of lm-evaluation-harness; not part of "all").
 
-Beside each score stands its standard error, and what these score: an empty answer ("empty"), the prompt repeated
-("echo"), the same network before its first step of training ("random"), and the most likely continuation by byte
-trigrams of the training text ("n-gram"). Generated code runs in tasks/sandbox.py and nowhere else.
+Beside each score stands its error (of a share the reach of Wilson's 68 % interval, of other scores the standard error)
+and what these score: an empty answer ("empty"), the prompt repeated ("echo"), the same network before its first step of
+training ("random"), and the most likely continuation by byte trigrams of the training text ("n-gram"). Generated code
+runs in tasks/sandbox.py and nowhere else.
 
 evaluation.json in the run folder holds the last results of each suite, with their date, command and commit, and under
 "earlier" those that they replaced; evaluation.png draws it. --compare and --all_steps have files of their own there,
@@ -135,7 +136,7 @@ def check_sandbox(waive):
 
 
 def measure(cfg):
-    """({suite: {speaker: {metric: (value, standard error, n)}}}, path of the report, sandbox layers or None)."""
+    """({suite: {speaker: {metric: (value, error, n)}}}, path of the report, sandbox layers or None)."""
     wanted = SUITES if cfg.suite == "all" else (cfg.suite,)
     run = {suite: importlib.import_module(f"tasks.{suite}").run for suite in wanted}
     results = {suite: {} for suite in wanted}
@@ -169,7 +170,7 @@ def is_share(metric, value):
 
 
 def cell(metric, score):
-    """A (value, standard error, n) as text, "-" for None; the error is left out where it is 0."""
+    """A (value, error, n) as text, "-" for None; the error is left out where it is 0."""
     if score is None or math.isnan(score[0]):
         return "-"
     value, error, _ = score

@@ -4,7 +4,7 @@ Only the first token of the word is ranked, which is easier for a small vocabula
 """
 import numpy as np
 
-from tasks.problems import mean
+from tasks.problems import mean, share
 from tasks.speaker import Speaker
 
 # (prompt, the word that follows)
@@ -23,4 +23,4 @@ def run(speaker, cfg):
     if not isinstance(speaker, Speaker):                   # the other floors have no probabilities
         return {}
     ranks = np.array([speaker.rank(prompt, word) for prompt, word in PHRASES])
-    return {"rank 1": mean(ranks == 1), "top 5": mean(ranks <= 5), "mean 1/rank": mean(1 / ranks)}
+    return {"rank 1": share(ranks == 1), "top 5": share(ranks <= 5), "mean 1/rank": mean(1 / ranks)}

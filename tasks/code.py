@@ -15,7 +15,7 @@ import warnings
 import numpy as np
 
 from tasks import sandbox
-from tasks.problems import mean
+from tasks.problems import share
 from tasks.speaker import Speaker
 
 # ---- the legacy suite: (prompt, texts of which one must occur in the completion)
@@ -104,8 +104,8 @@ def legacy(speaker):
     n_generation = len(functions) + len(docstrings)
     found = {
         "legacy syntax": (syntax, 0.0, n_syntax),
-        "legacy functions": mean(functions),
-        "legacy docstrings": mean(docstrings),
+        "legacy functions": share(functions),
+        "legacy docstrings": share(docstrings),
         "legacy generation": (generation, 0.0, n_generation),
     }
     points = 0.0                                           # by the thresholds of the old suite
@@ -151,12 +151,12 @@ def fair(speaker, waive):
         text = speaker.complete(prompt, TOKENS["open"]).rpartition("\n")[0]          # the last line may be cut off
         compiles.append(len(text.split()) > 2 and parses(prompt + text))
     return {
-        "close the line": mean(lines),
-        "next word": mean(words),
-        "indented block": mean(blocks),
-        "function that works": mean(bodies),
-        "fair score": mean(lines + words + blocks + bodies),
-        "compile rate": mean(compiles),
+        "close the line": share(lines),
+        "next word": share(words),
+        "indented block": share(blocks),
+        "function that works": share(bodies),
+        "fair score": share(lines + words + blocks + bodies),
+        "compile rate": share(compiles),
     }
 
 

@@ -8,10 +8,11 @@ import operator
 import re
 
 from tasks import problems
-from tasks.problems import mean
+from tasks.problems import share
 from tasks.skills import numbers
 
-SUM = re.compile(r"<<([-+*/().\d\s]+)=([-\d.]+)>>")        # (expression, result)
+ARITHMETIC = r"[-+*/().\d\s]+"
+SUM = re.compile(f"<<({ARITHMETIC})=({ARITHMETIC})>>")      # (expression, result), both of numbers and + - * /
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
@@ -21,7 +22,7 @@ def run(speaker, cfg):
     sums = []
     right = []
     for record in records:
-        text = speaker.answer(record["question"], cfg.max_new_tokens)
+        text = speaker.answer(record["question"], cfg.max_new_tokens).replace("\u2212", "-")         # the minus sign
         found = SUM.findall(text)
         form.append(bool(found) and "####" in text)
         sums.append(bool(found) and all(agrees(expression, result) for expression, result in found))
@@ -29,14 +30,14 @@ def run(speaker, cfg):
         results = numbers(text.partition("####")[2])[:1] or numbers(text)[-1:]
         expected = numbers(record["answer"].rpartition("####")[2])[-1:]
         right.append(bool(expected) and results == expected)
-    return {"accuracy": mean(right), "format": mean(form), "sums agree": mean(sums)}
+    return {"accuracy": share(right), "format": share(form), "sums agree": share(sums)}
 
 
 def agrees(expression, result):
-    """Whether a text of numbers and + - * / is worth `result`. Only its syntax tree is read, nothing is executed."""
+    """Whether two texts of numbers and + - * / have one value. Only syntax trees are read, nothing is executed."""
     try:
-        tree = ast.parse(expression.strip(), mode="eval")
-        return abs(value(tree.body) - float(result)) < 0.01                      # results are written rounded
+        left, right = (ast.parse(text.strip(), mode="eval") for text in (expression, result))
+        return abs(value(left.body) - value(right.body)) < 0.01                  # results are written rounded
     except (SyntaxError, ValueError, ZeroDivisionError, OverflowError, RecursionError, MemoryError):
         return False
 
@@ -48,6 +49,8 @@ def value(node):
             return number
         case ast.UnaryOp(op=ast.USub(), operand=inner):
             return -value(inner)
+        case ast.UnaryOp(op=ast.UAdd(), operand=inner):    # some of GSM8K's own sums begin with +
+            return value(inner)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:   # without **, which could take forever
             return OPERATORS[type(op)](value(left), value(right))
     raise ValueError("not arithmetic")

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tasks import problems, sandbox
-from tasks.problems import mean
+from tasks.problems import share
 from tasks.speaker import Speaker
 
 # where the function is over and something else begins
@@ -64,5 +64,5 @@ def run(speaker, cfg):
     scores = {}
     for k in sorted({1, 10, n}):
         if k <= n:
-            scores[f"pass@{k}"] = mean([pass_at_k(n, c, k) for c in correct])
+            scores[f"pass@{k}"] = share([pass_at_k(n, c, k) for c in correct])
     return scores

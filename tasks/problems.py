@@ -1,4 +1,4 @@
-"""What the suites share: problems read from a file, and the mean of their scores."""
+"""What the suites share: problems read from a file, and the mean of their scores with its error."""
 import gzip
 import json
 import math
@@ -16,6 +16,21 @@ def mean(scores):
     # std() divides by n, which the n - 1 makes up for; a single score has an error of 0
     error = scores.std() / math.sqrt(max(1, len(scores) - 1))
     return float(scores.mean()), float(error), len(scores)
+
+
+def share(solved):
+    """Of each problem whether it is solved, or which part (0 to 1) -> (mean, error, how many there are).
+
+    The error is the distance from the mean to the farther end of Wilson's interval (1927) with z = 1, about 68 %. Near
+    1/2 it is the standard error; at 0 and 1, where that would be 0, it is 1 / (n + 1). Parts vary less than
+    yes and no do, so for them it is on the safe side.
+    """
+    solved = np.asarray(solved, float)
+    n = len(solved)
+    p = float(solved.mean())
+    center = (p + 1 / (2 * n)) / (1 + 1 / n)               # the formula, with z = 1
+    half_width = math.sqrt(p * (1 - p) / n + 1 / (4 * n * n)) / (1 + 1 / n)
+    return p, half_width + abs(center - p), n
 
 
 def read(path, flag, limit, keys):

@@ -16,29 +16,29 @@ refuses.
 Tests run in a second worker. Only calls and values of plain built-in types pass between the two, as JSON lines, so what
 a program does to its own process (exit, builtins, frames, ==) cannot turn a wrong answer into a right one.
 
-This file is also what the worker executes, without site-packages: it imports the standard library only.
+tasks/worker.py is what runs inside; this file is the side that is trusted.
 """
-import ctypes
 import dataclasses
 import json
 import os
-import platform
 import select
-import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tasks.worker import BLOCK, ERROR_LIMIT, decode, encode
 
 LAYERS = ("user", "namespaces", "network", "files", "landlock", "seccomp", "limits")
 OUTPUT_LIMIT = 1 << 16                                     # bytes of output that are read
+# of one call's value, where it becomes a value of ours. It bounds the time, too: dict keys and set elements that are
+# made to collide take quadratic time, 2.6 s for the 24,000 that fit a message, 0.1 s at most for what fits here
+VALUE_LIMIT = 1 << 16
 MESSAGE_LIMIT = 1 << 20                                    # bytes of one call or answer
-ERROR_LIMIT = 500                                          # characters of an exception that are passed on
-BLOCK = 1 << 16                                            # bytes to read at a time
 PATIENCE = 60                                              # seconds that a worker may take to start, and to end
-NOBODY = 65534
 
 
 class SandboxError(ValueError):
@@ -49,7 +49,7 @@ class SandboxError(ValueError):
 class Limits:
     seconds: float = 60.0                                  # wall clock; long, or a busy machine would change scores
     cpu: int = 5                                           # seconds of each process
-    memory: int = 512 << 20                                # bytes of address space of each process
+    memory: int = 1 << 30                                  # bytes of all processes together
     processes: int = 8                                     # with threads
     file: int = 1 << 20                                    # bytes of each file, and of the output
     files: int = 64                                        # open at a time
@@ -79,16 +79,29 @@ class Worker:
         self.end = time.monotonic() + PATIENCE             # of the worker's life
         self.buffer = b""                                  # received, but not yet returned
         self.output = tempfile.TemporaryFile()             # its size has a limit; a pipe would have to be drained
+        # The worker writes through a description of its own: the flags of one that is shared, such as O_DIRECT, would
+        # be ours as well, and our reading would fail.
+        out = os.open(f"/proc/self/fd/{self.output.fileno()}", os.O_WRONLY | os.O_APPEND)
         # Not -I: it ignores PYTHONHASHSEED, so that the hash of strings and the order of sets would differ between runs
         flags = ["-s", "-S", "-P", "-B", "-X", "utf8"]
-        self.process = subprocess.Popen(
-            [os.path.realpath(sys.executable), *flags, os.path.abspath(__file__), "--worker"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.output, bufsize=0,
-            cwd="/", env={"PYTHONHASHSEED": "0"}, start_new_session=True)
+        # imported, not executed as a file, which Python would compile anew each time; then only the standard library
+        # is left on sys.path
+        begin = "import sys; sys.path.append(sys.argv[1]); import worker; sys.path.pop(); worker.keeper()"
+        try:
+            self.process = subprocess.Popen(
+                [os.path.realpath(sys.executable), *flags, "-c", begin, os.path.dirname(os.path.abspath(__file__))],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=out, bufsize=0,
+                cwd="/", env={"PYTHONHASHSEED": "0"}, start_new_session=True)
+        finally:
+            os.close(out)
         try:
             self.send({**start, "limits": dataclasses.asdict(self.limits), "deny": list(deny)})
-            hello = self.receive() or b'{"missing": {"worker": "it did not start"}}'
-            self.missing = json.loads(hello)["missing"]    # {layer: why}
+            hello = self.receive()
+            if not hello:
+                raise SandboxError(f"the sandbox did not start: {self.printed().strip()[-ERROR_LIMIT:]}")
+            hello = json.loads(hello)
+            self.missing = hello["missing"]                # {layer: why}
+            self.memory = hello["memory"]                  # how much it may have, and who sees to it
             lacking = [f"{layer} ({why})" for layer, why in self.missing.items() if layer not in waive]
             if lacking:
                 raise SandboxError(f"this machine lacks layers of the sandbox: {', '.join(lacking)}: use another "
@@ -150,6 +163,7 @@ class Worker:
         self.output.close()
 
     def printed(self):
+        """The beginning of its output."""
         self.output.seek(0)
         return self.output.read(OUTPUT_LIMIT).decode("utf-8", "replace")
 
@@ -160,6 +174,8 @@ class Worker:
         """The error in a first answer, "" if there is none. Who wrote the line cannot be trusted with any shape."""
         if not line:
             return self.how_it_ended()
+        if len(line) > VALUE_LIMIT:
+            return "the answer is too long"
         try:
             return str(json.loads(line).get("error", ""))[:ERROR_LIMIT]
         except (ValueError, AttributeError, RecursionError):
@@ -183,6 +199,8 @@ def call(code, name, *arguments, limits=None, waive=()):
             return None, error
         worker.send({"call": name, "arguments": encode(list(arguments))})
         line = worker.receive()
+        if line and len(line) > VALUE_LIMIT:
+            return None, worker.complaint(line)
         try:
             return decode(json.loads(line or b"null")["value"]), ""
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
@@ -203,7 +221,10 @@ def grade(prompt, completion, test, entry_point, limits=None, waive=()):
             line = tests.receive()
             if not line:
                 return False, tests.how_it_ended()
-            message = json.loads(line)                     # by our own code, in a process that runs only the tests
+            try:
+                message = json.loads(line)                 # by our own code, in a process that runs only the tests
+            except (ValueError, RecursionError):           # but the values in it may be the candidate's: too deep
+                return False, "the answer is garbled"
             if "verdict" in message:
                 return message["verdict"] == "passed", message["verdict"]
             candidate.send(line)
@@ -219,428 +240,6 @@ def active(waive=LAYERS, deny=()):
         return [layer for layer in LAYERS if layer not in worker.missing], worker.missing
 
 
-# ---- plain values as JSON
-
-def encode(value):
-    """Exact built-in types only: a subclass could bring its own ==."""
-    kind = type(value)
-    if value is None or kind in (bool, int, str):
-        return value
-    if kind is list:
-        return [encode(v) for v in value]
-    if kind is float:
-        return {"float": value.hex()}
-    if kind is complex:
-        return {"complex": [value.real.hex(), value.imag.hex()]}
-    if kind is bytes:
-        return {"bytes": value.hex()}
-    if kind in (tuple, set, frozenset):
-        return {kind.__name__: [encode(v) for v in value]}
-    if kind is dict:
-        return {"dict": [[encode(k), encode(v)] for k, v in value.items()]}
-    raise TypeError(f"a value of type {kind.__name__} cannot be passed on")
-
-
-def decode(value):
-    """The inverse of encode. ValueError, TypeError, KeyError, OverflowError or RecursionError on anything else."""
-    if isinstance(value, list):
-        return [decode(v) for v in value]
-    if not isinstance(value, dict):
-        return value
-    (kind, inner), = value.items()
-    if kind == "float":
-        return float.fromhex(inner)
-    if kind == "complex":
-        return complex(*map(float.fromhex, inner))
-    if kind == "bytes":
-        return bytes.fromhex(inner)
-    if kind == "dict":
-        return {decode(k): decode(v) for k, v in inner}
-    return {"tuple": tuple, "set": set, "frozenset": frozenset}[kind](map(decode, inner))
-
-
-# ---- calls into the kernel
-
-# linux/sched.h, linux/mount.h, linux/prctl.h
-CLONE_NEWNS = 0x20000
-CLONE_NEWUTS = 0x4000000
-CLONE_NEWIPC = 0x8000000
-CLONE_NEWUSER = 0x10000000
-CLONE_NEWPID = 0x20000000
-CLONE_NEWNET = 0x40000000
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
-MNT_DETACH = 2
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
-
-# {system call: (its number on x86_64, on aarch64)}: asm/unistd_64.h, asm-generic/unistd.h
-NUMBERS = {"clone": (56, 220), "clone3": (435, 435), "socket": (41, 198), "pivot_root": (155, 41), "capset": (126, 91),
-           "landlock_create_ruleset": (444, 444), "landlock_add_rule": (445, 445), "landlock_restrict_self": (446, 446)}
-# Refused altogether: memory that counts against no limit, the keys of whoever started us, and what most attacks on a
-# kernel begin with.
-REFUSED = {"shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "ptrace": (101, 117), "add_key": (248, 217),
-           "request_key": (249, 218), "keyctl": (250, 219), "unshare": (272, 97), "perf_event_open": (298, 241),
-           "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "bpf": (321, 280),
-           "userfaultfd": (323, 282), "io_uring_setup": (425, 425)}
-AUDIT_ARCH = (0xC000003E, 0xC00000B7)                      # linux/audit.h: what seccomp calls the two machines
-MACHINE = {"x86_64": 0, "aarch64": 1}.get(platform.machine())                    # column of the tables, or None
-
-
-def on_this_machine(numbers):
-    """One of (number on x86_64, number on aarch64); OSError on other machines."""
-    if MACHINE is None:
-        raise OSError(f"the numbers of system calls on {platform.machine()} are not known here")
-    return numbers[MACHINE]
-
-
-def library(function, *arguments):
-    """A call into the C library -> its result; OSError where it fails."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    # as long, since ctypes passes a plain int as 32 bits
-    arguments = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
-    result = getattr(libc, function)(*arguments)
-    if result < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return result
-
-
-def system(call, *arguments):
-    """A system call that the C library has no function for -> its result; OSError where it fails."""
-    return library("syscall", on_this_machine(NUMBERS[call]), *arguments)
-
-
-def mount(source, target, kind, flags, options=None):
-    texts = [None if text is None else os.fsencode(text) for text in (source, target, kind)]
-    library("mount", *texts, flags, options and options.encode())
-
-
-# ---- the layers, in the order in which the keeper sets them up
-
-def map_user():
-    """A user namespace in which we keep our own ids: what root may do outside, we may do inside."""
-    uid = os.geteuid()
-    gid = os.getegid()
-    library("unshare", CLONE_NEWUSER)
-    for file, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
-        with open(f"/proc/self/{file}", "w") as f:
-            f.write(text)
-
-
-def python_folders():
-    """What Python needs: where it is installed, and the system's libraries; those that exist, none inside another."""
-    paths = {sys.base_prefix, sys.base_exec_prefix, "/lib", "/lib64", "/usr/lib", "/usr/lib64"}
-    paths = sorted(path for path in paths if os.path.isdir(path))
-    return [path for path in paths if not any(path.startswith(other.rstrip("/") + "/") for other in paths)]
-
-
-def hide_files():
-    """A new root: a tmpfs with Python and libraries bound into it, read-only, /dev/null and an empty /tmp as cwd."""
-    library("unshare", CLONE_NEWNS)                        # here: pivot_root would also move the keeper
-    mount(None, "/", None, MS_REC | MS_PRIVATE)            # what is mounted from here on stays in this namespace
-    root = "/tmp"                                          # a place that exists everywhere; only this process sees it
-    # opened before the tmpfs covers /tmp, which may be on the way to them, and bound through their descriptors
-    folders = {path: os.open(path, os.O_PATH) for path in python_folders()}
-    devices = {path: os.open(path, os.O_PATH) for path in ("/dev/null", "/dev/urandom")}
-    mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
-    for path, fd in folders.items():
-        os.makedirs(root + path, exist_ok=True)
-        mount(f"/proc/self/fd/{fd}", root + path, None, MS_BIND)
-        mount(None, root + path, None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV)
-        os.close(fd)
-    for path, fd in devices.items():
-        os.makedirs(root + os.path.dirname(path), exist_ok=True)
-        os.close(os.open(root + path, os.O_CREAT, 0o666))  # a file to bind the device over
-        mount(f"/proc/self/fd/{fd}", root + path, None, MS_BIND)
-        os.close(fd)
-    os.mkdir(root + "/tmp")
-    mount("tmpfs", root + "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "size=16m,nr_inodes=1k,mode=1777")
-    mount(None, root, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
-    os.chdir(root)
-    system("pivot_root", b".", b".")                       # the old root now lies over the new one
-    library("umount2", b".", MNT_DETACH)
-    os.chdir("/tmp")
-
-
-def drop_root():
-    """Become nobody, in a user namespace of its own."""
-    os.setgroups([])
-    os.setresgid(NOBODY, NOBODY, NOBODY)
-    os.setresuid(NOBODY, NOBODY, NOBODY)
-    library("unshare", CLONE_NEWUSER)                      # so that the count of processes is this program's alone
-
-
-def set_limits(resource, limits):
-    """Soft and hard limits on each process. `resource` is the module, which can no longer be imported here."""
-    values = {"AS": limits["memory"], "CPU": limits["cpu"], "FSIZE": limits["file"], "CORE": 0,
-              "NOFILE": limits["files"], "NPROC": limits["processes"]}
-    for name, value in values.items():
-        kind = getattr(resource, f"RLIMIT_{name}")
-        _, hard = resource.getrlimit(kind)
-        if hard != resource.RLIM_INFINITY:                 # a hard limit that is lower already cannot be raised
-            value = min(value, hard)
-        resource.setrlimit(kind, (value, value))
-
-
-# linux/landlock.h: rights below a folder, as bits
-EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1, 2, 4, 8
-MAKE_CHAR, MAKE_SOCK, MAKE_FIFO, MAKE_BLOCK = 1 << 6, 1 << 9, 1 << 10, 1 << 11
-ALL_RIGHTS = (1 << 16) - 1
-ALL_NET = 3                                                # bind and connect TCP
-ALL_SCOPES = 3                                             # abstract Unix sockets, signals
-CREATE_RULESET_VERSION = 1
-RULE_PATH_BENEATH = 1
-
-
-def landlock(workdir):
-    """Read below Python's folders, write below `workdir` and to /dev/null; no TCP; no signals or sockets to outside.
-
-    Kernel documentation, userspace-api/landlock.rst: ABI 1 files, 2 refer, 3 truncate, 4 TCP, 5 ioctl, 6 scopes.
-    """
-    abi = system("landlock_create_ruleset", None, 0, CREATE_RULESET_VERSION)
-    if abi < 6:
-        raise OSError(f"the kernel has version {abi}, 6 is needed")
-    # what is named here is forbidden, but for the rules below
-    handled = struct.pack("QQQ", ALL_RIGHTS, ALL_NET, ALL_SCOPES)
-    ruleset = system("landlock_create_ruleset", handled, len(handled), 0)
-    rules = [(path, EXECUTE | READ_FILE | READ_DIR) for path in python_folders()]
-    rules.append(("/dev/urandom", READ_FILE))
-    rules.append(("/dev/null", READ_FILE | WRITE_FILE))
-    rules.append((workdir, ALL_RIGHTS & ~(EXECUTE | MAKE_CHAR | MAKE_SOCK | MAKE_FIFO | MAKE_BLOCK)))
-    for path, rights in rules:
-        fd = os.open(path, os.O_PATH)
-        system("landlock_add_rule", ruleset, RULE_PATH_BENEATH, struct.pack("=Qi", rights, fd), 0)
-        os.close(fd)
-    system("landlock_restrict_self", ruleset, 0)
-    os.close(ruleset)
-
-
-def drop_capabilities():
-    version_3 = 0x20080522                                 # linux/capability.h; two sets of three words, all zero
-    system("capset", struct.pack("=II", version_3, 0), bytes(24))
-
-
-# An instruction of the filter is (operation, skip if true, skip if false, constant): the skips are how many of the
-# next instructions a test jumps over. linux/bpf_common.h, linux/seccomp.h, seccomp(2).
-LOAD, RETURN = 0x20, 0x06                                  # load a word of struct seccomp_data; the verdict
-EQUAL, AT_LEAST, ANY_BIT = 0x15, 0x35, 0x45                # test the loaded word against the constant
-CALL, ARCH, ARGUMENT_0 = 0, 4, 16                          # offsets in struct seccomp_data, in bytes
-SECCOMP_MODE_FILTER = 2
-KILL, ALLOW = 0x80000000, 0x7FFF0000
-EPERM, ENOSYS = 0x50000 | 1, 0x50000 | 38                  # SECCOMP_RET_ERRNO | errno
-X32_CALLS = 1 << 30                                        # x86_64: a second set of numbers for the same calls
-AF_UNIX, AF_INET, AF_INET6 = 1, 2, 10
-
-
-def when(test, constant, verdict):
-    """Two instructions: the verdict, skipped unless the test holds."""
-    return [(test, 0, 1, constant), (RETURN, 0, 0, verdict)]
-
-
-def for_call(name, block):
-    """The block of instructions, skipped for all system calls but this one."""
-    return [(EQUAL, 0, len(block), on_this_machine(NUMBERS[name])), *block]
-
-
-def seccomp_filter():
-    """EPERM for REFUSED, for user namespaces, and for sockets other than Unix's and IP's; else ALLOW.
-
-    AF_VSOCK, say, talks to the hypervisor. clone3 hides its flags from the filter, so it does not exist (ENOSYS), and
-    the C library falls back on clone.
-    """
-    program = [(LOAD, 0, 0, ARCH)]
-    program += [(EQUAL, 1, 0, on_this_machine(AUDIT_ARCH)), (RETURN, 0, 0, KILL)]      # numbers of another machine
-    program += [(LOAD, 0, 0, CALL)]
-    program += when(EQUAL, on_this_machine(NUMBERS["clone3"]), ENOSYS)
-    program += when(AT_LEAST, X32_CALLS, EPERM)
-    for numbers in REFUSED.values():
-        program += when(EQUAL, on_this_machine(numbers), EPERM)
-    # each block loads an argument in place of the number, so it must end in a verdict
-    flags = [(LOAD, 0, 0, ARGUMENT_0), *when(ANY_BIT, CLONE_NEWUSER, EPERM), (RETURN, 0, 0, ALLOW)]
-    program += for_call("clone", flags)
-    family = [(LOAD, 0, 0, ARGUMENT_0)]
-    for allowed in (AF_UNIX, AF_INET, AF_INET6):
-        family += when(EQUAL, allowed, ALLOW)
-    program += for_call("socket", [*family, (RETURN, 0, 0, EPERM)])
-    return [*program, (RETURN, 0, 0, ALLOW)]
-
-
-def seccomp():
-    program = seccomp_filter()
-    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in program))
-    pointer = struct.pack("HP", len(program), ctypes.addressof(code))                  # struct sock_fprog
-    library("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, pointer, 0, 0)
-
-
-# ---- the keeper: sets up the layers, waits, cleans up
-
-class Layers:
-    """Sets layers up one by one, and notes which of them this machine lacks."""
-
-    def __init__(self, deny):
-        self.deny = deny
-        self.missing = {}                                  # {layer: why}
-
-    def add(self, name, function, *arguments):
-        try:
-            if name in self.deny:
-                raise OSError("denied")
-            function(*arguments)
-        except (OSError, AttributeError, TypeError) as e:  # AttributeError, TypeError: the library lacks the function
-            reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
-            self.missing.setdefault(name, reason)
-
-
-def keeper():
-    """Layers, then the program in a child, then the end of everything it started."""
-    import resource  # not on Windows; and here, since the child cannot load it once its files are hidden
-
-    requests, replies = take_pipes()
-    start = json.loads(read_line(requests))
-    is_root = os.geteuid() == 0
-    layers = Layers(start["deny"])
-    layers.add("limits", library, "prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)         # orphans come to the keeper
-    layers.add("limits", library, "prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    if not is_root:                                        # what root may do, others may in a user namespace
-        layers.add("user", map_user)
-    layers.add("namespaces", library, "unshare", CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS)
-    layers.add("network", library, "unshare", CLONE_NEWNET)
-    workdir = tempfile.mkdtemp()                           # to work in where the program cannot have a root of its own
-    child = os.fork()                                      # the first process of the PID namespace
-    if child == 0:
-        confine(layers, is_root, workdir, resource, start["limits"])
-        os.write(replies, json.dumps({"missing": layers.missing}).encode() + b"\n")
-        try:
-            if "test" in start:
-                run_tests(start, requests, replies)
-            else:
-                run_program(start, requests, replies)
-        finally:
-            os._exit(0)
-    os.close(replies)
-    poll = select.poll()
-    poll.register(requests, 0)                             # only its hang-up: the trusted side has closed, or died
-    poll.register(os.pidfd_open(child), select.POLLIN)     # or the program has ended
-    poll.poll()
-    kill_all(child)
-    shutil.rmtree(workdir, ignore_errors=True)
-    os._exit(0)
-
-
-def take_pipes():
-    """(requests, replies): our stdin and stdout under other numbers. In their place /dev/null, and stderr, a file."""
-    requests = os.dup(0)
-    replies = os.dup(1)
-    null = os.open("/dev/null", os.O_RDWR)
-    os.dup2(null, 0)
-    os.dup2(2, 1)
-    os.close(null)
-    return requests, replies
-
-
-def confine(layers, is_root, workdir, resource, limits):
-    """The layers of the child alone. Their order matters: each needs what a later one takes away."""
-    os.setsid()
-    layers.add("files", hide_files)
-    has_own_root = "files" not in layers.missing
-    if not has_own_root:
-        os.chmod(workdir, 0o1777)
-        os.chdir(workdir)
-    if is_root:
-        layers.add("user", drop_root)
-    layers.add("limits", set_limits, resource, limits)
-    layers.add("landlock", landlock, "/tmp" if has_own_root else workdir)
-    layers.add("user", drop_capabilities)
-    layers.add("limits", library, "prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)                # nobody may read its memory
-    layers.add("limits", library, "prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # it ends with the keeper
-    layers.add("seccomp", seccomp)
-    os.environ.clear()
-
-
-def kill_all(child):
-    """The first process of a PID namespace takes all others with it; without one, whoever is orphaned comes to us."""
-    os.kill(child, signal.SIGKILL)
-    while True:
-        try:
-            with open(f"/proc/self/task/{os.getpid()}/children") as f:
-                for pid in f.read().split():
-                    os.kill(int(pid), signal.SIGKILL)
-            os.waitpid(-1, 0)
-        except ProcessLookupError:
-            continue
-        except ChildProcessError:                          # none is left
-            return
-
-
-# ---- inside the sandbox
-
-def read_line(fd):
-    """A line, read through the descriptor: a buffer of Python's could swallow what is meant for the child."""
-    line = b""
-    while not line.endswith(b"\n"):
-        block = os.read(fd, BLOCK)
-        if not block:
-            os._exit(0)
-        line += block
-    return line
-
-
-def write_line(fd, message):
-    os.write(fd, json.dumps(message).encode() + b"\n")
-
-
-def described(exception):
-    return f"{type(exception).__name__}: {exception}"[:ERROR_LIMIT]
-
-
-def run_program(start, requests, replies):
-    """Run the program; unless it is a main program, then answer calls of what it defines."""
-    import io
-    sys.stdin = io.StringIO()
-    sys.stdout = open(1, "w", closefd=False)
-    sys.stderr = sys.stdout
-    is_main = start["name"] == "__main__"
-    namespace = {"__name__": start["name"]}
-    try:
-        try:
-            exec(compile(start["code"], "program.py", "exec"), namespace)
-        except SystemExit as e:                            # sys.exit() is a good end of a main program
-            if e.code or not is_main:
-                raise
-        sys.stdout.flush()
-        write_line(replies, {"ready": True})
-    except BaseException as e:
-        sys.stdout.flush()
-        write_line(replies, {"error": described(e)})
-    while not is_main:
-        message = json.loads(read_line(requests))
-        try:
-            function = namespace[message["call"]]
-            value = function(*decode(message["arguments"]))
-            write_line(replies, {"value": encode(value)})
-        except BaseException as e:
-            write_line(replies, {"error": described(e)})
-
-
-def run_tests(start, requests, replies):
-    """HumanEval's check() with a candidate that lives in another worker."""
-    def candidate(*arguments):
-        write_line(replies, {"call": start["entry_point"], "arguments": encode(list(arguments))})
-        answer = json.loads(read_line(requests))
-        if "value" not in answer:
-            raise RuntimeError(str(answer.get("error"))[:ERROR_LIMIT])
-        return decode(answer["value"])
-
-    namespace = {"__name__": "tests"}
-    try:
-        exec(start["code"], namespace)                     # the prompt: tests use helpers that it defines
-        exec(start["test"], namespace)
-        namespace[start["entry_point"]] = candidate        # some tests call it by its name
-        namespace["check"](candidate)
-        verdict = "passed"
-    except BaseException as e:
-        verdict = f"failed: {described(e)}"
-    write_line(replies, {"verdict": verdict})
-
-
 # ---- the command
 
 def main(arguments):
@@ -650,10 +249,11 @@ def main(arguments):
     if len(arguments) > 1 or arguments and arguments[0].startswith("-"):
         sys.exit(f"error: {' '.join(arguments)}: give one program to run, or none; see --help")
     try:
-        works, missing = active()
-        print("layers:", ", ".join(works))
-        for layer, why in missing.items():
-            print(f"missing: {layer} ({why})")
+        with Worker({"code": "", "name": "probe"}, waive=LAYERS) as worker:
+            print("layers:", ", ".join(layer for layer in LAYERS if layer not in worker.missing))
+            for layer, why in worker.missing.items():
+                print(f"missing: {layer} ({why})")
+            print("memory:", worker.memory)
         for program in arguments:                          # one or none
             with open(program, encoding="utf-8") as f:
                 result = run(f.read())
@@ -665,6 +265,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--worker"]:
-        keeper()
     main(sys.argv[1:])

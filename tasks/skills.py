@@ -10,7 +10,7 @@ import re
 import numpy as np
 
 from tasks import sandbox
-from tasks.problems import mean
+from tasks.problems import share
 
 SHORT, LONG = 32, 150                                      # tokens of an answer, at most
 
@@ -21,33 +21,75 @@ def words(text):
     return re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text.lower())
 
 
+# with its sign, unless that is a minus between two operands; "1,002" is one number, "1,2,3" are three
+NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<![\d.])\.\d+)")
+
+
 def numbers(text):
-    """Every number in the text, as a float; a comma separates thousands."""
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    """Every number in the text, as a float. A comma belongs to a number only ahead of exactly three digits."""
+    found = NUMBER.findall(text.replace("\u2212", "-"))    # the minus sign of typesetting
     return [float(number.replace(",", "")) for number in found]
 
 
+# "not mice", "isn't the elephant", "rather than in London"
+DENIAL = r"\b(?:not|never|isn['’]t|aren['’]t|instead of|rather than)\s+"
+DENIED = re.compile(DENIAL + r"(?:(?:an?|the|in|really)\s+)*[^\s,;:!?]+", re.IGNORECASE)
+
+
+def asserted(text):
+    """The text without what it says is not so."""
+    return DENIED.sub(" ", text)
+
+
 def has(*options):
-    """One of the options occurs, as a whole word."""
-    return lambda text: any(option in words(text) for option in options)
-
-
-def last_number(n):
-    """n is the last number of the answer, or of its first paragraph: some explain themselves afterwards."""
+    """One of the options occurs, as a whole word or its possessive."""
     def rule(text):
+        named = [re.sub(r"['’]s$", "", word) for word in words(asserted(text))]
+        return any(option in named for option in options)
+
+    return rule
+
+
+def last_number(n, name, given):
+    """n, or its name in words, is the last number of the answer or of its first paragraph: some explain themselves
+    afterwards. Or it is the only number but those that the question gives, and the steps on the way.
+    """
+    def rule(text):
+        text = re.sub(rf"\b{name}\b(?!-)", str(n), asserted(text), flags=re.IGNORECASE)
+        if re.search(rf"\b{n} or\b|\bor {n}\b", text):
+            return False                                   # "15 or 16" is a guess
         first_paragraph = text.strip().partition("\n\n")[0]
-        return numbers(text)[-1:] == [n] or numbers(first_paragraph)[-1:] == [n]
+        if n in (*numbers(text)[-1:], *numbers(first_paragraph)[-1:]):
+            return True
+        return set(numbers(text)) - set(given) == {n}
 
     return rule
 
 
-def first(right, wrong):
-    """`right` is named before `wrong` is."""
+def first(right, *wrong):
+    """A word that begins with `right` comes before any that begins with one of `wrong`."""
     def rule(text):
-        named = [word for word in words(text) if word in (right, wrong)]
-        return named[:1] == [right]
+        named = [word for word in words(asserted(text)) if word.startswith((right, *wrong))]
+        return bool(named) and named[0].startswith(right)
 
     return rule
+
+
+def counts_to_five(text):
+    """1 to 5, as digits or as words, and no other number; "from 1 to 5" may come first."""
+    if numbers(text):
+        return numbers(text) in ([1, 2, 3, 4, 5], [1, 5, 1, 2, 3, 4, 5])
+    names = ["one", "two", "three", "four", "five"]
+    return [word for word in words(text) if word in (*names, "zero", "six", "seven", "eight", "nine", "ten")] == names
+
+
+def in_capitals(text):
+    """The answer may repeat the word as it was, but ends with it in capitals."""
+    return re.findall("hello", text, re.IGNORECASE)[-1:] == ["HELLO"]
+
+
+def corrected(text):
+    return " i went " in f" {' '.join(words(text))} " and "store" in words(text)
 
 
 def topics(least, *stems):
@@ -60,8 +102,12 @@ def topics(least, *stems):
 
 
 def says_yes(least=1):
-    """The answer begins with yes and has at least `least` words."""
-    return lambda text: words(text)[:1] == ["yes"] and len(words(text)) >= least
+    """The answer begins with yes, takes it back by no word of it, and has at least `least` words."""
+    def rule(text):
+        takes_it_back = re.match(r"\W*yes\W+(?:(?:and|or|but)\s+)?no\b(?! (?:doubt|one))", text, re.IGNORECASE)
+        return words(text)[:1] == ["yes"] and len(words(text)) >= least and not takes_it_back
+
+    return rule
 
 
 def both(*rules):
@@ -93,8 +139,8 @@ def haiku(text):
 # ---- rules that run the answer
 
 def code_in(text):
-    """The first fenced block, or the whole text if there is none."""
-    block = re.search(r"```[a-zA-Z]*\n(.*?)(```|$)", text, re.DOTALL)
+    """The first fenced block, else what stands between single backticks, else the whole text."""
+    block = re.search(r"```[^\n]*\n(.*?)(?:```|$)", text, re.DOTALL) or re.search(r"`([^`\n]+)`", text)
     return block[1] if block else text
 
 
@@ -141,27 +187,27 @@ SKILLS = [
     ("factual", "astronomy", has("8", "eight"), SHORT, (
         "How many planets are in our solar system?", "How many planets orbit the Sun?",
         "What is the number of planets in the solar system?")),
-    ("math", "addition", last_number(15), SHORT, (
+    ("math", "addition", last_number(15, "fifteen", (7, 8)), SHORT, (
         "What is 7 + 8?", "Add 7 and 8.", "Calculate the sum of 7 and 8.")),
-    ("math", "multiplication", last_number(60), SHORT, (
+    ("math", "multiplication", last_number(60, "sixty", (15, 4)), SHORT, (
         "What is 15 * 4?", "Multiply 15 by 4.", "How much is 15 times 4?")),
-    ("math", "word problem", last_number(6), LONG, (
+    ("math", "word problem", last_number(6, "six", (3, 5, 2, 8)), LONG, (
         "Tom has 3 apples. He gets 5 more and gives away 2. How many apples does he have?",
         "Anna had 3 pens, bought 5 pens and lost 2. How many pens does she have now?",
         "There are 3 birds on a tree. 5 more come, then 2 fly away. How many birds are left?")),
-    ("math", "speed", last_number(40), LONG, (
+    ("math", "speed", last_number(40, "forty", (60, 1.5, 1)), LONG, (
         "A train travels 60 miles in 1.5 hours. What is its speed in miles per hour?",
         "A car drives 60 miles in 1.5 hours. How fast does it go, in miles per hour?",
         "If you ride 60 miles in 1.5 hours, how many miles do you ride per hour?")),
-    ("math", "algebra", last_number(7), LONG, (
+    ("math", "algebra", last_number(7, "seven", (3, 10)), LONG, (
         "Solve for x: x + 3 = 10", "If x + 3 = 10, what is x?", "Find the x for which x + 3 equals 10.")),
     ("instruction", "count", lambda text: len(words(text)) == 3, SHORT, (
         "Describe the ocean in exactly three words.", "Answer in exactly 3 words: what is winter like?",
         "Use exactly three words to describe a lion.")),
-    ("instruction", "format", lambda text: "HELLO" in text and "hello" not in text, SHORT, (
+    ("instruction", "format", in_capitals, SHORT, (
         "Write the word hello in capital letters.", "Turn this word into upper case: hello",
         "Write hello with capital letters only.")),
-    ("instruction", "sequence", lambda text: numbers(text) == [1, 2, 3, 4, 5], SHORT, (
+    ("instruction", "sequence", counts_to_five, SHORT, (
         "Count from 1 to 5.", "List the numbers from 1 to 5.", "Write the numbers 1 to 5 in order.")),
     ("instruction", "yes or no", lambda text: words(text) == ["yes"], SHORT, (
         "Answer only yes or no: Is the sky blue?", "Is the sky blue? Reply with one word, yes or no.",
@@ -169,7 +215,7 @@ SKILLS = [
     ("instruction", "fill in", has(*PLACES), SHORT, (
         "Fill in the blank: The cat sat on the ___.", "Complete the sentence: The cat sat on the",
         "Which word is missing? The cat sat on the ____.")),
-    ("reasoning", "comparison", first("elephant", "mouse"), SHORT, (
+    ("reasoning", "comparison", first("elephant", "mouse", "mice"), SHORT, (
         "Which is bigger, a mouse or an elephant?", "What is larger: a mouse or an elephant?",
         "Of a mouse and an elephant, name the bigger animal.")),
     ("reasoning", "logic", says_yes(), SHORT, (
@@ -179,7 +225,7 @@ SKILLS = [
     ("reasoning", "common sense", says_yes(6), LONG, (
         "Should you take an umbrella when it rains? Say why.", "It rains. Is it wise to take an umbrella, and why?",
         "Is an umbrella useful in the rain? Give a reason.")),
-    ("reasoning", "pattern", last_number(10), SHORT, (
+    ("reasoning", "pattern", last_number(10, "ten", (2, 4, 6, 8)), SHORT, (
         "What comes next: 2, 4, 6, 8, ?", "Continue with the next number: 2, 4, 6, 8",
         "Which number follows in this series? 2, 4, 6, 8, ...")),
     ("reasoning", "time", has("thursday"), SHORT, (
@@ -200,7 +246,7 @@ SKILLS = [
         "What is the plural of mouse?", "Write the plural form of mouse.", "One mouse, two ...? Give the plural.")),
     ("language", "translation", has("hola"), SHORT, (
         "How do you say hello in Spanish?", "Translate hello into Spanish.", "What is the Spanish word for hello?")),
-    ("language", "correction", lambda text: "i went" in " ".join(words(text)) and "store" in words(text), SHORT, (
+    ("language", "correction", corrected, SHORT, (
         "Correct this sentence: Me go store yesterday", "Fix the grammar: Me go store yesterday",
         "Write this in correct English: Me go store yesterday")),
     ("explanation", "gravity", both(one_sentence, topics(2, "force", "attract", "mass", "pull", "object", "earth")),
@@ -215,13 +261,13 @@ SKILLS = [
     ("creative", "name", lambda text: 1 <= len(words(text)) <= 3, SHORT, (
         "Suggest a name for a robot. Answer with the name only.", "Give only a name for a friendly robot.",
         "Invent one name for a robot and write nothing else.")),
-    ("classification", "grammar", first("adjective", "noun"), SHORT, (
+    ("classification", "grammar", first("adj", "noun"), SHORT, (
         "Is the word happy a noun or an adjective?", "Noun or adjective: happy?",
         "What part of speech is happy, noun or adjective?")),
     ("classification", "sentiment", first("positive", "negative"), SHORT, (
         "Is this review negative or positive? I love this movie!", "Negative or positive: I love this movie!",
         "Classify as negative or positive: I love this movie!")),
-    ("classification", "knowledge", first("fruit", "vegetable"), SHORT, (
+    ("classification", "knowledge", first("fruit", "veg"), SHORT, (
         "Botanically, is a tomato a vegetable or a fruit?", "Vegetable or fruit: what is a tomato to a botanist?",
         "To a scientist, is the tomato a vegetable or a fruit?")),
 ]
@@ -230,7 +276,7 @@ SKILLS = [
 def run(speaker, cfg):
     """The share of right answers: of all kinds, of each group of kinds, and of each kind.
 
-    The standard error counts kinds, not questions: three paraphrases succeed or fail together.
+    The error counts kinds, not questions: three paraphrases succeed or fail together. That of a kind is left out.
     """
     kinds = {}
     by_group = {}
@@ -242,9 +288,9 @@ def run(speaker, cfg):
                 right.append(bool(rule(answer, waive=cfg.waive)))
             else:
                 right.append(bool(rule(answer)))
-        share = np.mean(right)
-        kinds[f"{group}: {category}"] = (share, 0.0, len(right))
-        by_group.setdefault(group, []).append(share)
-    everything = [share for shares in by_group.values() for share in shares]
-    groups = {group: mean(shares) for group, shares in by_group.items()}
-    return {"all 35": mean(everything)} | groups | kinds
+        solved = float(np.mean(right))
+        kinds[f"{group}: {category}"] = (solved, 0.0, len(right))
+        by_group.setdefault(group, []).append(solved)
+    everything = [solved for kind in by_group.values() for solved in kind]
+    groups = {group: share(solved) for group, solved in by_group.items()}
+    return {"all 35": share(everything)} | groups | kinds

