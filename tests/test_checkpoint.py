@@ -392,11 +392,18 @@ def test_pointers_are_plain_names(tmp_path, capsys):
         absolute = str(tmp_path / "other/step_000005")
         for text in ("../other/step_000005", absolute, "step_000001\0", "..", ".trash-step_000001"):
             (run / which).write_text(text)
-            assert str(run / which) in refused(checkpoint.load_run, run, which)
+            assert check(checkpoint.load_run(run, which)) == 2  # the newest
+            assert f"warning: {run / which} holds" in capsys.readouterr().err
         (run / which).unlink()
-        (run / which).symlink_to(run / "step_000001/meta.json")
-        assert "not a plain file" in refused(checkpoint.load_run, run, which)
+        (run / which).symlink_to(run / "step_000001")
+        assert check(checkpoint.load_run(run, which)) == 2
+        err = capsys.readouterr().err
+        assert "not a plain file" in err and "delete" not in err and "move it away" in err
         (run / which).unlink()
+        (run / which).mkdir()
+        assert check(checkpoint.load_run(run, which)) == 2
+        assert "not a plain file" in capsys.readouterr().err
+        (run / which).rmdir()
         for text in (None, "", "step_000009", "step_000009\n"):
             if text is not None:
                 (run / which).write_text(text)
@@ -637,6 +644,7 @@ def trained(tmp_path, monkeypatch):
     (tmp_path / "not_a_model.py").write_text("x = 1")
     (tmp_path / "eager_arch.py").write_text(ARCH.replace('table = ', 'torch.arange(3).tolist()\n        table = '))
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(checkpoint, "HERE", tmp_path)
     importlib.invalidate_caches()
     for name in ("tiny_arch", "not_a_model", "eager_arch"):
         monkeypatch.delitem(sys.modules, name, raising=False)

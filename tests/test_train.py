@@ -70,8 +70,8 @@ def test_it_learns_and_leaves_a_run_folder(toy, capsys):
     meta = data.load(toy).meta
     assert record["step"] == 150 and record["val_bpb"] < meta["baselines"]["bigram"]
     assert record["val_loss"] == record["best_loss"] and record["tokens"] == 150 * 8 * 32
-    assert sorted(os.listdir("run")) == ["best", "config.json", "latest", "loss.png", "metrics.jsonl", "step_000000",
-                                         "step_000075", "step_000150"]
+    assert sorted(os.listdir("run")) == ["best", "config.json", "latest", "lock", "loss.png", "metrics.jsonl",
+                                         "step_000000", "step_000075", "step_000150"]
     out = capsys.readouterr().out
     assert out.count("bits per byte") == 2 and "trigrams" in out and out.count("\n    cat sat") >= 2
     assert configurator.from_flat(train.Config, json.loads(Path("run/config.json").read_text())).lr == 0.02
@@ -222,7 +222,10 @@ def test_a_tracker_goes_on_with_the_same_run_and_ends_it(toy, monkeypatch, track
     monkeypatch.setitem(sys.modules, tracker, types.SimpleNamespace(init=locals()[tracker]))
     train.train(config(toy, "runs/mine", tracker=tracker))
     train.train(config(toy, "runs/mine", tracker=tracker, resume=True))
-    assert seen == [("mine", "mine", "allow"), "finish"] * 2
+    train.train(config(toy, "elsewhere/mine", tracker=tracker))
+    first, _, again, _, other, _ = seen
+    assert first == again and first[0] == other[0] == "mine" and first[2] == "allow" and seen[1::2] == ["finish"] * 3
+    assert (first[1] == other[1]) == (tracker == "trackio")  # another run of that name is another one to wandb
 
 
 def test_tensorboard_hides_what_a_resume_repeats(toy, monkeypatch):
@@ -582,7 +585,7 @@ def test_a_missing_dataset_is_prepared(tmp_path):
     finally:
         shutil.rmtree(made, ignore_errors=True)
     with pytest.raises(files.UserError, match="could not prepare the dataset absent"):
-        train.train(config("absent", prepare="prepare/text.py --input=/nowhere --name=absent"))
+        train.train(config("absent", "other", prepare="prepare/text.py --input=/nowhere --name=absent"))
 
 
 def test_fine_tuning_starts_from_a_run(toy):
@@ -610,6 +613,7 @@ def test_fine_tuning_takes_or_refuses_model_flags(toy, tmp_path, monkeypatch):
                                         "        super().__init__(config)\n"
                                         "        self.register_buffer('wpe', torch.zeros(config.block_size))\n")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(checkpoint, "HERE", tmp_path)
     train.train(config(toy, "placed", arch="placed"))
     with pytest.raises(files.UserError, match=r"block_size=16 \(it has 32\).*wpe"):
         train.train(config(toy, "c", arch="placed", init_from="placed", block_size=16))
