@@ -551,9 +551,7 @@ def loop(cfg, run_dir, dataset, device, state, report, command):
             healthy = state["bad_steps"] == 0 or at_end
             better = False
             if saving:
-                weights = model.state_dict()
-                moments = tensors_to_resume(lora, optimizer)
-                broken = checkpoint.non_finite(weights | moments)
+                broken = checkpoint.non_finite(model.state_dict() | tensors_to_resume(lora, optimizer))
                 if broken:
                     roll_back(run_dir, model, lora, optimizer, state, log, f"step {step}: {broken} holds NaN or Inf")
                     saved_at = state["step"]
@@ -566,8 +564,8 @@ def loop(cfg, run_dir, dataset, device, state, report, command):
                 remember(state, result, better)
                 log.record(state["record"])                # before the save: killed in between, a resume drops it
             if saving and healthy:
-                checkpoint.save(run_dir, step, weights, moments, meta | {"state": state},
-                                dataset.path / "tokenizer.json", cfg.keep_last, better)
+                checkpoint.save(run_dir, step, model.state_dict(), tensors_to_resume(lora, optimizer),
+                                meta | {"state": state}, dataset.path / "tokenizer.json", cfg.keep_last, better)
                 saved_at = step
             if evaluating:
                 log.evaluated(state["record"], dataset, better)

@@ -498,6 +498,20 @@ def test_random_mutations_with_a_true_manifest(tmp_path):
     assert refusals > 200
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_checkpoint_that_is_not_finite_is_passed_over(tmp_path, capsys, bad):
+    put(tmp_path, 1)
+    checkpoint.save(tmp_path, 2, state(2), {"m": torch.tensor([bad])}, {})
+    checkpoint.save(tmp_path, 3, state(3) | {"w": torch.tensor([bad])}, {"m": torch.zeros(1)}, {})
+    assert check(checkpoint.load_run(tmp_path, optimizer=True)) == 1
+    err = capsys.readouterr().err
+    assert "step_000003: tensor w holds NaN or Inf" in err and "step_000002: tensor m holds NaN or Inf" in err
+    assert check(checkpoint.load_run(tmp_path)) == 2       # without the moments, of which sampling needs none
+    assert check(checkpoint.load_run(tmp_path, optimizer=True, before=2)) == 1
+    assert check(checkpoint.load_run(tmp_path, before=1, quiet=True)) == 2  # nothing is before it: the newest
+    assert "moment" not in capsys.readouterr().err
+
+
 # ---- retention and disk
 def test_retention_under_random_histories(tmp_path, capsys):
     for seed in range(25):
