@@ -624,9 +624,9 @@ def test_a_model_that_starts_broken_is_named(toy, tmp_path, monkeypatch):
     (tmp_path / "broken.py").write_text("from model import *\nfrom model import Model as Plain\n\n"
                                         "class Model(Plain):\n    def __init__(self, config):\n"
                                         "        super().__init__(config)\n"
-                                        "        self.lm_head.weight.data[0, 0] = float('inf')\n")
+                                        "        next(self.parameters()).data[0, 0] = float('inf')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(files.UserError, match="broken.py: lm_head.weight holds NaN or Inf before the first step"):
+    with pytest.raises(files.UserError, match="broken.py: .*weight holds NaN or Inf before the first step"):
         train.train(config(toy, arch="broken"))
 
 
@@ -916,7 +916,7 @@ def test_damage_is_reported_once(toy, monkeypatch, capsys):
     train.train(config(toy))
     Path("run/step_000012/model.safetensors").write_bytes(b"")
     call(monkeypatch, "--resume", "--out_dir=run")
-    assert capsys.readouterr().err.count("step_000012") == 1
+    assert capsys.readouterr().err.count("warning: ") == 1
 
 
 def test_the_device_is_checked_before_a_dataset_is_prepared(tmp_path):

@@ -114,7 +114,7 @@ if kind == "gguf":
 else:
     meta = json.loads(good)
     meta.pop("sha256", None)
-    cases = [changed(meta, way, text) for way in leaves(meta) for text in HOSTILE]
+    cases = [changed(meta, way, text) for way in leaves(meta) for text in HOSTILE[1::2]]
     if kind == "hf":
         cases += [meta | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}, "trust_remote_code": True}]
     if kind in ("run", "resume"):
@@ -138,7 +138,8 @@ print(json.dumps({"seen": sorted(set(seen)), "n": n}))
 def things(toy, tmp_path_factory):
     work = tmp_path_factory.mktemp("trust")
     (work / "evil").mkdir()
-    (work / "evil" / "evil.py").write_text(f"open({str(work / 'pwned')!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
+    (work / "evil" / "evil.py").write_text(f"open({str(work / 'pwned')!r}, 'w')\n"
+                                           "class Config: pass\nclass Model: pass\n")
     shutil.copytree(toy, work / "data")
     train.train(configurator.load(train.Config, dataset=str(work / "data"), out_dir=str(work / "run"), n_layer=1,
                                   n_head=1, n_embd=16, block_size=16, batch_size=2, max_steps=2, keep_last=1,
