@@ -20,7 +20,7 @@ ROLES = {
     "embed":   (False, False),
     "vector":  (False, False),
     "ssm":     (False, False),
-    "lora":    (False, False),
+    "lora":    (False, True),
 }
 
 # Parameters that are updated together: the name of their rule, peak learning rate, weight decay, the parameters, and

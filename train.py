@@ -1,9 +1,9 @@
 """Train a language model: one loop for every model file.
 
-    python train.py config/tiny_cpu.py --device=cpu             # the first run: a few minutes on a laptop
+    python train.py config/tiny_cpu.py --device=cpu  # the first run: a few minutes on a laptop
     python train.py config/shakespeare_char.py --max_steps=500  # flags go on top of files
-    python train.py config/shakespeare_char.py --arch=mine      # your own copy of model.py
-    python train.py --resume                                    # continue the newest run, bit for bit
+    python train.py config/shakespeare_char.py --arch=mine  # your own copy of model.py
+    python train.py --resume  # continue the newest run, bit for bit
 
 The words of its log:
     loss            the mean of -ln p, where p is the probability that the model gave to the token that came next. Its
@@ -14,6 +14,8 @@ The words of its log:
     MFU             model FLOPs utilization: the share of the machine's speed at a large matrix product that goes into
                     the arithmetic of the model (Chowdhery et al. 2022, PaLM, appendix B)
 """
+import contextlib
+import hashlib
 import json
 import math
 import random
@@ -22,6 +24,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -57,7 +60,7 @@ class Config:
     model: object = configurator.sub("arch")
     # optimizer
     optimizer: Literal["muon", "adamw", "lion"] = "muon"  # muon is for matrices, rest_optimizer then for the rest
-    lr: float = 0.02                # peak learning rate; with muon that of the matrices inside the layers
+    lr: float = 0.02                # peak learning rate; with muon only of the matrices in the layers, not of LoRA
     rest_optimizer: Literal["adamw", "lion"] = "adamw"  # with muon: for everything else
     rest_lr: float = 0.01           # with muon: peak learning rate of everything else
     weight_decay: float = 0.0       # on matrices; never on embeddings, gains and biases
@@ -111,7 +114,8 @@ class Config:
 
 # Keys that may change between a run and its resumption without changing a single bit of what is computed.
 # (Device, dtype and compile are compared by what they resolve to, not by what was asked for.)
-CAN_CHANGE_ON_RESUME = {"out_dir", "resume", "init_from", "prepare", "eval_every", "patience", "prompts",
+# (What the dataset holds is compared, too; its folder may have moved.)
+CAN_CHANGE_ON_RESUME = {"out_dir", "resume", "init_from", "dataset", "prepare", "eval_every", "patience", "prompts",
                         "prompt_tokens", "log_every", "tracker", "save_every", "keep_last", "device", "dtype",
                         "compile"}
 
@@ -129,13 +133,46 @@ def open_dataset(cfg):
     return data.load(path)
 
 
-def open_run(run_dir, resume):
-    """The Checkpoint to resume from, or None for a new run. UserError if that would overwrite another one."""
-    if resume:
-        return checkpoint.load_run(run_dir, optimizer=True)
-    if (run_dir / "latest").exists():
+def check_run_dir(run_dir, resume):
+    """UserError if a new run would overwrite another one, or if a resumed one could not be saved."""
+    if not resume and checkpoint.holds_run(run_dir):
         raise UserError(f"{run_dir} already holds a run: continue it with --resume, or choose another --out_dir")
-    return None
+    if resume and not run_dir.is_dir():
+        raise UserError(f"no run folder {run_dir}: check the name, or start it without --resume")
+    for pointer in (run_dir / "latest", run_dir / "best"):
+        if pointer.is_dir() and not pointer.is_symlink():  # a link is replaced at the next save
+            raise UserError(f"{pointer} is a folder, but must be a file with the name of a checkpoint: move it away")
+
+
+@contextlib.contextmanager
+def own_run_dir(run_dir, resume, state):
+    """Create and lock the run folder. If an error comes before the first step of a new run, delete that run again."""
+    is_new = not run_dir.exists()
+    if not resume:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    with files.locked(run_dir / "lock"):
+        check_run_dir(run_dir, resume)  # again: another process may just have ended here
+        try:
+            yield
+        except BaseException:
+            if not resume and state["step"] == 0:
+                # of a folder that was there before, only what makes it a run
+                for path in [run_dir] if is_new else [run_dir / "latest", run_dir / "step_000000"]:
+                    files.remove(path)
+            raise
+
+
+def open_run(run_dir):
+    """The Checkpoint to resume from. UserError if there is none, or if it lacks what a resume relies on."""
+    saved = checkpoint.load_run(run_dir, optimizer=True)
+    missing = {"arch", "model_config", "config", "environment", "dataset", "state"} - saved.meta.keys()
+    if missing:
+        raise UserError(f"{saved.path} lacks {', '.join(sorted(missing))} and cannot be resumed: start a new run from "
+                        f"its weights with --init_from={saved.path}")
+    dtype = saved.meta["environment"].get("dtype")
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"{saved.path} has dtype {dtype!r:.100}, which is not float32 or bfloat16: copy it again")
+    return saved
 
 
 def build(cfg, dataset, device, resumed, given):
@@ -156,7 +193,13 @@ def build(cfg, dataset, device, resumed, given):
         else:
             model = import_module(cfg.arch).Model(replace(cfg.model, vocab_size=vocab_size))
         model.to(device).train()
+        broken = checkpoint.non_finite(model.state_dict())
+        if broken:
+            raise UserError(f"{cfg.arch}.py: {broken} holds NaN or Inf before the first step: initialise it otherwise")
         lora = Lora(model, cfg.lora_rank) if cfg.lora_rank else None
+        if lora and cfg.optimizer == "muon" and "lr" in given and "rest_lr" not in given:
+            files.warn(f"lr={cfg.lr} is not used: with optimizer=muon, LoRA learns by {cfg.rest_optimizer} at "
+                       f"rest_lr={cfg.rest_lr}; set that, or choose another optimizer")
         optimizer = optim.Optimizer(lora or model, cfg.optimizer, cfg.lr, cfg.rest_optimizer, cfg.rest_lr,
                                     cfg.weight_decay, cfg.betas, cfg.momentum)
     except ValueError as e:  # model files and optim.py import nothing of ours
@@ -211,6 +254,8 @@ def new_state():
         "lr_factor": 1.0,  # halved by each roll-back
         "rollbacks": 0,
         "bad_steps": 0,  # skipped in a row
+        "back_at": None,  # step of the checkpoint that the last roll-back went to
+        "data_shift": 0,  # batches that roll-backs passed over
         "record": {},  # of the last evaluation
     }
 
@@ -248,20 +293,30 @@ def check_resume(cfg, resumed, dataset, environment):
             changed.append(f"{key}={value} (was {was.get(key)})")
     was = resumed.meta["environment"]
     for key, value in environment.items():
-        if value != was[key]:
-            changed.append(f"{key} {value} (was {was[key]})")
+        if value != was.get(key):
+            changed.append(f"{key} {value} (was {was.get(key)})")
+    # checkpoints from before this key was added do not have it
+    if resumed.meta.get("model_sha256", model_sha256(cfg.arch)) != model_sha256(cfg.arch):
+        changed.append(f"an edited {cfg.arch}.py")
     if changed:
         files.warn(f"resuming with {', '.join(changed)}: the result will differ from that of an uninterrupted run")
 
 
-def checkpoint_meta(cfg, dataset, environment):
+def model_sha256(arch):
+    return hashlib.sha256(Path(import_module(arch).__file__).read_bytes()).hexdigest()
+
+
+def checkpoint_meta(cfg, dataset, environment, run_id):
     """What every checkpoint of the run says about itself, besides the state, as plain JSON."""
     meta = {
         "arch": cfg.arch,
         "model_config": asdict(cfg.model),
+        "model_sha256": model_sha256(cfg.arch),  # of the model file
         "config": configurator.flat(cfg),
         "environment": environment,
-        "dataset": {"path": str(dataset.path), "files": dataset.meta["files"]},
+        # absolute, since a run may be resumed from another folder
+        "dataset": {"path": str(dataset.path.absolute()), "files": dataset.meta["files"]},
+        "run_id": run_id,
     }
     if "template" in dataset.meta:  # of a dataset of conversations: how they are written
         meta["template"] = dataset.meta["template"]
@@ -277,7 +332,10 @@ def tensors_to_resume(lora, optimizer):
 
 
 def restore(model, lora, optimizer, state, saved):
-    """Put weights, optimizer, random states and `state` back to what the checkpoint `saved` holds."""
+    """Put weights, optimizer, random states, `state` and the pointer `best` back to what `saved` holds.
+
+    saved: a checkpoint of this run.
+    """
     lora_tensors = {}
     optimizer_tensors = {}
     for name, tensor in saved.optimizer.items():
@@ -294,7 +352,14 @@ def restore(model, lora, optimizer, state, saved):
         raise UserError(f"{saved.path} does not fit this model and optimizer: {e}") from None
     checkpoint.set_random_state(saved.optimizer)
     state.clear()
-    state.update(saved.meta["state"])
+    state.update(new_state() | saved.meta["state"])  # older checkpoints lack some keys
+    # `best` may name a step after this one: the run will come by there again, and another model may take its place
+    if state["best_loss"] is not None and not checkpoint.point_best(saved.path.parent, state["best_step"]):
+        files.warn(f"the best checkpoint, step {state['best_step']}, is lost: the next evaluation counts as the best")
+        state["best_loss"] = None
+        state["best_step"] = 0
+    if state["best_loss"] is None:
+        files.remove(saved.path.parent / "best")
 
 
 # ---- the parts of the loop
@@ -338,7 +403,7 @@ def reason_to_stop(cfg, state, report):
 
 
 def next_batch(cfg, dataset, step, device):
-    """x, y (batch_size, block_size) for the optimizer step after `step`: a function of the seed and the step alone."""
+    """x, y (batch_size, block_size) number `step` of the data: a function of the seed and that number alone."""
     x, y = data.batch(dataset.train, step, cfg.batch_size, cfg.model.block_size, cfg.seed, dataset.train_mask,
                       dataset.row_length, dataset.vocab_size)
     return torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
@@ -382,21 +447,32 @@ def training_step(forward, learner, optimizer, x, y, micro_batch_size, autocast,
     return loss, grad_norm
 
 
-def roll_back(run_dir, model, lora, optimizer, state, log):
-    """Back to the newest checkpoint, with half the learning rate; UserError after three times."""
+def roll_back(run_dir, model, lora, optimizer, state, log, reason):
+    """Back to the newest checkpoint with half the learning rate and further data; UserError after three times.
+
+    The data between that checkpoint and this step is passed over: it may be the cause. PaLM's loss spikes were cured in
+    this way (Chowdhery et al. 2022, section 5.1). Where the checkpoint of the last roll-back has led nowhere, the one
+    before it is next.
+    """
     bad_step = state["step"]
     lr_factor = state["lr_factor"] / 2
     rollbacks = state["rollbacks"] + 1
+    next_data = bad_step + state["data_shift"]
     if rollbacks > 3:
         raise UserError(f"loss or gradient not finite at step {bad_step}, even at an eighth of the learning rate: "
                         "try a lower --lr and --rest_lr, or --dtype=float32")
-    restore(model, lora, optimizer, state, checkpoint.load_run(run_dir, optimizer=True))
+    failed_at_once = state["back_at"] is not None and bad_step - state["back_at"] <= 3
+    before = state["back_at"] if failed_at_once else math.inf
+    restore(model, lora, optimizer, state, checkpoint.load_run(run_dir, optimizer=True, before=before))
     state["lr_factor"] = lr_factor
     state["rollbacks"] = rollbacks
     state["bad_steps"] = 0
+    state["back_at"] = state["step"]
+    state["data_shift"] = next_data - state["step"]
     log.go_back(state)
-    log.say(f"three in a row: back to step {state['step']} with half the learning rate")
-    log.record({"step": state["step"], "event": "rolled back", "lr_factor": lr_factor})
+    log.say(f"{reason}: back to step {state['step']} with half the learning rate and further data")
+    log.record({"step": state["step"], "event": "rolled back", "lr_factor": lr_factor,
+                "data_shift": state["data_shift"]})
 
 
 # ---- the loop
@@ -409,19 +485,25 @@ def train(cfg, report=None, command=None):
     if command is None:
         command = configurator.Command(line="", files=[], typed={}, given=configurator.changed(cfg))
     run_dir = Path(cfg.out_dir or f"runs/{cfg.arch}")
-
-    # Set up. Whatever is wrong with the user's command shows before the run folder is created.
+    # what is quick to check comes first: preparing a dataset can take minutes
+    device = machine.pick_device(cfg.device)
+    check_run_dir(run_dir, cfg.resume)
     dataset = open_dataset(cfg)
+    state = new_state()
+    with own_run_dir(run_dir, cfg.resume, state):
+        return loop(cfg, run_dir, dataset, device, state, report, command)
+
+
+def loop(cfg, run_dir, dataset, device, state, report, command):
+    """train() once the dataset is open and `run_dir` is ours. state: a new one."""
     tokenizer = dataset.tokenizer() if cfg.prompts else None
     prompts = {text: tokenizer.encode(text) or [tokenizer.eot] for text in cfg.prompts}
-    device = machine.pick_device(cfg.device)
     if device.type == "cpu":
         machine.keep_freed_memory()
-    resumed = open_run(run_dir, cfg.resume)
+    resumed = open_run(run_dir) if cfg.resume else None
     model, lora, optimizer = build(cfg, dataset, device, resumed, command.given)
     learner = lora or model  # the module whose parameters learn
     cfg = replace(cfg, model=model.config)  # with what the dataset or --init_from decided
-    state = new_state()
     environment = choose_environment(cfg, device, resumed)
     if resumed:
         check_resume(cfg, resumed, dataset, environment)
@@ -436,13 +518,16 @@ def train(cfg, report=None, command=None):
         forward = machine.compiled(model, x[:micro_batch_size], y[:micro_batch_size], autocast)
         learner.zero_grad()  # of the compiler's trial
         environment["compile"] = forward is not model
+    peak_lr = runlog.lora_rate(cfg)[2] if lora else cfg.lr
     flops_per_token = model.flops_per_token(cfg.model.block_size)
     peak_flops = machine.matmul_rate(device, dtype)
 
-    meta = checkpoint_meta(cfg, dataset, environment)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    run_id = uuid.uuid4().hex  # by which a tracker tells runs of the same name apart
+    if resumed:
+        run_id = resumed.meta.get("run_id", run_dir.name)
+    meta = checkpoint_meta(cfg, dataset, environment, run_id)
     files.write_atomic(run_dir / "config.json", json.dumps(configurator.flat(cfg), indent=1) + "\n")
-    log = runlog.Log(run_dir, cfg, state)
+    log = runlog.Log(run_dir, cfg, state, run_id)
     log.record({"event": "resume" if resumed else "start", "step": state["step"], "command": command.line,
                 "commit": runlog.git_commit(), **environment})
     runlog.describe(cfg, model, lora, dataset, environment, run_dir)
@@ -460,15 +545,24 @@ def train(cfg, report=None, command=None):
             at_save = last or step == 0 or (cfg.save_every > 0 and step % cfg.save_every == 0)
             # a run that was resumed or rolled back may have done this evaluation before
             evaluating = at_evaluation and step != state["record"].get("step")
-            healthy = state["bad_steps"] == 0  # only such a state is worth going back to
+            saving = evaluating or (at_save and step != saved_at)
+            # after a skipped step a state is not worth going back to, but it may be what a run ends with
+            healthy = state["bad_steps"] == 0 or at_end
             better = False
+            if saving:
+                broken = checkpoint.non_finite(model.state_dict() | tensors_to_resume(lora, optimizer))
+                if broken:
+                    roll_back(run_dir, model, lora, optimizer, state, log, f"step {step}: {broken} holds NaN or Inf")
+                    saved_at = state["step"]
+                    since = dict(state)
+                    continue
             if evaluating:
                 result = evaluate(model, dataset, autocast)
                 healthy = healthy and math.isfinite(result["val_loss"])
                 better = healthy and (state["best_loss"] is None or result["val_loss"] < state["best_loss"])
                 remember(state, result, better)
                 log.record(state["record"])  # before the save: killed in between, a resume drops it
-            if healthy and (evaluating or (at_save and step != saved_at)):
+            if saving and healthy:
                 checkpoint.save(run_dir, step, model.state_dict(), tensors_to_resume(lora, optimizer),
                                 meta | {"state": state}, dataset.path / "tokenizer.json", cfg.keep_last, better)
                 saved_at = step
@@ -485,7 +579,7 @@ def train(cfg, report=None, command=None):
 
             # 2. one optimizer step
             started = time.perf_counter()
-            x, y = next_batch(cfg, dataset, step, device)
+            x, y = next_batch(cfg, dataset, step + state["data_shift"], device)
             if not (y >= 0).any():  # every token is masked: there is nothing to learn
                 state["step"] += 1
                 continue
@@ -503,7 +597,8 @@ def train(cfg, report=None, command=None):
                 log.record({"step": step + 1, "event": "skipped", "loss": str(loss), "grad_norm": str(grad_norm)})
                 log.say(f"step {step + 1}: loss {loss}, gradient norm {grad_norm}: step skipped")
             if state["bad_steps"] == 3:
-                roll_back(run_dir, model, lora, optimizer, state, log)
+                roll_back(run_dir, model, lora, optimizer, state, log, "three in a row")
+                saved_at = state["step"]
                 since = dict(state)
                 continue
 
@@ -513,7 +608,7 @@ def train(cfg, report=None, command=None):
             log.progress(step + 1, loss, speed, mfu)
             if taken and (step == 0 or (step + 1) % cfg.log_every == 0):
                 log.record(runlog.finite({
-                    "step": step + 1, "loss": loss, "lr": scale * cfg.lr, "mfu": mfu, "grad_norm": grad_norm,
+                    "step": step + 1, "loss": loss, "lr": scale * peak_lr, "mfu": mfu, "grad_norm": grad_norm,
                     "tokens": state["tokens"], "seconds": state["seconds"], "tokens_per_second": speed}))
     log.close(dataset)
     if caught:
@@ -531,11 +626,11 @@ def exit_by_signal(number, run_dir, saved_at):
 # ---- the command
 def main(cfg, command):
     recipe = Path(command.files[-1]).stem if command.files else ""
+    if 0 < cfg.min_lr < 1e-3 and "min_lr" in command.given:
+        files.warn(f"min_lr={cfg.min_lr} is a fraction of the peak rate, not a rate as in nanoGPT: the rate falls to "
+                   f"{cfg.min_lr * cfg.lr:.2g}")
     if cfg.resume:
-        run_dir = run_to_resume(cfg.out_dir, recipe)
-        stored = checkpoint.load_run(run_dir).meta["config"]
-        # the run's own config, and on top of it the flags of this command
-        cfg = configurator.load(Config, **(stored | command.typed | {"out_dir": str(run_dir), "resume": True}))
+        cfg = config_to_resume(run_to_resume(cfg.out_dir, recipe), command.given)
     elif not cfg.out_dir:
         cfg = replace(cfg, out_dir=str(runlog.unused(Path("runs") / (recipe or cfg.arch))))
     if "dataset" in command.typed and "prepare" not in command.typed:
@@ -545,6 +640,27 @@ def main(cfg, command):
     best = math.nan if record["best_loss"] is None else record["best_loss"]
     print(f"best: {best:.4f} nats per token at step {record['best_step']:,}. The curve: {cfg.out_dir}/loss.png. "
           f"Now try:\npython sample.py --checkpoint={shlex.quote(cfg.out_dir)} --prompt \"To be\"")
+
+
+def config_to_resume(run_dir, given):
+    """The Config of the run, and on top of it `given`, the keys of this command's files and flags.
+
+    A run may be from anywhere, so that nothing in it is executed: of its own keys `prepare`, a command, is dropped, and
+    `arch` must name a file beside this one.
+    """
+    saved = checkpoint.load_run(run_dir, quiet=True)  # loaded once more when the run is locked
+    stored = saved.meta.get("config")
+    if not isinstance(stored, dict):
+        raise UserError(f"{saved.path} has no config and cannot be resumed: start a new run from its weights with "
+                        f"--init_from={saved.path}")
+    stored = stored | {"prepare": ""}
+    if "arch" not in given:
+        checkpoint.model_file(saved.path, stored.get("arch"))
+    cfg = configurator.load(Config, **(stored | given | {"out_dir": str(run_dir), "resume": True}))
+    path = saved.meta.get("dataset", {}).get("path", "")
+    if not data.folder_of(cfg.dataset).exists() and Path(path).is_dir():
+        cfg = replace(cfg, dataset=path)  # a relative name, and this is another folder
+    return cfg
 
 
 def run_to_resume(out_dir, recipe):

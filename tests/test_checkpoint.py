@@ -392,11 +392,18 @@ def test_pointers_are_plain_names(tmp_path, capsys):
         absolute = str(tmp_path / "other/step_000005")
         for text in ("../other/step_000005", absolute, "step_000001\0", "..", ".trash-step_000001"):
             (run / which).write_text(text)
-            assert str(run / which) in refused(checkpoint.load_run, run, which)
+            assert check(checkpoint.load_run(run, which)) == 2  # the newest
+            assert f"warning: {run / which} holds" in capsys.readouterr().err
         (run / which).unlink()
-        (run / which).symlink_to(run / "step_000001/meta.json")
-        assert "not a plain file" in refused(checkpoint.load_run, run, which)
+        (run / which).symlink_to(run / "step_000001")
+        assert check(checkpoint.load_run(run, which)) == 2
+        err = capsys.readouterr().err
+        assert "not a plain file" in err and "delete" not in err and "move it away" in err
         (run / which).unlink()
+        (run / which).mkdir()
+        assert check(checkpoint.load_run(run, which)) == 2
+        assert "not a plain file" in capsys.readouterr().err
+        (run / which).rmdir()
         for text in (None, "", "step_000009", "step_000009\n"):
             if text is not None:
                 (run / which).write_text(text)
@@ -489,6 +496,20 @@ def test_random_mutations_with_a_true_manifest(tmp_path):
             assert "model.safetensors" in str(error)
             refusals += 1
     assert refusals > 200
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_checkpoint_that_is_not_finite_is_passed_over(tmp_path, capsys, bad):
+    put(tmp_path, 1)
+    checkpoint.save(tmp_path, 2, state(2), {"m": torch.tensor([bad])}, {})
+    checkpoint.save(tmp_path, 3, state(3) | {"w": torch.tensor([bad])}, {"m": torch.zeros(1)}, {})
+    assert check(checkpoint.load_run(tmp_path, optimizer=True)) == 1
+    err = capsys.readouterr().err
+    assert "step_000003: tensor w holds NaN or Inf" in err and "step_000002: tensor m holds NaN or Inf" in err
+    assert check(checkpoint.load_run(tmp_path)) == 2       # without the moments, of which sampling needs none
+    assert check(checkpoint.load_run(tmp_path, optimizer=True, before=2)) == 1
+    assert check(checkpoint.load_run(tmp_path, before=1, quiet=True)) == 2  # nothing is before it: the newest
+    assert "moment" not in capsys.readouterr().err
 
 
 # ---- retention and disk
@@ -637,6 +658,7 @@ def trained(tmp_path, monkeypatch):
     (tmp_path / "not_a_model.py").write_text("x = 1")
     (tmp_path / "eager_arch.py").write_text(ARCH.replace('table = ', 'torch.arange(3).tolist()\n        table = '))
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(checkpoint, "HERE", tmp_path)
     importlib.invalidate_caches()
     for name in ("tiny_arch", "not_a_model", "eager_arch"):
         monkeypatch.delitem(sys.modules, name, raising=False)

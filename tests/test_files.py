@@ -3,6 +3,7 @@ import errno
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -310,3 +311,28 @@ def test_remove_takes_anything_and_raises_nothing(tmp_path, monkeypatch):
     files.remove(tmp_path / "target/a")
     files.remove(tmp_path / "target")
     assert whole(tmp_path / "target", "kept")
+
+
+# ---- locks
+HOLDER = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from thimble import files
+with files.locked(sys.argv[2]):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
+    lock = tmp_path / "lock"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(ROOT), str(lock)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(files.UserError, match=f"in use by process {holder.pid} on {socket.gethostname()}: "):
+        with files.locked(lock):
+            pass
+    holder.kill()
+    holder.wait()
+    assert str(holder.pid) in lock.read_text()  # the file stays, the lock does not
+    with files.locked(lock):
+        assert lock.read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"

@@ -108,6 +108,26 @@ def test_training_touches_the_pairs_only_and_resumes_bit_for_bit(toy, tmp_path, 
         t.numel() for t in whole.model.values()) / 2
 
 
+def test_lora_obeys_the_rate_and_the_decay(toy, tmp_path, capsys):
+    train.train(settings(toy, tmp_path, "base"))
+    more = {"init_from": str(tmp_path / "base"), "lora_rank": 2}
+
+    def pairs(name, **changes):
+        cfg = settings(toy, tmp_path, name, **more, **changes)
+        train.train(cfg, command=configurator.Command("", [], changes, changes))
+        return checkpoint.load(tmp_path / name, optimizer=True).optimizer["lora.pairs.0.a"]
+    plain = pairs("plain")
+    capsys.readouterr()
+    assert not torch.equal(plain, pairs("decay", weight_decay=0.5))
+    assert "by adamw at rest_lr=0.02" in capsys.readouterr().out
+    assert not torch.equal(plain, pairs("rate", rest_lr=0.01))
+    assert not torch.equal(pairs("adamw", optimizer="adamw"), pairs("slow", optimizer="adamw", lr=0.001))
+    out, err = capsys.readouterr()
+    assert "by adamw at lr=0.001" in out and err == ""
+    assert torch.equal(plain, pairs("said", lr=0.5))       # of the matrices, none of which learns here
+    assert "lr=0.5 is not used" in capsys.readouterr().err
+
+
 def test_mistakes(toy, tmp_path):
     with pytest.raises(ValueError, match="init_from"):
         settings(toy, tmp_path, "x", lora_rank=2)

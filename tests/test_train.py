@@ -1,5 +1,6 @@
 """The loop: it learns, stops where it should, resumes to the bit, survives kills, NaN and users."""
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -7,11 +8,12 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 import types
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -69,8 +71,8 @@ def test_it_learns_and_leaves_a_run_folder(toy, capsys):
     meta = data.load(toy).meta
     assert record["step"] == 150 and record["val_bpb"] < meta["baselines"]["bigram"]
     assert record["val_loss"] == record["best_loss"] and record["tokens"] == 150 * 8 * 32
-    assert sorted(os.listdir("run")) == ["best", "config.json", "latest", "loss.png", "metrics.jsonl", "step_000000",
-                                         "step_000075", "step_000150"]
+    assert sorted(os.listdir("run")) == ["best", "config.json", "latest", "lock", "loss.png", "metrics.jsonl",
+                                         "step_000000", "step_000075", "step_000150"]
     out = capsys.readouterr().out
     assert out.count("bits per byte") == 2 and "trigrams" in out and out.count("\n    cat sat") >= 2
     assert configurator.from_flat(train.Config, json.loads(Path("run/config.json").read_text())).lr == 0.02
@@ -156,6 +158,12 @@ def test_a_parameter_that_does_nothing_is_named(toy, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(files.UserError, match="idle.py: no gradient reaches extra.weight"):
         train.train(config(toy, arch="idle"))
+    assert not os.path.exists("run")                       # a start that fails leaves no run
+    os.mkdir("run")
+    Path("run/notes.txt").write_text("mine")
+    with pytest.raises(files.UserError, match="no gradient reaches"):
+        train.train(config(toy, arch="idle"))
+    assert Path("run/notes.txt").exists() and not checkpoint.holds_run("run")
 
 
 def test_early_stopping(toy, monkeypatch, capsys):
@@ -221,7 +229,10 @@ def test_a_tracker_goes_on_with_the_same_run_and_ends_it(toy, monkeypatch, track
     monkeypatch.setitem(sys.modules, tracker, types.SimpleNamespace(init=locals()[tracker]))
     train.train(config(toy, "runs/mine", tracker=tracker))
     train.train(config(toy, "runs/mine", tracker=tracker, resume=True))
-    assert seen == [("mine", "mine", "allow"), "finish"] * 2
+    train.train(config(toy, "elsewhere/mine", tracker=tracker))
+    first, _, again, _, other, _ = seen
+    assert first == again and first[0] == other[0] == "mine" and first[2] == "allow" and seen[1::2] == ["finish"] * 3
+    assert (first[1] == other[1]) == (tracker == "trackio")  # another run of that name is another one to wandb
 
 
 def test_tensorboard_hides_what_a_resume_repeats(toy, monkeypatch):
@@ -456,7 +467,7 @@ def test_killed_twenty_times_it_ends_with_the_same_bits(toy):
         check_kills(toy, 5, seed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_saves_and_says_how_to_go_on(toy, number):
     endless = command(toy, "runs/x", max_steps=100_000, eval_every=50_000, save_every=0, schedule="constant")
     p = subprocess.Popen(endless, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -527,6 +538,151 @@ def test_a_hopeless_run_stops_clearly_and_its_best_is_good(toy, poison):
     assert all(torch.isfinite(t).all() for t in checkpoint.load("run", which="best").model.values())
 
 
+def events(run, name):
+    return [r for r in lines(run) if r.get("event") == name]
+
+
+def finite(run):
+    loaded = checkpoint.load(run, optimizer=True)
+    return checkpoint.non_finite(loaded.model | loaded.optimizer) is None
+
+
+@pytest.mark.parametrize("what", ["weight", "moment"])
+def test_what_is_not_finite_is_never_saved(toy, monkeypatch, what):
+    step, calls = train.training_step, []
+
+    def breaking(forward, learner, optimizer, *args):
+        result = step(forward, learner, optimizer, *args)
+        calls.append(1)
+        if len(calls) == 7:                                # once, as a cosmic ray would
+            tensor = next(learner.parameters()) if what == "weight" else next(iter(optimizer.state_dict().values()))
+            tensor.data.view(-1)[3] = float("nan")
+        return result
+    monkeypatch.setattr(train, "training_step", breaking)
+    assert train.train(config(toy, save_every=1, keep_last=0))["step"] == 12
+    assert [e["step"] for e in events("run", "rolled back")] == [6] and not events("run", "skipped")
+    assert all(finite(folder) for folder in Path("run").glob("step_*"))
+    assert len(list(Path("run").glob("step_*"))) == 13
+
+
+def bad_data(monkeypatch, poison, bad):
+    """Make every batch whose number is in `bad` poisonous -> the list of the numbers as they are asked for."""
+    batch, seen = train.next_batch, []
+
+    def recorded(cfg, dataset, number, device):
+        seen.append(number)
+        if number in bad:
+            poison.BAD.add(len(poison.CALLS) + 1)
+        return batch(cfg, dataset, number, device)
+    monkeypatch.setattr(train, "next_batch", recorded)
+    return seen
+
+
+def test_bad_data_is_passed_over_and_the_rest_resumes_exactly(toy, monkeypatch, poison):
+    seen = bad_data(monkeypatch, poison, {7, 8, 9})
+    cfg = config(toy, arch="poison", save_every=3, keep_last=0)
+    assert train.train(cfg)["step"] == 12
+    assert seen == [0, *range(10), *range(10, 16)]         # the first is for the compiler
+    assert [e["data_shift"] for e in events("run", "rolled back")] == [4]
+    whole = digest("run")
+    for name in ("step_000012", "latest"):
+        shutil.rmtree(f"run/{name}") if name != "latest" else os.remove("run/latest")
+    train.train(replace(cfg, resume=True))
+    assert seen[-3:] == [13, 14, 15] and digest("run") == whole
+
+
+def test_states_from_before_a_key_was_added_resume(toy):
+    train.train(config(toy))
+    folder = checkpoint.load("run").path
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["sha256"], meta["model_sha256"], meta["run_id"], meta["state"]["data_shift"], meta["state"]["back_at"]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert train.train(config(toy, max_steps=14, schedule="constant", resume=True))["step"] == 14
+
+
+def test_a_checkpoint_that_leads_nowhere_is_passed_over(toy, poison):
+    poison.BAD = set(range(8, 14))                         # steps 8 to 10, and again the first three after going back
+    assert train.train(config(toy, arch="poison"))["step"] == 12
+    assert [e["step"] for e in events("run", "rolled back")] == [6, 0]
+
+
+def test_a_bad_last_step_leaves_the_state_before_it(toy, poison):
+    poison.BAD = {12}
+    train.train(config(toy, arch="poison"))
+    assert checkpoint.load("run").meta["step"] == 12 and finite("run")
+    poison.CALLS.clear()
+    poison.BAD = {1000}
+    train.train(config(toy, "eleven", arch="poison", schedule="cosine", max_steps=12, eval_every=11))
+    eleven = checkpoint.load("eleven/step_000011").model
+    assert all(torch.equal(tensor, eleven[name]) for name, tensor in checkpoint.load("run").model.items())
+
+
+def test_a_model_that_starts_broken_is_named(toy, tmp_path, monkeypatch):
+    (tmp_path / "broken.py").write_text("from model import *\nfrom model import Model as Plain\n\n"
+                                        "class Model(Plain):\n    def __init__(self, config):\n"
+                                        "        super().__init__(config)\n"
+                                        "        next(self.parameters()).data[0, 0] = float('inf')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(files.UserError, match="broken.py: .*weight holds NaN or Inf before the first step"):
+        train.train(config(toy, arch="broken"))
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_best_never_names_a_worse_model_of_the_same_step(toy, monkeypatch, capsys, pruned):
+    evaluate, losses = train.evaluate, iter([4.0, 3.0, 3.5, 1.0, 3.2, 3.1])
+    monkeypatch.setattr(train, "evaluate", lambda *args: evaluate(*args) | {"val_loss": next(losses)})
+    cfg = config(toy, eval_every=3, keep_last=0, schedule="constant")
+    train.train(cfg)
+    assert Path("run/best").read_text() == "step_000012"
+    shutil.rmtree("run/step_000012")
+    if pruned:
+        shutil.rmtree("run/step_000006")
+    record = train.train(replace(cfg, resume=True))        # step 12 is worse this time
+    best = 12 if pruned else 6
+    assert Path("run/best").read_text() == f"step_{best:06d}" and record["best_step"] == best
+    assert ("best checkpoint, step 6, is lost" in capsys.readouterr().err) == pruned
+
+
+# ---- one process a folder
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_second_process_is_refused_and_told_of_the_first(toy, resume):
+    if resume:
+        train.train(config(toy))
+    else:
+        os.mkdir("run")
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file() and path.name != "lock"}
+    with files.locked("run/lock"):
+        with pytest.raises(files.UserError, match=f"run is in use by process {os.getpid()} on {socket.gethostname()}"):
+            train.train(config(toy, resume=resume, max_steps=14))
+    after = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file() and path.name != "lock"}
+    assert after == before
+    assert train.train(config(toy, resume=resume, max_steps=14))["step"] == 14  # the old text in the file is no lock
+
+
+@pytest.mark.parametrize("pointer", ["latest", "best"])
+def test_a_folder_in_place_of_a_pointer_is_named(toy, pointer):
+    train.train(config(toy))
+    os.remove(f"run/{pointer}")
+    os.mkdir(f"run/{pointer}")
+    assert checkpoint.load("run", which=pointer).meta["step"] == 12
+    with pytest.raises(files.UserError, match=f"run/{pointer} is a folder.*move it away"):
+        train.train(config(toy, max_steps=14, resume=True))
+    os.rmdir(f"run/{pointer}")
+    os.symlink("step_000006", f"run/{pointer}")            # as other programs do it: replaced by the next save
+    assert train.train(config(toy, max_steps=14, resume=True))["step"] == 14
+    assert Path("run/latest").read_text() == "step_000014"
+
+
+def test_any_checkpoint_guards_a_run(toy):
+    train.train(config(toy))
+    os.remove("run/latest")
+    metrics = Path("run/metrics.jsonl").read_bytes()
+    with pytest.raises(files.UserError, match="already holds a run"):
+        train.train(config(toy))
+    assert Path("run/metrics.jsonl").read_bytes() == metrics and len(list(Path("run").glob("step_*"))) == 3
+
+
 # ---- recipes
 RECIPES = sorted((ROOT / "config").glob("*.py"))
 
@@ -578,7 +734,7 @@ def test_a_missing_dataset_is_prepared(tmp_path):
     finally:
         shutil.rmtree(made, ignore_errors=True)
     with pytest.raises(files.UserError, match="could not prepare the dataset absent"):
-        train.train(config("absent", prepare="prepare/text.py --input=/nowhere --name=absent"))
+        train.train(config("absent", "other", prepare="prepare/text.py --input=/nowhere --name=absent"))
 
 
 def test_fine_tuning_starts_from_a_run(toy):
@@ -606,6 +762,7 @@ def test_fine_tuning_takes_or_refuses_model_flags(toy, tmp_path, monkeypatch):
                                         "        super().__init__(config)\n"
                                         "        self.register_buffer('wpe', torch.zeros(config.block_size))\n")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(checkpoint, "HERE", tmp_path)
     train.train(config(toy, "placed", arch="placed"))
     with pytest.raises(files.UserError, match=r"block_size=16 \(it has 32\).*wpe"):
         train.train(config(toy, "c", arch="placed", init_from="placed", block_size=16))
@@ -705,3 +862,169 @@ def test_a_flag_whose_value_ends_like_a_file_counts_on_resume(toy, monkeypatch):
     configurator.run(train.main, train.Config, with_command=True)
     assert checkpoint.load("runs/a").meta["config"]["prepare"] == "x.py"
     assert checkpoint.load("runs/a").meta["step"] == 14
+
+
+def call(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["train.py", *args])
+    configurator.run(train.main, train.Config, with_command=True)
+
+
+def test_an_edited_recipe_counts_on_resume(toy, monkeypatch, capsys):
+    recipe = TINY | {"dataset": str(toy), "schedule": "constant"}
+    Path("mine.py").write_text("\n".join(f"{k} = {v!r}" for k, v in recipe.items()))
+    call(monkeypatch, "mine.py", "--seed=2")
+    with open("mine.py", "a") as f:
+        f.write("\nmax_steps = 15\nbatch_size = 4\n")
+    call(monkeypatch, "mine.py", "--resume")
+    meta = checkpoint.load("runs/mine").meta
+    assert meta["step"] == 15 and meta["config"]["batch_size"] == 4 and meta["config"]["seed"] == 2
+    err = capsys.readouterr().err
+    assert "batch_size=4 (was 8)" in err and "max_steps=15 (was 12)" in err
+
+
+def test_an_edited_model_file_is_named_on_resume(toy, poison, tmp_path, capsys):
+    train.train(config(toy, arch="poison"))
+    train.train(config(toy, arch="poison", resume=True))
+    assert "warning" not in capsys.readouterr().err
+    (tmp_path / "poison.py").write_text(POISON + "# relu\n")
+    train.train(config(toy, arch="poison", resume=True))
+    assert "resuming with an edited poison.py" in capsys.readouterr().err
+
+
+def test_a_resume_never_runs_the_script_that_the_run_names(toy, tmp_path, monkeypatch):
+    (tmp_path / "evil.py").write_text("open('pwned', 'w')\n")
+    shutil.copytree(toy, "mine")
+    train.train(config("mine", prepare=str(tmp_path / "evil.py")))
+    shutil.rmtree("mine")
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "--resume", "--out_dir=run")
+    assert not os.path.exists("pwned")
+    with pytest.raises(SystemExit):                        # that of this command's own recipe or flag is
+        call(monkeypatch, "--resume", "--out_dir=run", f"--prepare={tmp_path / 'evil.py'}")
+    assert os.path.exists("pwned")
+
+
+def test_a_relative_dataset_is_found_from_another_folder(toy, tmp_path, monkeypatch, capsys):
+    shutil.copytree(toy, "mine")
+    train.train(config("mine", schedule="constant"))
+    os.mkdir("other")
+    monkeypatch.chdir("other")
+    call(monkeypatch, "--resume", f"--out_dir={tmp_path}/run", "--prompts=cat")
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_damage_is_reported_once(toy, monkeypatch, capsys):
+    train.train(config(toy))
+    Path("run/step_000012/model.safetensors").write_bytes(b"")
+    call(monkeypatch, "--resume", "--out_dir=run")
+    assert capsys.readouterr().err.count("warning: ") == 1
+
+
+def test_the_device_is_checked_before_a_dataset_is_prepared(tmp_path):
+    (tmp_path / "slow.py").write_text("open('prepared', 'w')\n")
+    with pytest.raises(files.UserError, match="--device=warp"):
+        train.train(config("absent", device="warp", prepare=str(tmp_path / "slow.py")))
+    assert not os.path.exists("prepared")
+
+
+def test_nanogpts_absolute_min_lr_is_not_taken_without_a_word(toy, monkeypatch, capsys):
+    flags = [f"--{k}={v}" for k, v in (TINY | {"dataset": toy, "max_steps": 1, "eval_every": 1}).items()]
+    call(monkeypatch, *flags, "--min_lr=6e-5")
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1 and "min_lr=6e-05 is a fraction of the peak rate" in err[0]
+    call(monkeypatch, *flags, "--min_lr=0.1")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("where", ["init", "log", "finish"])
+def test_a_tracker_that_fails_ends_tracking_and_not_training(toy, monkeypatch, capsys, where):
+    def fail(*args, **kwargs):
+        raise ConnectionError("network is\nunreachable")
+    run = types.SimpleNamespace(log=lambda values, step: None, finish=lambda: None)
+    module = types.SimpleNamespace(init=lambda **kwargs: run)
+    setattr(module if where == "init" else run, where, fail)
+    monkeypatch.setitem(sys.modules, "trackio", module)
+    assert train.train(config(toy, tracker="trackio"))["step"] == 12
+    assert capsys.readouterr().out.count("the tracker failed (network is unreachable)") == 1
+
+
+# ---- every key counts
+
+# key: (what it is changed to, further keys that it needs to be changed for it to count)
+KEYS = {
+    "seed": (7, {}), "batch_size": (4, {}), "micro_batch_size": (4, {}),
+    "optimizer": ("adamw", {}), "lr": (0.01, {}), "rest_optimizer": ("lion", {}), "rest_lr": (0.02, {}),
+    "weight_decay": (0.5, {}), "betas": ((0.5, 0.95), {}), "momentum": (0.5, {}), "grad_clip": (0.01, {}),
+    "schedule": ("linear", {}), "max_steps": (11, {}), "warmup_steps": (3, {}), "min_lr": (0.9, {}),
+    "decay_frac": (0.7, {"schedule": "wsd"}), "restart_steps": (3, {"schedule": "restarts"}),
+    "restart_mul": (2.0, {"schedule": "restarts", "restart_steps": 3}),
+    "restart_decay": (0.5, {"schedule": "restarts", "restart_steps": 3}),
+    "dtype": ("bfloat16", {}), "arch": ("hybrid_ssm", {}),
+}
+# what does not change the weights, and the test that shows what it does change
+ELSEWHERE = {
+    "out_dir": "test_runs_are_named_after_their_recipe_and_never_collide", "resume": "test_resume_is_exact",
+    "init_from": "test_fine_tuning_starts_from_a_run", "lora_rank": "test_lora.py", "prepare": "test_a_missing_dataset",
+    "dataset": "test_resume_refuses_another_model_or_dataset", "model": "test_model.py",
+    "eval_every": "test_early_stopping", "patience": "test_early_stopping",
+    "prompts": "test_it_learns_and_leaves_a_run_folder", "prompt_tokens": "test_keys_that_say_how_much",
+    "log_every": "test_keys_that_say_how_much", "tracker": "test_a_tracker_gets_what_metrics_jsonl_gets",
+    "save_every": "test_keys_that_say_how_much", "keep_last": "test_keys_that_say_how_much",
+    "device": "test_mistakes_end_in_one_clear_line", "compile": "test_a_working_compiler_is_recorded",
+}
+
+
+@pytest.fixture(scope="module")
+def weights_of(toy, tmp_path_factory):
+    """A function of changed keys that trains with them, once for the same keys -> the sha256 of the weights."""
+    done = {}
+
+    def get(changes):
+        key = repr(sorted(changes.items()))
+        if key not in done:
+            out = tmp_path_factory.mktemp("keys") / "run"
+            same = {"dtype": "float32", "max_steps": 6, "weight_decay": 0.1, "grad_clip": 1.0, "n_layer": 1}
+            train.train(config(toy, str(out), **(same | {"eval_every": 100, "log_every": 100} | changes)))
+            done[key] = hashlib.sha256((checkpoint.load(out).path / "model.safetensors").read_bytes()).hexdigest()
+        return done[key]
+    return get
+
+
+def test_every_key_is_listed():
+    names = {f.name for f in fields(train.Config)}
+    assert names == KEYS.keys() | ELSEWHERE.keys() and not KEYS.keys() & ELSEWHERE.keys()
+
+
+@pytest.mark.parametrize("key", sorted(KEYS))
+def test_every_key_changes_the_result(weights_of, key):
+    value, needed = KEYS[key]
+    assert weights_of(needed) == weights_of(dict(needed))
+    assert weights_of(needed | {key: value}) != weights_of(needed)
+
+
+def test_keys_that_say_how_much(toy, capsys):
+    train.train(config(toy, "a", save_every=1, keep_last=2, log_every=4, prompts=("cat",), prompt_tokens=3))
+    short = len(capsys.readouterr().out)
+    train.train(config(toy, "b", save_every=4, keep_last=0, log_every=3, prompts=("cat",), prompt_tokens=90))
+    assert len(capsys.readouterr().out) > short + 50
+    assert sorted(path.name for path in Path("a").glob("step_*")) == ["step_000011", "step_000012"]
+    assert [int(path.name[5:]) for path in sorted(Path("b").glob("step_*"))] == [0, 4, 6, 8, 12]
+    assert [r["step"] for r in steps("a")] == [1, 4, 8, 12] and [r["step"] for r in steps("b")] == [1, 3, 6, 9, 12]
+
+
+def test_what_the_keys_say_reaches_the_optimizer_as_it_is(toy, monkeypatch):
+    """Each value in its place: a swapped pair would still change the result."""
+    made, clipped, scales = [], [], []
+    make, clip, scale = train.optim.Optimizer, torch.nn.utils.clip_grads_with_norm_, train.optim.lr_scale
+    monkeypatch.setattr(train.optim, "Optimizer", lambda *args: made.append(args) or make(*args))
+    monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_",
+                        lambda params, most, norm: clipped.append(most) or clip(params, most, norm))
+    monkeypatch.setattr(train.optim, "lr_scale", lambda *args: scales.append(args) or scale(*args))
+    train.train(config(toy, lr=0.011, rest_lr=0.012, weight_decay=0.13, betas=(0.8, 0.9), momentum=0.7, grad_clip=0.3,
+                       rest_optimizer="lion", schedule="restarts", warmup_steps=2, min_lr=0.2, decay_frac=0.3,
+                       restart_steps=5, restart_mul=2.0, restart_decay=0.6, max_steps=3))
+    assert made[0][1:] == ("muon", 0.011, "lion", 0.012, 0.13, (0.8, 0.9), 0.7) and clipped == [0.3] * 3
+    names = ("step", "schedule", "max_steps", "warmup_steps", "min_lr", "decay_frac", "restart_steps", "restart_mul",
+             "restart_decay")
+    assert list(inspect.signature(scale).parameters) == list(names)
+    assert scales[-1] == (3, "restarts", 3, 2, 0.2, 0.3, 5, 2.0, 0.6)

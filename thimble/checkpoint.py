@@ -30,6 +30,7 @@ from thimble.configurator import from_flat
 from thimble.files import UserError, remove, replace_folder, short, warn, write_atomic, write_synced
 
 FORMAT_VERSION = 1
+HERE = Path(__file__).resolve().parent.parent  # where the model files are
 # six digits, or more without a leading zero; .trash- marks a folder that is about to be deleted
 STEP = re.compile(r"(\.trash-)?step_([0-9]{6}|[1-9][0-9]{6,17})")
 # what a killed save leaves behind
@@ -145,7 +146,8 @@ def _write_folder(final, files):
 
 
 def _prune(run_dir, keep_last):
-    whole = [path for path in _history(run_dir) if not path.name.startswith(".") and _is_whole(path)]
+    history = _history(run_dir, _pointer(run_dir, "latest"))
+    whole = [path for path in history if not path.name.startswith(".") and _is_whole(path)]
     if not whole:
         return  # even the trash may hold the last copy
     keep = {path.name for path in whole[-keep_last:]}
@@ -162,7 +164,26 @@ def _prune(run_dir, keep_last):
             remove(path)
 
 
+def point_best(run_dir, step):
+    """Point `best` at the checkpoint of that step -> True; remove the pointer where there is none -> False."""
+    run_dir = Path(run_dir)
+    folder = run_dir / f"step_{step:06d}"
+    if not _is_whole(folder):
+        remove(run_dir / "best")
+        return False
+    write_atomic(run_dir / "best", folder.name)
+    return True
+
+
 # ---- finding
+def holds_run(run_dir):
+    """Whether a folder holds a checkpoint or a pointer to one, in whatever state."""
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        return False
+    return any(path.name == "latest" or STEP.fullmatch(path.name) for path in run_dir.iterdir())
+
+
 def newest_run(root="runs"):
     """The run folder below `root` that was saved to last."""
     pointers = [path for path in Path(root).glob("*/latest") if path.is_file()]
@@ -177,6 +198,8 @@ def _pointer(run_dir, which):
     path = run_dir / which
     if not os.path.lexists(path):
         return None
+    if path.is_symlink() or not path.is_file():
+        raise UserError(f"{path} is not a plain file with the name of a checkpoint; move it away")
     name = _read(path).decode("utf-8", "replace").rstrip("\r\n")
     if not name:
         return None
@@ -185,13 +208,22 @@ def _pointer(run_dir, which):
     return name
 
 
-def _history(run_dir):
+def _usable_pointer(run_dir, which, quiet):
+    """_pointer(), but None with a warning where that raises: a broken pointer says nothing about the checkpoints."""
+    try:
+        return _pointer(run_dir, which)
+    except UserError as error:
+        if not quiet:
+            warn(f"{error}; trying the newest checkpoint now")
+        return None
+
+
+def _history(run_dir, latest):
     """Checkpoint folders of a run, whole or not, oldest first.
 
     A step above `latest` is from before a rollback: the run was then resumed from further back, so it counts as older.
     Oldest of all is the trash: a kill while a folder is replaced can leave the only copy there.
     """
-    latest = _pointer(run_dir, "latest")
     last_step = math.inf if latest is None else int(latest.removeprefix("step_"))
     if not run_dir.is_dir():
         raise UserError(f"no run folder {run_dir}: check the name, or train one with python train.py")
@@ -230,27 +262,33 @@ def load(path=None, which="latest", optimizer=False):
     return load_run(path, which, optimizer)
 
 
-def load_run(run_dir, which="latest", optimizer=False):
+def load_run(run_dir, which="latest", optimizer=False, before=math.inf, quiet=False):
     """The `which` ("latest" or "best") checkpoint of a run; where it is damaged the newest other one that verifies.
 
-    A warning names each that does not. UserError if none does.
+    One with NaN or Inf in a tensor counts as damaged. A warning names each that is, unless `quiet`: for a caller that
+    reads the run a second time. UserError if none verifies. Steps from `before` on are the last ones to be tried.
     """
     run_dir = Path(run_dir)
     if which not in ("latest", "best"):
         raise UserError(f"unknown checkpoint {which!r}: use latest or best")
-    newest_first = _history(run_dir)[::-1]
+    newest_first = _history(run_dir, _usable_pointer(run_dir, "latest", quiet))[::-1]
+    newest_first.sort(key=lambda path: int(STEP.fullmatch(path.name)[2]) >= before)
     if which == "best":
         # the best one first; the others stay behind it, newest first, in case it is damaged
-        best = _pointer(run_dir, "best")
+        best = _usable_pointer(run_dir, "best", quiet)
         newest_first.sort(key=lambda path: path.name != best)
         if newest_first and newest_first[0].name != best:
             warn(f"{run_dir} has no best checkpoint; using the latest")
     rejected = []
     for path in newest_first:
         try:
-            return _load_folder(path, optimizer)
+            found = _load_folder(path, optimizer)
+            _check_finite(path, found.model)
+            _check_finite(path, found.optimizer or {})
+            return found
         except UserError as error:
-            warn(f"{error}; trying another one now")
+            if not quiet:
+                warn(f"{error}; trying another one now")
             rejected.append(str(error))
     if rejected:
         raise UserError(f"every checkpoint in {run_dir} is damaged: {' | '.join(rejected)}")
@@ -274,6 +312,20 @@ def _load_folder(path, optimizer):
         if name.endswith(".safetensors"):
             tensors[name] = unpack_tensors(path / name, data)
     return Checkpoint(path, meta, tensors["model.safetensors"], tensors.get("optimizer.safetensors"))
+
+
+def non_finite(tensors):
+    """The name of the first of {name: tensor} that holds NaN or Inf; None if none does."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return name
+    return None
+
+
+def _check_finite(path, tensors):
+    name = non_finite(tensors)
+    if name is not None:
+        raise UserError(f"{path}: tensor {name} holds NaN or Inf; go back to an earlier checkpoint")
 
 
 def _damage(path, what):
@@ -357,7 +409,7 @@ def load_model(checkpoint):
     flat = checkpoint.meta.get("model_config")
     if not isinstance(flat, dict):
         raise _damage(path / "meta.json", "has no model_config")
-    module = _model_file(path, arch)
+    module = model_file(path, arch)
     try:
         config = from_flat(module.Config, flat)
         # a dry run without memory for configs with large numbers; not for all, since it takes a second of imports
@@ -370,18 +422,21 @@ def load_model(checkpoint):
         _check_fit(model, tensors)
     except Exception as error:  # whatever a model file raises on a config that is not its own
         raise UserError(f"{path} does not fit {arch}.py: {short(error)}; use the {arch}.py that trained it") from error
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UserError(f"{path}: tensor {name} holds NaN or Inf; go back to an earlier checkpoint")
+    _check_finite(path, tensors)
     model.load_state_dict(tensors, strict=False)  # not strict for tied weights; _check_fit has compared the names
     return model
 
 
-def _model_file(path, arch):
-    """The module `arch`, imported. Only a plain name that is not Python's own, since importing is executing."""
+def model_file(path, arch):
+    """The module `arch` that a checkpoint at `path` names, imported: only a file beside train.py.
+
+    Importing is executing, and the name comes from a file that may be from anywhere: so no installed package, and
+    nothing else that Python's path happens to hold.
+    """
     if type(arch) is not str or not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", arch) or arch in sys.stdlib_module_names:
-        raise _damage(path / "meta.json", f"has arch {arch!r}, which is not the name of a model file")
-    if importlib.util.find_spec(arch) is None:
+        raise _damage(path / "meta.json", f"has arch {arch!r:.100}, which is not the name of a model file")
+    spec = importlib.util.find_spec(arch)
+    if spec is None or spec.origin is None or Path(spec.origin).parent.resolve() != HERE:
         raise UserError(f"{path} needs {arch}.py, which is not here; put that model file beside train.py")
     module = importlib.import_module(arch)
     if not (hasattr(module, "Model") and hasattr(module, "Config")):

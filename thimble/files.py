@@ -3,13 +3,21 @@
     with files.replacing("runs/tiny/loss.png") as temporary:  # renamed once it is complete
         figure.savefig(temporary)
     files.write_atomic("runs/tiny/config.json", text)
+    with files.locked("runs/tiny/lock"):                      # one process at a time
+        train()
 """
 import contextlib
 import importlib
 import os
 import shutil
+import socket
 import sys
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 class UserError(ValueError):
@@ -36,6 +44,33 @@ def need(package, what):
         return importlib.import_module(package)
     except ImportError:
         raise UserError(f"{what} needs the package {package}: pip install {package}") from None
+
+
+# ---- locking
+@contextlib.contextmanager
+def locked(path):
+    """Hold the lock file `path` for the `with` block. UserError with the host and pid of the process that holds it.
+
+    The kernel releases the lock however the process ends, so that of a dead process never has to be cleared: only the
+    file stays. On NFS the server keeps it for all hosts, unless the mount has nolock or local_lock: then each host sees
+    only its own processes. Without fcntl (Windows) there is no lock.
+    """
+    if fcntl is None:
+        yield
+        return
+    with open(path, "a+") as file:  # "a": opening must not erase what the holder wrote
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"{Path(path).parent} is in use by {file.read().strip() or 'another process'}: wait until "
+                            "it ends, stop it, or choose another folder") from None
+        except OSError as error:  # a file system that has no locks
+            warn(f"no lock on {path} ({short(error)}): start no second process in this folder")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 # ---- writing

@@ -79,7 +79,10 @@ def compiled(model, x, y, autocast):
 
 @contextlib.contextmanager
 def catch_signals():
-    """A list that collects the numbers of SIGINT and SIGTERM, so that a step or a save in progress is completed."""
+    """A list that collects the numbers of the signals that ask for an end, so that a step or a save is completed.
+
+    Those are Ctrl-C, SIGTERM, a closed terminal (SIGHUP) and the advance warning of batch systems (SIGUSR1).
+    """
     caught = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield caught
@@ -90,7 +93,14 @@ def catch_signals():
         # not print(): the signal may have interrupted one
         os.write(2, b"\nstopping after this step: saving, please wait\n")
 
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        number = getattr(signal, name, None)               # Windows lacks the last two
+        if number is None:
+            continue
+        if name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN:
+            continue                                       # started by nohup, a run outlives its terminal
+        before[number] = signal.signal(number, handler)
     try:
         yield caught
     finally:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from thimble import configurator, files
+from thimble import checkpoint, configurator, files
 from thimble.files import UserError
 from thimble.generate import generate
 
@@ -24,7 +24,7 @@ def numbered(out_dir):
     runs = []
     for folder in out_dir.parent.glob("*"):
         match = re.fullmatch(re.escape(out_dir.name) + r"(?:-(\d+))?", folder.name)
-        if match and (folder / "latest").exists():  # without it no checkpoint was ever completed
+        if match and checkpoint.holds_run(folder):
             runs.append((int(match[1] or 1), folder))
     return sorted(runs)
 
@@ -63,7 +63,9 @@ def describe(cfg, model, lora, dataset, environment, run_dir):
     print(f"{cfg.arch}.py: {total:,} parameters ({roles})")
     if lora:
         n = sum(p.numel() for p in lora.parameters())
-        print(f"LoRA of rank {cfg.lora_rank}: trains {n:,} parameters, {n / total:.1%} of the model's")
+        rule, key, lr = lora_rate(cfg)
+        print(f"LoRA of rank {cfg.lora_rank}: trains {n:,} parameters, {n / total:.1%} of the model's, by {rule} at "
+              f"{key}={lr}")
 
     tokens = cfg.batch_size * cfg.model.block_size  # a step
     epochs = cfg.max_steps * tokens / len(dataset.train)
@@ -71,6 +73,13 @@ def describe(cfg, model, lora, dataset, environment, run_dir):
     print(f"{cfg.max_steps:,} steps of {cfg.batch_size} x {cfg.model.block_size} = {tokens:,} tokens, {epochs:.1f} "
           f"epochs; {environment['device']}, {environment['dtype']}, {environment['threads']} threads{compiled}")
     print(f"writing to {run_dir}", flush=True)
+
+
+def lora_rate(cfg):
+    """(update rule, key of its peak rate, that rate) of LoRA's pairs, which Muon does not update (optim.ROLES)."""
+    if cfg.optimizer == "muon":
+        return cfg.rest_optimizer, "rest_lr", cfg.rest_lr
+    return cfg.optimizer, "lr", cfg.lr
 
 
 # ---- while it trains
@@ -99,7 +108,7 @@ class Log:
     can be drawn, and come again if the run goes back to an earlier step.
     """
 
-    def __init__(self, run_dir, cfg, state):
+    def __init__(self, run_dir, cfg, state, run_id=""):
         self.path = run_dir / "metrics.jsonl"
         self.max_steps = cfg.max_steps
         self.first_step = state["step"]
@@ -111,7 +120,14 @@ class Log:
         if not cfg.resume:
             files.write_atomic(self.path, "")
         self.go_back(state)
-        self.track, self.finish = tracker(cfg, run_dir, state["step"])
+        self.track = lambda record: None
+        self.finish = lambda: None
+        try:
+            self.track, self.finish = tracker(cfg, run_dir, state["step"], run_id)
+        except UserError:
+            raise
+        except Exception as e:  # each tracker has its own, for a network that is gone
+            self.end_tracking(e)
 
     def go_back(self, state):
         """Drop the records beyond `state`, which are about to come again; an event has happened, and stays."""
@@ -134,8 +150,18 @@ class Log:
         """Append a record to metrics.jsonl, and send it to the tracker."""
         with open(self.path, "a") as f:  # opened and closed for each line, and so flushed
             f.write(json.dumps(record, allow_nan=False) + "\n")
-        if "event" not in record:
+        if "event" in record:
+            return
+        try:
             self.track(record)
+        except Exception as e:
+            self.end_tracking(e)
+
+    def end_tracking(self, error):
+        """Say why and track no further: a tracker must not end a training."""
+        self.say(f"the tracker failed ({files.short(error, 200)}): continuing without it; metrics.jsonl has everything")
+        self.track = lambda record: None
+        self.finish = lambda: None
 
     def say(self, text):
         """Print a line of its own, in place of the live one."""
@@ -178,7 +204,10 @@ class Log:
 
     def close(self, dataset):
         self.clear()
-        self.finish()
+        try:
+            self.finish()
+        except Exception as e:
+            self.end_tracking(e)
         plot(self.path.parent, dataset)
 
 
@@ -195,8 +224,11 @@ def show_samples(model, prompts, tokenizer, cfg):
 
 
 # ---- trackers
-def tracker(cfg, run_dir, step):
-    """(a function that takes a record, a function that ends it all) for the tracker of `cfg`, from `step` on."""
+def tracker(cfg, run_dir, step, run_id):
+    """(a function that takes a record, a function that ends it all) for the tracker of `cfg`, from `step` on.
+
+    run_id: the same for a run and its resumptions, and different for any other run.
+    """
     if cfg.tracker == "none":
         return lambda record: None, lambda: None
     try:
@@ -208,7 +240,7 @@ def tracker(cfg, run_dir, step):
     # a resumed run continues its curves: wandb finds the run by its id; trackio, otherwise alike, by its name
     names = {"name": run_dir.name}
     if cfg.tracker == "wandb":
-        names["id"] = run_dir.name
+        names["id"] = run_id
     run = module.init(project="thimble", **names, resume="allow", config=configurator.flat(cfg))
 
     def track(record):

@@ -1,0 +1,170 @@
+"""Nothing that is loaded is executed: hostile text in every string of every format, watched by an audit hook."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import train
+from thimble import checkpoint, configurator
+
+V1 = ROOT / "tests" / "fixtures" / "v1"
+
+# In a child, since an audit hook stays until the process ends: load every kind of thing with every one of its strings
+# replaced in turn, and print what was executed, started or called over the network meanwhile.
+CHILD = """
+import json, os, shutil, sys
+from pathlib import Path
+root, work, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+sys.path.insert(0, str(root))
+import gguf
+import train
+from thimble import checkpoint, configurator, data, load
+
+INSIDE = tuple(str(Path(p).resolve()) for p in (root, sys.prefix, sys.base_prefix, Path(os.__file__).parent))
+HOSTILE = ["evil", str(work / "evil" / "evil.py"), "antigravity",
+           "{{ ''.__class__.__mro__[1].__subclasses__() }}$(touch pwned)"]
+seen = []
+watching = False
+
+
+def outside(name):
+    return isinstance(name, str) and os.path.isabs(name) and not str(Path(name).resolve()).startswith(INSIDE)
+
+
+def hook(event, args):
+    if not watching:
+        return
+    if event == "exec" and outside(args[0].co_filename):
+        seen.append((event, args[0].co_filename))
+    elif event in ("compile", "import") and outside(args[1]):
+        seen.append((event, args[1]))
+    elif event == "import" and args[0] in ("evil", "antigravity"):
+        seen.append((event, args[0]))
+    elif event == "subprocess.Popen" and list(args[1][:2]) != ["git", "describe"]:
+        seen.append((event, str(args[1])))
+    elif event in ("os.system", "os.exec", "os.posix_spawn", "os.fork", "pty.spawn", "socket.connect",
+                   "socket.getaddrinfo", "webbrowser.open"):
+        seen.append((event, str(args)))
+
+
+def leaves(value, way=()):
+    # the ways to all strings in JSON
+    if isinstance(value, str):
+        yield way
+    elif isinstance(value, (dict, list)):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from leaves(value[key], way + (key,))
+
+
+def changed(value, way, text):
+    value = json.loads(json.dumps(value))
+    part = value
+    for key in way[:-1]:
+        part = part[key]
+    part[way[-1]] = text
+    return value
+
+
+def attempt(use):
+    global watching
+    watching = True
+    try:
+        use()
+        return True
+    except (SystemExit, Exception):
+        return False
+    finally:
+        watching = False
+
+
+def resume():
+    sys.argv = ["train.py", "--resume", f"--out_dir={work}/run"]
+    configurator.run(train.main, train.Config, with_command=True)
+
+
+def load_run():
+    checkpoint.load_model(checkpoint.load_run(work / "run"))
+    load.load(work / "run")
+
+
+KINDS = {
+    "run": (work / "run" / "step_000002" / "meta.json", load_run),
+    "resume": (work / "run" / "step_000002" / "meta.json", resume),
+    "data": (work / "data" / "meta.json", lambda: data.load(work / "data").tokenizer()),
+    "hf": (work / "hf" / "config.json", lambda: load.load(work / "hf")),
+    "gguf": (work / "model.gguf", lambda: load.load(work / "model.gguf")),
+}
+file, use = KINDS[kind]
+use()  # whatever is imported late is imported here
+sys.addaudithook(hook)
+good = file.read_bytes()
+n = 0
+if kind == "gguf":
+    for field in gguf.GGUFReader(file).fields.values():
+        if field.types == [gguf.GGUFValueType.STRING]:
+            was = bytes(field.parts[-1])
+            for text in HOSTILE:  # of the same length
+                file.write_bytes(good.replace(was, text.encode()[:len(was)].ljust(len(was))))
+                n += 1
+                attempt(use)
+else:
+    meta = json.loads(good)
+    meta.pop("sha256", None)
+    cases = [changed(meta, way, text) for way in leaves(meta) for text in HOSTILE[1::2]]
+    if kind == "hf":
+        cases += [meta | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}, "trust_remote_code": True}]
+    if kind in ("run", "resume"):
+        for text in HOSTILE:
+            cases.append(changed(meta, ("arch",), text))
+            cases[-1]["config"] |= {"arch": text}
+            cases.append(changed(meta, ("config", "dataset"), "nowhere"))
+            cases[-1]["config"] |= {"prepare": text}
+            cases[-1]["dataset"] |= {"path": "nowhere"}
+    for case in cases:
+        file.write_text(json.dumps(case))
+        n += 1
+        attempt(use)
+file.write_bytes(good)
+assert attempt(use), "what is not hostile loads"
+print(json.dumps({"seen": sorted(set(seen)), "n": n}))
+"""
+
+
+@pytest.fixture(scope="module")
+def things(toy, tmp_path_factory):
+    work = tmp_path_factory.mktemp("trust")
+    (work / "evil").mkdir()
+    (work / "evil" / "evil.py").write_text(f"open({str(work / 'pwned')!r}, 'w')\n"
+                                           "class Config: pass\nclass Model: pass\n")
+    shutil.copytree(toy, work / "data")
+    train.train(configurator.load(train.Config, dataset=str(work / "data"), out_dir=str(work / "run"), n_layer=1,
+                                  n_head=1, n_embd=16, block_size=16, batch_size=2, max_steps=2, keep_last=1,
+                                  device="cpu", dtype="float32"))
+    shutil.rmtree(work / "run" / "step_000000", ignore_errors=True)
+    shutil.copytree(V1 / "hf", work / "hf")
+    shutil.copy(V1 / "model.gguf", work / "model.gguf")
+    return work
+
+
+@pytest.mark.parametrize("kind", ["run", "resume", "data", "hf", "gguf"])
+def test_nothing_loaded_is_executed(things, kind):
+    env = os.environ | {"PYTHONPATH": str(things / "evil"), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", CHILD, str(ROOT), str(things), kind], cwd=things, env=env,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["seen"] == [] and found["n"] > 5
+    assert not (things / "pwned").exists()
+
+
+def test_a_model_file_is_beside_train_py(tmp_path, monkeypatch):
+    (tmp_path / "evil.py").write_text("raise SystemExit\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for arch in ("evil", "numpy", "pytest"):
+        with pytest.raises(checkpoint.UserError, match=f"needs {arch}.py, which is not here"):
+            checkpoint.model_file(tmp_path, arch)
+    assert checkpoint.model_file(tmp_path, "model").Model
