@@ -1,12 +1,16 @@
 """Whatever a path is, it becomes a model that works, or one line that says what the path is instead."""
+import importlib
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from cases import send
 
 import model
+import sample
 import ternary
 from thimble import checkpoint, load
 from thimble.files import UserError
@@ -82,7 +86,7 @@ def test_a_tokenizer_from_a_dataset_a_file_and_a_checkpoint(toy, tmp_path):
 def test_a_hugging_face_folder(tmp_path):
     pytest.importorskip("transformers", reason="pip install -r requirements-test.txt")
     made = tiny()
-    export_to(tmp_path / "hf_model", made, "hf", "f32")
+    send(made, byte_tokenizer(), tmp_path / "hf_model", "hf", "f32", check=False)
     loaded = load.load(tmp_path / "hf_model")
     assert loaded.name == "hf_model" and loaded.path == tmp_path / "hf_model" and loaded.meta["arch"] == "model"
     assert same(loaded.model, made, 1e-5)
@@ -93,18 +97,12 @@ def test_a_hugging_face_folder(tmp_path):
 def test_a_gguf_file(tmp_path):
     pytest.importorskip("gguf", reason="pip install -r requirements-test.txt")
     made = tiny()
-    export_to(tmp_path / "small.gguf", made, "gguf", "f32")
+    send(made, byte_tokenizer(), tmp_path / "small.gguf", "gguf", "f32", check=False)
     loaded = load.load(tmp_path / "small.gguf")
     assert loaded.name == "small" and loaded.path == tmp_path / "small.gguf"
     assert same(loaded.model, made, 1e-5)
     assert loaded.tokenizer.encode("abc") == load.read_tokenizer(str(tmp_path / "small.gguf")).encode("abc")
     assert list(generate(loaded.model, [1], 5, temperature=0)) == list(generate(made, [1], 5, temperature=0))
-
-
-def export_to(path, made, form, quant):
-    import export
-
-    export.export(made, byte_tokenizer(), path, form, quant, checked=False)
 
 
 # ---- what is none of them
@@ -168,6 +166,31 @@ def test_a_ternary_model_is_packed_on_a_cpu_unless_told_not_to(tmp_path):
     assert load.deployed(packed) is packed
     other = tiny()
     assert load.deployed(other) is other
+
+
+@pytest.mark.parametrize("change", [
+    ("127 / largest", "7 / largest"),  # activations of 4 bits
+    ("TernaryMatmul.apply(x, ", "TernaryMatmul.apply(x.relu(), "),
+    ("w.half().to(w.dtype)", "w"),  # an embedding that is not rounded
+    ("        self.group_size = group_size\n        self.cache",
+     "        self.bias = nn.Parameter(torch.zeros(n_out))\n        self.group_size = group_size\n        self.cache"),
+], ids=["activations", "matmul", "embedding", "parameter"])
+@torch.no_grad()
+def test_a_fork_is_packed_only_if_that_is_the_model_that_was_trained(tmp_path, monkeypatch, capsys, change):
+    source = Path(ternary.__file__).read_text()
+    assert change[0] in source
+    (tmp_path / "mine.py").write_text(source.replace(*change))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    made = tiny(importlib.import_module("mine"))
+    save(tmp_path / "run", made, best=True)
+    assert same(load.load(tmp_path / "run").model, made)
+    note = capsys.readouterr().err
+    assert note.count("\n") == 1 and "mine.py" in note and "runs unpacked" in note
+    cfg = sample.Config(checkpoint=str(tmp_path / "run"), packed=str(tmp_path / "packed"))
+    assert "computes something else" in refused(sample.main, cfg)
+    assert not (tmp_path / "packed").exists()
+    del sys.modules["mine"]
 
 
 def test_names():

@@ -5,7 +5,7 @@ import math
 import subprocess
 import sys
 import types
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -332,7 +332,9 @@ def fork(monkeypatch, old, new, **kind):
     with torch.no_grad():
         for p in m.parameters():
             p += 0.2 * torch.randn_like(p)
-    return deployed(m)
+    packed = module.Model(replace(m.config, packed=True)).eval()  # even where that is not what was trained
+    packed.load_state_dict(m.deploy_state())
+    return packed
 
 
 @pytest.mark.skipif(not kernel.library(), reason="no C++ compiler here")
