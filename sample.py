@@ -78,6 +78,9 @@ def save_packed(folder, loaded):
     model = loaded.model
     if not hasattr(model, "deploy_state"):
         raise UserError(f"--packed: {loaded.path} is a {loaded.meta['arch']} model; only ternary models can be packed")
+    if not model.config.packed:  # as the warning of thimble/load.py has said
+        raise UserError(f"--packed: {loaded.meta['arch']}.py computes something else in its packed form: "
+                        "change both forms, or sample without --packed")
     if (Path(folder) / "latest").exists():
         raise UserError(f"--packed={folder} already holds a run: name another folder")
     meta = loaded.meta | {"model_config": asdict(model.config)}

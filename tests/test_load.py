@@ -1,5 +1,7 @@
 """Whatever a path is, it becomes a model that works, or one line that says what the path is instead."""
+import importlib
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import torch
 from cases import send
 
 import model
+import sample
 import ternary
 from thimble import checkpoint, load
 from thimble.files import UserError
@@ -163,6 +166,31 @@ def test_a_ternary_model_is_packed_on_a_cpu_unless_told_not_to(tmp_path):
     assert load.deployed(packed) is packed
     other = tiny()
     assert load.deployed(other) is other
+
+
+@pytest.mark.parametrize("change", [
+    ("127 / largest", "7 / largest"),  # activations of 4 bits
+    ("TernaryMatmul.apply(x, ", "TernaryMatmul.apply(x.relu(), "),
+    ("w.half().to(w.dtype)", "w"),  # an embedding that is not rounded
+    ("        self.group_size = group_size\n        self.cache",
+     "        self.bias = nn.Parameter(torch.zeros(n_out))\n        self.group_size = group_size\n        self.cache"),
+], ids=["activations", "matmul", "embedding", "parameter"])
+@torch.no_grad()
+def test_a_fork_is_packed_only_if_that_is_the_model_that_was_trained(tmp_path, monkeypatch, capsys, change):
+    source = Path(ternary.__file__).read_text()
+    assert change[0] in source
+    (tmp_path / "mine.py").write_text(source.replace(*change))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    made = tiny(importlib.import_module("mine"))
+    save(tmp_path / "run", made, best=True)
+    assert same(load.load(tmp_path / "run").model, made)
+    note = capsys.readouterr().err
+    assert note.count("\n") == 1 and "mine.py" in note and "runs unpacked" in note
+    cfg = sample.Config(checkpoint=str(tmp_path / "run"), packed=str(tmp_path / "packed"))
+    assert "computes something else" in refused(sample.main, cfg)
+    assert not (tmp_path / "packed").exists()
+    del sys.modules["mine"]
 
 
 def test_names():
