@@ -20,9 +20,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-SPAN = 16     # mamba1: tokens between the states that are kept for the backward pass
+SPAN = 16  # mamba1: tokens between the states that are kept for the backward pass
 WORK = 2**18  # mamba1: state numbers to work on at a time, few enough to stay in the CPU's cache
-CHUNK = 64    # mamba2: tokens that see each other through one matrix
+CHUNK = 64  # mamba2: tokens that see each other through one matrix
 
 
 @dataclass(frozen=True)

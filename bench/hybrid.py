@@ -75,14 +75,13 @@ def build(cfg, name, block_size):
         if hasattr(c, field.name):
             shared[field.name] = getattr(c, field.name)
     thin = replace(dense.Config(**shared), n_hidden=1)
-    with torch.device("meta"):                             # sizes only
+    with torch.device("meta"):  # sizes only
         missing = size(hybrid.Model(replace(c, ssm="mamba2"))) - size(dense.Model(thin))
-    per_neuron = 3 * c.n_embd * c.n_layer                  # its weights in gate, up and down
+    per_neuron = 3 * c.n_embd * c.n_layer  # its weights in gate, up and down
     return dense.Model(replace(thin, n_hidden=1 + round(missing / per_neuron)))
 
 
 # ---- training
-
 def training(model, batch_size, dtype=torch.bfloat16):
     """A function that makes one training step of a model of ours."""
     optimizer = optim.Optimizer(model, "adamw", lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=BETAS)
@@ -156,14 +155,13 @@ def beside_jamba(cfg):
 
 
 # ---- training by length of context
-
 def peak():
     """The most memory that this process has held, in MiB."""
     status = Path("/proc/self/status")
     if status.exists():
         # getrusage would start at what the parent process held
         return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**10
-    unit = 1 if sys.platform == "darwin" else 2**10        # macOS counts bytes, others KiB
+    unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts bytes, others KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
@@ -211,7 +209,6 @@ def by_length(cfg):
 
 
 # ---- decoding
-
 @torch.no_grad()
 def decoding(cfg):
     """One token after contexts of several lengths."""

@@ -37,10 +37,10 @@ PROMPT = 8  # tokens of a prompt
 
 class Artefact(NamedTuple):
     path: Path
-    form: str                       # "hf", "gguf" or "onnx"
+    form: str  # "hf", "gguf" or "onnx"
     quant: str
-    twin: torch.nn.Module           # gives the logits that it must give
-    stored: dict                    # {tensor name: tensor or array} that must be in it
+    twin: torch.nn.Module  # gives the logits that it must give
+    stored: dict  # {tensor name: tensor or array} that must be in it
 
 
 @torch.no_grad()

@@ -91,9 +91,9 @@ def rotate(g, x, cos, sin):
 # ---- attention and mlp
 class Shared(NamedTuple):
     """What every layer reads, computed once."""
-    rope: tuple | None              # cos and sin of each position; None: there is no RoPE
-    mask: str                       # (B or 1, 1, 1, T, S), 0 or -1e9, to be added to scores
-    present: str | None             # (B, T, 1), 0 on padding; None: no layer must be told
+    rope: tuple | None  # cos and sin of each position; None: there is no RoPE
+    mask: str  # (B or 1, 1, 1, T, S), 0 or -1e9, to be added to scores
+    present: str | None  # (B, T, 1), 0 on padding; None: no layer must be told
 
 
 def heads(g, x, attn, name, kind, n_head, rope=None):

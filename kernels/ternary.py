@@ -29,7 +29,6 @@ TOLERANCE = 1e-5  # of a Stepper's logits, relative to the largest; the float32 
 
 
 # ---- one matrix
-
 def row_bytes(k):
     """Bytes of a row of k weights: four a byte, in blocks of 256."""
     return -(-k // 256) * 64
@@ -41,7 +40,7 @@ def pack(t):
         raise ValueError("only -1, 0 and 1 can be packed")
     n, k = t.shape
     codes = torch.nn.functional.pad((t + 1).to(torch.uint8), (0, -k % 256), value=1)  # 1 stands for t = 0
-    planes = codes.view(n, -1, 4, 64)                                                 # of each block of 256
+    planes = codes.view(n, -1, 4, 64)  # of each block of 256
     packed = planes[:, :, 0] | planes[:, :, 1] << 2 | planes[:, :, 2] << 4 | planes[:, :, 3] << 6
     return packed.flatten(1)
 
@@ -90,7 +89,6 @@ def linear(x, codes, scales, group_size=0):
 
 
 # ---- a whole step
-
 class Shape(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in (
         "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "vocab_size", "group_size", "n_streams", "relu2",
@@ -116,8 +114,8 @@ class Stepper:
         self.eps = c.norm_eps
         self.theta = c.rope_theta
         self.rope_table = rope_table
-        self.rope = None                                   # cos and sin of max_len positions, made at the first call
-        self.kept = []                                     # tensors whose addresses C++ holds
+        self.rope = None  # cos and sin of max_len positions, made at the first call
+        self.kept = []  # tensors whose addresses C++ holds
         addresses = []
         for block in model.blocks:
             addresses += self.layer(block)
@@ -144,7 +142,7 @@ class Stepper:
         addresses += self.matrix(mlp.down_proj, C, M)
         addresses += [self.wide(getattr(mlp.sub_norm, "weight", None), M)]
         addresses += self.streams(block.mlp_residual)
-        return [*addresses, None, None]                    # keys and values of the cache: at each call
+        return [*addresses, None, None]  # keys and values of the cache: at each call
 
     def matrix(self, linear, n_out, n_in):
         """Addresses of a matrix's codes and scales."""
@@ -164,7 +162,7 @@ class Stepper:
         if n == 1:
             return [None] * 4
         n_logits = 2 * n + math.factorial(n)
-        if residual.proj is None:                          # static: the first permutation's logit is 0 and not stored
+        if residual.proj is None:  # static: the first permutation's logit is 0 and not stored
             return [self.wide(residual.bias, n_logits - 1), None, None, None]
         return [self.wide(residual.bias, n_logits), self.wide(residual.gain, width),
                 self.wide(residual.proj, n_logits, width), self.wide(residual.scale, 3)]
@@ -183,7 +181,7 @@ class Stepper:
         if keys.dtype != torch.float64 or not keys.is_contiguous():
             raise ValueError(f"the compiled step needs a cache of contiguous float64, not {keys.dtype}")
         max_len = keys.size(2)
-        starts = cache["pos"].expand(B).tolist()           # one for all rows, or one each
+        starts = cache["pos"].expand(B).tolist()  # one for all rows, or one each
         if max(starts) + T > max_len or not 0 <= int(idx.min()) <= int(idx.max()) < self.shape.vocab_size:
             raise IndexError(f"{T} ids up to {int(idx.max())} at position {max(starts)} do not fit a cache of "
                              f"{max_len} and a vocabulary of {self.shape.vocab_size}")
@@ -247,7 +245,7 @@ def new_stepper(model, rope_table):
         if off <= TOLERANCE:
             return found
         why = f"their logits differ by {off:.0e} of the largest"
-    except Exception as e:                                 # whatever a fork lacks or calls by another name
+    except Exception as e:  # whatever a fork lacks or calls by another name
         why = " ".join(f"{type(e).__name__}: {e}".split())
     file = f"{type(model).__module__}.py"
     note(f"{file} is not what kernels/ternary.cpp computes ({why}): its own Python decodes, slower")
@@ -262,8 +260,8 @@ def difference(step, model):
     A prefill and a single token, at the end of a context of random keys and values: what depends on the distance, or
     looks back for some tokens only, shows there as well.
     """
-    exact = copy.deepcopy(model).double()                  # which is plain Python: a Stepper is for float32 only
-    generator = torch.Generator().manual_seed(0)           # the global one belongs to the sampler
+    exact = copy.deepcopy(model).double()  # which is plain Python: a Stepper is for float32 only
+    generator = torch.Generator().manual_seed(0)  # the global one belongs to the sampler
     idx = torch.randint(model.config.vocab_size, (1, 6), generator=generator)
     max_len = max(idx.size(1), min(model.config.block_size, 1024))
     cache = exact.init_cache(1, max_len)
@@ -291,7 +289,6 @@ def note(text):
 
 
 # ---- the compiler
-
 @functools.cache
 def library():
     """The compiled kernel; None, with one line of notice, where it cannot be had."""
@@ -344,7 +341,7 @@ def folders():
 
 
 def user_id():
-    return os.getuid() if hasattr(os, "getuid") else 0     # Windows has none
+    return os.getuid() if hasattr(os, "getuid") else 0  # Windows has none
 
 
 def make_private(folder):
@@ -366,7 +363,7 @@ def compile_to(path, compiler):
     """Compile under a temporary name, then rename: other processes may be doing the same."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         new = Path(folder) / path.name
-        for openmp in (["-fopenmp"], []):                  # without it: one thread
+        for openmp in (["-fopenmp"], []):  # without it: one thread
             done = subprocess.run([compiler, *FLAGS, *openmp, str(SOURCE), "-o", str(new)], capture_output=True)
             if done.returncode == 0:
                 break

@@ -33,7 +33,7 @@ def draw(config, path):
     read = {place for level in levels for unit in level for place in unit["places"]}
     draw_window(axes, config.window, read, at)
     for color, name in (("tab:orange", "reads a token"), ("gray", "reads a unit below"), ("tab:red", "lateral")):
-        axes.plot([], [], color=color, label=name)         # for the legend
+        axes.plot([], [], color=color, label=name)  # for the legend
     axes.legend(loc="upper left", fontsize=8, frameon=False)
     names = ["window", *(f"level {k}" for k in range(1, len(levels))), "output"]
     axes.set_yticks(range(len(names)), names)
@@ -42,7 +42,7 @@ def draw(config, path):
     try:
         with files.replacing(path) as temporary:
             figure.savefig(temporary, dpi=120)
-    except ValueError as e:                                # the ending is not that of a picture
+    except ValueError as e:  # the ending is not that of a picture
         raise files.UserError(f"{path}: {files.short(e)}") from None
 
 
