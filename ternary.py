@@ -32,7 +32,7 @@ class Config:
     static_streams: bool = False    # mHC-lite: the same mixing for every token
     rope_theta: float = 10000.0     # base of RoPE's wavelengths
     norm_eps: float = 1e-5          # inside the root of RMSNorm
-    packed: bool = False            # 2 bits per weight: to run, not to train (sample.py --packed writes it)
+    packed: bool = False            # 2 bits per weight: for running, not for training (sample.py --packed writes it)
 
     def __post_init__(self):
         for name in ("n_layer", "n_head", "n_embd", "block_size"):
@@ -142,7 +142,7 @@ class TernaryLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.group_size = group_size
-        self.cache = None, None                                             # (what was rounded, the result)
+        self.cache = None, None  # what was rounded, and the result
 
     @torch.no_grad()
     def rounded(self, dtype):
@@ -157,16 +157,20 @@ class TernaryLinear(nn.Module):
 
     def forward(self, x):
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = x.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
         x = x.to(dtype)
         if torch.compiler.is_compiling():
             # The compiler could not follow the cache; and it fuses the rounding, which then costs little.
             return TernaryMatmul.apply(x, self.weight, *self.rounded(dtype))
         key = self.weight._version, self.weight.data_ptr(), dtype
-        if self.cache[0] != key:
+        known, rounded = self.cache
+        if known != key:
             # once per optimizer step, not per micro-batch
-            self.cache = key, self.rounded(dtype)
-        return TernaryMatmul.apply(x, self.weight, *self.cache[1])
+            rounded = self.rounded(dtype)
+            self.cache = key, rounded
+        return TernaryMatmul.apply(x, self.weight, *rounded)
 
 
 class PackedLinear(nn.Module):
@@ -175,10 +179,13 @@ class PackedLinear(nn.Module):
     def __init__(self, n_in, n_out, group_size):
         super().__init__()
         self.group_size = group_size
-        codes = torch.zeros(n_out, -(-n_in // 256) * 64, dtype=torch.uint8)  # four to a byte, in blocks of 256
-        scales = torch.zeros((n_in // group_size, n_out) if group_size else ())
+        n_blocks = math.ceil(n_in / 256)
+        codes = torch.zeros(n_out, n_blocks * 64, dtype=torch.uint8)  # four to a byte, in blocks of 256
+        shape = ()
+        if group_size:
+            shape = (n_in // group_size, n_out)
         self.register_buffer("codes", codes)
-        self.register_buffer("scales", scales)
+        self.register_buffer("scales", torch.zeros(shape))
 
     def forward(self, x):
         from kernels import ternary
@@ -327,7 +334,10 @@ class MLP(nn.Module):
 
     def forward(self, x):
         gate = self.gate_proj(x)                                            # (B, T, F)
-        gate = F.silu(gate) if self.act == "silu" else F.relu(gate).square()
+        if self.act == "silu":
+            gate = F.silu(gate)
+        else:
+            gate = F.relu(gate).square()
         y = gate * self.up_proj(x)
         return self.down_proj(self.sub_norm(y))
 
@@ -347,7 +357,8 @@ class Streams(nn.Module):
 
     def __init__(self, config, index):
         super().__init__()
-        n, width = config.n_streams, config.n_streams * config.n_embd
+        n = config.n_streams
+        width = n * config.n_embd
         self.n = n
         orders = torch.tensor(list(itertools.permutations(range(n))))       # (n!, n), identity first
         permutations = F.one_hot(orders).float()                            # (n!, n, n)
@@ -377,19 +388,24 @@ class Streams(nn.Module):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             squares = torch.linalg.vecdot(wide, wide)                       # (B, T)
             norm = torch.rsqrt(squares / x.size(-1) + self.norm_eps)
-            scale = torch.cat([s.expand(size) for s, size in zip(self.scale, self.sizes, strict=True)])
-            # The norm of x is a factor of the product: cheaper to apply to its n! numbers than to the n * C of x.
-            y = F.linear(x, self.proj * self.gain) * norm[..., None]
-            logits = torch.addcmul(logits, y, scale)                        # (B, T, 2 n + n_res)
+            scales = [s.expand(size) for s, size in zip(self.scale, self.sizes, strict=True)]
+            scale = torch.cat(scales)                                       # (2 n + n_res)
+            y = F.linear(x, self.proj * self.gain)                          # (B, T, 2 n + n_res)
+            # the norm of x is a factor of the product: cheaper to apply to its n! numbers than to the n * C of x
+            y = y * norm[..., None]
+            logits = torch.addcmul(logits, y, scale)
         pre, post, res = logits.split(self.sizes, -1)
         missing = len(self.permutations) - res.size(-1)
         res = F.pad(res, (missing, 0)).softmax(-1)                          # (..., n!)
         mix = self.permutations.flatten(1)                                  # (n!, n * n)
         with torch.autocast(res.device.type, enabled=False):
             # in bfloat16 the rows would miss 1 by half a percent
-            mix = mix.mT @ res if self.proj is None else res @ mix
-        mix = mix.unflatten(-1, (self.n, self.n))
-        return pre.sigmoid(), 2 * post.sigmoid(), mix
+            if self.proj is None:
+                res = mix.mT @ res                                          # (n * n)
+            else:
+                res = res @ mix                                             # (B, T, n * n)
+        res = res.unflatten(-1, (self.n, self.n))
+        return pre.sigmoid(), 2 * post.sigmoid(), res
 
     def forward(self, x, f):
         B, T, n, C = x.shape
@@ -426,8 +442,10 @@ class Block(nn.Module):
 
 
 def residual(config, index):
-    """What leads around layer `index` of 2 n_layer: attention and MLP count one each."""
-    return Residual() if config.n_streams == 1 else Streams(config, index)
+    """The residual connection around layer `index` of 2 n_layer: attention and MLP count one each."""
+    if config.n_streams == 1:
+        return Residual()
+    return Streams(config, index)
 
 
 class Model(nn.Module):
@@ -539,14 +557,15 @@ class Model(nn.Module):
     def param_groups(self):
         """{role: [parameters]}: optim.py knows what each role gets. A tied matrix is an embedding."""
         if self.config.packed:
-            raise ValueError("packed=True is to run a model, not to train it: start from the one that was packed")
+            raise ValueError("packed=True cannot be trained: start from the model that was packed")
         groups = {"embed": [self.embed.weight], "ternary": [], "vector": []}
         for name, p in self.named_parameters():
             if p is self.embed.weight:
                 continue
             # the matrices that mix streams are small: orthogonal updates are not for them
-            ternary = p.dim() == 2 and "residual" not in name
-            groups["ternary" if ternary else "vector"].append(p)
+            is_ternary = p.dim() == 2 and "residual" not in name
+            role = "ternary" if is_ternary else "vector"
+            groups[role].append(p)
         return {role: params for role, params in groups.items() if params}
 
     def flops_per_token(self, seq_len):
@@ -555,7 +574,9 @@ class Model(nn.Module):
         N counts the matrices that multiply, the tied head included; attention counts all T x T scores. Mixing n streams
         is n + 1 by n by C and n by 1 by C, its coefficients n! by n x n (without a gradient of the permutations).
         """
-        L, C, n = self.config.n_layer, self.config.n_embd, self.config.n_streams
+        L = self.config.n_layer
+        C = self.config.n_embd
+        n = self.config.n_streams
         matrices = sum(p.numel() for p in self.parameters() if p.dim() == 2)
         attention = 12 * L * C * seq_len
         flops = 6 * matrices + attention
