@@ -472,7 +472,7 @@ def to_proto(g, name, with_weights=True):
                              producer_name="thimble")
 
 
-# ---- held against the model
+# ---- compared with the model
 class Scan(OpRun):
     """The operator as `scan` uses it, along axis 1, which onnx's own evaluator lacks."""
     op_domain = ""
@@ -514,7 +514,7 @@ def evaluate(g, ids):
 def hold(model, window):
     """UserError unless the graph gives the logits of the model's own forward, both in float64.
 
-    It holds the layers of this file against those of the model file, before the graph stands in for them: whoever
+    The layers of this file are compared with those of the model file before the graph stands in for them: whoever
     changes an activation there must not get a graph of the old one.
     """
     arch = type(model).__module__
@@ -528,7 +528,7 @@ def hold(model, window):
             same = window_agrees(wide, g, ids)
         else:
             same = not differs(own_logits(wide, ids), evaluate(g, ids))
-    except Exception as error:  # a model file of one's own may lack anything, or have more
+    except Exception as error:  # a fork may lack anything, or have more
         raise UserError(f"{arch}.py has no ONNX form ({short(error, 100)}): {remedy}") from None
     if not same:
         raise UserError(f"{arch}.py computes something other than the ONNX form of its layers: {remedy}")

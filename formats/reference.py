@@ -1,4 +1,4 @@
-"""Llama, BitNet and Jamba once more, from their published definitions alone, to hold a model against.
+"""Llama, BitNet and Jamba once more, from their published definitions alone, to compare a model with.
 
     >>> stock_architecture(model)
     ('llama', '')
@@ -110,7 +110,7 @@ def mamba(w, prefix, config, x):
 def llama(w, config, ids, linear=F.linear):
     """Touvron et al. 2023, "LLaMA", section 2.2; names and layout as in transformers' LlamaForCausalLM."""
     eps = config["rms_norm_eps"]
-    embedding = w.pop("model.embed_tokens.weight")  # and the head, where there is none of its own
+    embedding = w.pop("model.embed_tokens.weight")  # and the head, if the two are tied
     x = embedding[ids]
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}."
@@ -143,7 +143,7 @@ def bitnet(w, config, ids):
 def jamba(w, config, ids):
     """Lieber et al. 2024, "Jamba", section 2, without experts; names as in transformers' JambaForCausalLM."""
     eps = config["rms_norm_eps"]
-    embedding = w.pop("model.embed_tokens.weight")  # and the head, where there is none of its own
+    embedding = w.pop("model.embed_tokens.weight")  # and the head, if the two are tied
     x = embedding[ids]
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}."
@@ -173,7 +173,7 @@ EXTRAS = {"qk_norm": False, "mlp": "swiglu", "n_streams": 1, "group_size": 0, "s
 
 
 def some_ids(model):
-    """(1, T) random ids: a whole context where the limits above allow it: a sliding window shows only beyond its width."""
+    """(1, T) random ids: a whole context if the limits above allow: a sliding window shows only beyond its width."""
     config = model.config
     parameters = sum(p.numel() for p in model.parameters())
     affordable = min(MOST_TOKENS, MOST_LOGITS // config.vocab_size, MOST_WORK // max(1, parameters))
@@ -257,8 +257,8 @@ def stock_architecture(model):
             why = f"it computes something other than {TITLES[stock]}"
     except KeyError as error:
         why = f"its tensors are not those of {TITLES[stock]}: {error.args[0]}"
-    except Exception as error:  # a model file of one's own may lack anything, or fail in float64
-        why = f"it cannot be held against {TITLES[stock]}: {short(error, 100)}"
+    except Exception as error:  # a fork may lack anything, or fail in float64
+        why = f"it cannot be compared with {TITLES[stock]}: {short(error, 100)}"
     if not why:
         return stock, ""
     for key, value in EXTRAS.items():  # the better reason, where there is one

@@ -106,7 +106,7 @@ def twin(model, quant):
                     round_input(module)
             else:
                 module.weight.copy_(rounded4(module.weight))
-    # here, and not at a head of its own: the head may be the embedding
+    # here, and not at the head, which may be the embedding
     unembed = twin.unembed
     twin.unembed = lambda x: unembed(rounded_activations(x))
     return twin

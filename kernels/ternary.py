@@ -49,8 +49,9 @@ def pack(t):
 def unpack(codes, k):
     """codes (N, blocks * 64) -> t (N, k) int8."""
     blocks = codes.view(len(codes), -1, 64)
-    planes = torch.stack([blocks >> shift & 3 for shift in (0, 2, 4, 6)], 2)          # (N, blocks, 4, 64)
-    return planes.flatten(1)[:, :k].to(torch.int8) - 1
+    planes = [blocks >> shift & 3 for shift in (0, 2, 4, 6)]
+    codes = torch.stack(planes, 2).flatten(1)  # (N, blocks * 256)
+    return codes[:, :k].to(torch.int8) - 1
 
 
 def linear_torch(x, codes, scales, group_size=0):
@@ -59,8 +60,8 @@ def linear_torch(x, codes, scales, group_size=0):
     q = round(x * s), s = 127 / max|x| of each token; y = (q t^T) * (scales / s), or by groups of inputs
     ((q t^T)_0 * scales_0 + (q t^T)_1 * scales_1 + ...) / s. Sums of integers below 2^24 are exact in float32.
     """
-    t = unpack(codes, x.size(-1)).to(x.dtype)                                         # (N, K)
-    scale = 127 / x.abs().amax(-1, keepdim=True).clamp(min=1e-5)                      # (..., 1)
+    t = unpack(codes, x.size(-1)).to(x.dtype)  # (N, K)
+    scale = 127 / x.abs().amax(-1, keepdim=True).clamp(min=1e-5)  # (..., 1)
     q = (x * scale).round()
     if not group_size:
         return (q @ t.mT) * (scales / scale)
@@ -91,7 +92,7 @@ def linear(x, codes, scales, group_size=0):
         lib = library()
     if lib is None:
         return linear_torch(x, codes, scales, group_size)
-    x = x.contiguous()                                     # (M, K), whatever its shape
+    x = x.contiguous()  # (M, K), whatever its shape
     y = x.new_empty(*x.shape[:-1], n)
     lib.thimble_linear(x.data_ptr(), codes.data_ptr(), scales.data_ptr(), y.data_ptr(), x.numel() // k, n, k,
                        group_size, lib.isa, torch.get_num_threads())
@@ -250,8 +251,8 @@ def stepper(model, rope_table, renew=True):
 def new_stepper(model, rope_table):
     """A Stepper that computes what the model does; None otherwise.
 
-    The C++ is a second copy of an architecture that forks of ternary.py change. So it never stands in for a model before
-    it has been held against that model's own step; where they differ, the model is right.
+    The C++ is a second copy of an architecture that forks of ternary.py change. So it never stands in for a model
+    before it has been compared with that model's own step; where they differ, the model is right.
     """
     dtypes = {tensor.dtype for tensor in model.parameters()}
     devices = {tensor.device.type for tensor in model.parameters()}

@@ -40,7 +40,7 @@ SETTINGS = {"model": {"n_kv_head": 2}, "ternary": {"n_hidden": 64},
             "cerebros": {"n_embd": 16, "window": 12}}
 CHANGES = {  # model file, what stands there, what stands there instead
     "an activation": ("model", "F.silu(", "torch.sin("),
-    "a rotation": ("model", "theta ** (-torch", "theta ** (-1.1 * torch"),
+    "a rotation": ("model", "theta ** (-pairs", "theta ** (-1.1 * pairs"),
     "a ternary MLP's activation": ("ternary", "F.silu(", "torch.sin("),
     "a rounding": ("ternary", "weight.abs().mean()", "weight.abs().median()"),
     "a step of the scan": ("hybrid_ssm", "F.softplus(", "torch.relu("),
