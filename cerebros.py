@@ -2,7 +2,7 @@
 
     python train.py config/cerebros_bible.py                        # train one
     python search.py config/search_cerebros.py                      # search for a good one
-    python bench/wiring.py --wiring_seed=3                          # draw what this seed wires, as wiring.png
+    python bench/wiring.py --wiring_seed=3                          # draw the graph of this seed, as wiring.png
 
 A window of the last W tokens is embedded, each embedding rotated by its place in the window. Above it lie n_layer
 levels of units, each a dense layer on what it is wired to: places of the window, units of earlier levels, units beside
@@ -131,10 +131,14 @@ def draw_wiring(config):
 
 def draw_below(config, rng, sizes, k):
     """What a unit of level k reads of the levels below: a set of (level, index)."""
-    W, last = config.window, len(sizes) - 1
+    W = config.window
+    last = len(sizes) - 1
     reads = set()
     for j in range(k):
-        share = config.affinity_first if k == 1 else config.affinity * config.affinity_decay ** (k - j)
+        if k == 1:
+            share = config.affinity_first
+        else:
+            share = config.affinity * config.affinity_decay ** (k - j)
         draws = max(1, math.ceil(share * sizes[j]))
         if k == last and j == last - 1:
             draws += 2 * sizes[j]
@@ -207,7 +211,8 @@ class RMSNorm(nn.Module):
         # the sum of squares as a vecdot: with its backward, less than half the time of F.rms_norm on a CPU
         squares = torch.linalg.vecdot(wide, wide)                           # (...)
         mean = squares[..., None] / x.size(-1)                              # (..., 1)
-        y = wide * torch.rsqrt(mean + self.eps) * self.weight
+        norm = torch.rsqrt(mean + self.eps)
+        y = wide * norm * self.weight
         return y.to(x.dtype)
 
 
@@ -308,7 +313,8 @@ class Model(nn.Module):
 
     def angles(self):
         """(W, C/2): place times frequency."""
-        c, device = self.config, self.embed.weight.device
+        c = self.config
+        device = self.embed.weight.device
         pairs = torch.arange(0, c.n_embd, 2, device=device)
         freqs = c.rope_theta ** (-pairs / c.n_embd)                         # (C/2)
         places = torch.arange(c.window, device=device)
@@ -317,7 +323,8 @@ class Model(nn.Module):
     def _hidden(self, idx, cache=None):
         """idx (B, T) -> what the head reads, (B, T, R); a cache is read and filled in."""
         B, T = idx.shape
-        W, C = self.config.window, self.config.n_embd
+        W = self.config.window
+        C = self.config.n_embd
         x = self.embed_norm(self.embed(idx))                                # (B, T, C)
         if cache is None:
             before = x.new_zeros(B, W - 1, C)  # no tokens

@@ -1,15 +1,15 @@
-"""Take a model elsewhere, and prove that it is the same there.
+"""Export a model to other programs, and prove that it is the same there.
 
     python export.py --format=hf                                   # a folder for transformers, vLLM, MLX, ...
     python export.py --format=gguf --quant=q8_0                    # a file for llama.cpp, Ollama, LM Studio, ...
     python export.py --format=onnx --quant=int4                    # a folder for onnxruntime-genai, transformers.js
     python export.py --format=web                                  # a page that runs the model in a browser
 
-What is written is read again by the program it is for: its logits and greedy texts must be ours before the artefact
-gets its name. A model goes out as Llama, BitNet or Jamba if it computes what these compute, which is tried out before
-anything is written: `model.py`, `ternary.py` and `hybrid_ssm.py --ssm=mamba1` do, and so may your fork. What no stock
-architecture can express (an activation of your own, mHC-lite streams) goes to Hugging Face with the model file itself
-as its code. --checkpoint may also be a Hugging Face folder or a GGUF file.
+What is written is read back by the program it is for, and kept only if its logits and greedy texts are ours. A model
+is exported as Llama, BitNet or Jamba if it computes what these compute, which is tested before anything is written:
+`model.py`, `ternary.py` and `hybrid_ssm.py --ssm=mamba1` do, and so may your fork. What no stock architecture can
+express (a custom activation, mHC-lite streams) is exported to Hugging Face with the model file itself as its code.
+--checkpoint may also be a Hugging Face folder or a GGUF file.
 """
 import os
 import time
@@ -49,9 +49,9 @@ TOO_COARSE = 0.75
 
 
 def export(loaded, cfg):
-    """Write the model of a thimble.load.Loaded, which gets its name only once the check has passed -> figures.
+    """Write the model of a thimble.load.Loaded; the artefact gets its name only once the check has passed -> figures.
 
-    They are those of formats/check.py, where it was checked, and "bytes", the size of all files.
+    They are those of formats/check.py, if it was checked, and "bytes", the size of all files.
     """
     begun = time.perf_counter()
     if cfg.window and cfg.format != "onnx":
@@ -60,7 +60,7 @@ def export(loaded, cfg):
     if os.path.lexists(out):
         raise UserError(f"{out} already exists: remove it, or name another with --out")
     stock, why_not = "", ""
-    if cfg.format in ("hf", "gguf"):  # an ONNX graph is held against the model itself
+    if cfg.format in ("hf", "gguf"):  # an ONNX graph is compared with the model itself
         stock, why_not = stock_architecture(loaded.model)
     quant, as_is = choose_quant(cfg, stock, getattr(loaded.model.config, "packed", False))
     if cfg.format == "hf" and not stock:

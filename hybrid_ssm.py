@@ -20,9 +20,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-SPAN = 16     # mamba1: tokens between the states that are kept for the backward pass
+SPAN = 16  # mamba1: tokens between the states that are kept for the backward pass
 WORK = 2**18  # mamba1: state numbers to work on at a time, few enough to stay in the CPU's cache
-CHUNK = 64    # mamba2: tokens that see each other through one matrix
+CHUNK = 64  # mamba2: tokens that see each other through one matrix
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ class RMSNorm(nn.Module):
         # the sum of squares as a vecdot: with its backward, less than half the time of F.rms_norm on a CPU
         squares = torch.linalg.vecdot(wide, wide)                           # (...)
         mean = squares[..., None] / x.size(-1)                              # (..., 1)
-        y = wide * torch.rsqrt(mean + self.eps) * self.weight
+        norm = torch.rsqrt(mean + self.eps)
+        y = wide * norm * self.weight
         return y.to(x.dtype)
 
 
@@ -100,14 +101,19 @@ def rope_table(positions, head_dim, theta):
     pairs = torch.arange(0, head_dim, 2, device=positions.device)
     freqs = theta ** (-pairs / head_dim)                                    # (D/2,)
     angles = positions[..., None] * freqs                                   # (..., T, D/2)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+    cos = angles.cos()
+    sin = angles.sin()
+    cos = torch.cat((cos, cos), -1)                                         # (..., T, D)
+    sin = torch.cat((-sin, sin), -1)                                        # (..., T, D)
+    return cos, sin
 
 
 # copied from model.py
 def rotate(x, cos, sin):
     """Rotate the pair (x_i, x_{i + D/2}) of every head by its position's angle. x: (B, T, heads, D)."""
-    cos, sin = cos[..., None, :], sin[..., None, :]                         # (..., T, 1, D), for all heads alike
+    # one angle for all heads
+    cos = cos[..., None, :]                                                 # (..., T, 1, D)
+    sin = sin[..., None, :]                                                 # (..., T, 1, D)
     scaled = x * cos
     partner = x.roll(x.size(-1) // 2, -1)
     return torch.addcmul(scaled, partner, sin)
@@ -123,14 +129,16 @@ def attend(q, k, v, mask=None):
     K, S = k.shape[1:3]
     # On a CPU two plain matmuls train 2 to 3 times faster than the fused kernel, whose backward pass is slow, as long
     # as the (T, S) scores are small.
-    fused = q.is_cuda or T == 1 or T * S > 1 << 20
+    fused = q.is_cuda or T == 1 or T * S > 2**20
     if 1 < T < S or not fused:
         # query t is token S - T + t: it sees the keys up to that one
-        mask = q.new_full((T, S), -torch.inf).triu(1 + S - T)
+        mask = q.new_full((T, S), -torch.inf)
+        mask = mask.triu(1 + S - T)
     if fused:
         # is_causal, where nothing is cached, skips the half of the scores that a mask would throw away
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S > 1, enable_gqa=K != H)
-    if K != H:
+        is_causal = T == S > 1
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=K != H)
+    if K < H:
         # each key/value head serves H / K query heads
         k = k.repeat_interleave(H // K, 1)                                  # (B, H, S, D)
         v = v.repeat_interleave(H // K, 1)                                  # (B, H, S, D)
@@ -148,7 +156,8 @@ def remember(cache, k, v, start):
 
     start is an int; or (B, 1), rows of different lengths with T = 1, each of which sees its own tokens only.
     """
-    keys, values = cache["k"], cache["v"]                                   # (B, K, max_len, D) each
+    keys = cache["k"]                                                       # (B, K, max_len, D)
+    values = cache["v"]                                                     # (B, K, max_len, D)
     if isinstance(start, int):
         S = start + k.size(2)
         keys[:, :, start:S] = k
@@ -184,7 +193,9 @@ class Attention(nn.Module):
 
     def init_cache(self, batch_size, max_len, **kind):
         shape = (batch_size, self.n_kv_head, max_len, self.head_dim)
-        return {"k": torch.zeros(shape, **kind), "v": torch.zeros(shape, **kind)}
+        k = torch.zeros(shape, **kind)
+        v = torch.zeros(shape, **kind)
+        return {"k": k, "v": v}
 
     def forward(self, x, rope, cache=None, start=0):
         B, T, C = x.shape
@@ -212,15 +223,18 @@ class SwiGLU(nn.Module):
     def __init__(self, config):
         super().__init__()
         C = config.n_embd
-        # 8/3 of C: three matrices that have as many weights as the two of a plain MLP of width 4 C
-        n_hidden = config.n_hidden or -(-C * 8 // 3 // 32) * 32
+        n_hidden = config.n_hidden
+        if not n_hidden:
+            # 8/3 of C: three matrices that have as many weights as the two of a plain MLP of width 4 C
+            n_hidden = 32 * math.ceil(8 * C / 3 / 32)
         self.gate_proj = nn.Linear(C, n_hidden, bias=False)
         self.up_proj = nn.Linear(C, n_hidden, bias=False)
         self.down_proj = nn.Linear(n_hidden, C, bias=False)
 
     def forward(self, x):
-        gate = F.silu(self.gate_proj(x))                                    # (B, T, F)
-        return self.down_proj(gate * self.up_proj(x))
+        gate = self.gate_proj(x)                                            # (B, T, F)
+        y = F.silu(gate) * self.up_proj(x)
+        return self.down_proj(y)
 
 
 def causal_conv(x, weight, bias, window):
@@ -253,7 +267,8 @@ class SelectiveScan(torch.autograd.Function):
         """Fill decay and out (L, B, N, E) with exp(dt A) and with the states that follow h -> the last of them."""
         torch.mul(dt[:, :, None], A / math.log(2), out=decay)
         torch.exp2(decay, out=decay)  # three times as fast as exp where that is MKL's
-        torch.mul((x * dt)[:, :, None], B[..., None], out=out)
+        xdt = x * dt                                                        # (L, B, E)
+        torch.mul(xdt[:, :, None], B[..., None], out=out)
         for t in range(len(out)):
             h = out[t].addcmul_(decay[t], h)
         return h
@@ -261,9 +276,9 @@ class SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dt, A, B, C, h):
         T = len(x)
-        L = max(1, WORK // h.numel())  # tokens at once,
-        L = 1 << (L.bit_length() - 1)  # rounded down to a power of 2, to divide SPAN
-        ctx.L = L = min(SPAN, L)
+        affordable = max(1, WORK // h.numel())  # tokens at once,
+        L = 2 ** (affordable.bit_length() - 1)  # rounded down to a power of 2, to divide SPAN
+        L = min(SPAN, L)
         y = torch.empty_like(x)
         starts = []  # the states before tokens 0, SPAN, 2 SPAN, ...
         decay, out, spare = h.new_empty(3, min(L, T), *h.shape)             # (L, B, N, E) each
@@ -274,8 +289,10 @@ class SelectiveScan(torch.autograd.Function):
                 n = min(L, T - t)
                 now = slice(t, t + L)
                 h = SelectiveScan.states(x[now], dt[now], A, B[now], h, decay[:n], out[:n])
-                y[now] = (C[now, :, None] @ out[:n])[:, :, 0]               # (L, B, E)
+                sums = C[now, :, None] @ out[:n]                            # (L, B, 1, E)
+                y[now] = sums[:, :, 0]
                 out, spare = spare, out  # h is a part of out: write to the other one next
+        ctx.L = L
         ctx.save_for_backward(x, dt, A, B, C, *starts)
         return y, h.clone()
 
@@ -283,7 +300,8 @@ class SelectiveScan(torch.autograd.Function):
     def backward(ctx, dy, g):
         """dy: (T, B, E), g: (B, N, E), the gradients of y and of the last h."""
         x, dt, A, B, C, *starts = ctx.saved_tensors
-        T, L = len(x), ctx.L
+        T = len(x)
+        L = ctx.L
         dx = torch.empty_like(x)
         ddt = torch.empty_like(dt)
         dB = torch.empty_like(B)
@@ -291,32 +309,38 @@ class SelectiveScan(torch.autograd.Function):
         dA = torch.zeros_like(g)                                            # (B, N, E), summed over B at the end
         decay = g.new_empty(SPAN, *g.shape)
         h = g.new_empty(SPAN + 1, *g.shape)  # h[0] is the state before the span
-        adjoint, flow, dlog = g.new_empty(3, L, *g.shape)
+        adjoint, flow, dlog = g.new_empty(3, L, *g.shape)                   # (L, B, N, E) each
         ones = A.new_ones(1, len(A))  # sums over N as a product
         with torch.autocast(x.device.type, enabled=False):
             for begin in reversed(range(0, T, SPAN)):
                 end = min(T, begin + SPAN)
+                pieces = [slice(t, min(t + L, end)) for t in range(begin, end, L)]
                 h[0] = starts.pop()
-                for t in range(begin, end, L):
-                    now = slice(t, min(t + L, end))
-                    i, j = now.start - begin, now.stop - begin
+                for now in pieces:
+                    i = now.start - begin
+                    j = now.stop - begin
                     SelectiveScan.states(x[now], dt[now], A, B[now], h[i], decay[i:j], h[i + 1:j + 1])
-                for t in reversed(range(begin, end, L)):
-                    now = slice(t, min(t + L, end))
-                    i, j = now.start - begin, now.stop - begin
-                    for k in reversed(range(j - i)):
+                for now in reversed(pieces):
+                    i = now.start - begin
+                    j = now.stop - begin
+                    n = j - i
+                    before = h[i:j]                                         # (L, B, N, E), of each token
+                    after = h[i + 1:j + 1]                                  # (L, B, N, E)
+                    for k in reversed(range(n)):
                         # g comes in as exp(dt_{t+1} A) g_{t+1}, the part of the adjoint from the token after
-                        torch.addcmul(g, dy[t + k, :, None], C[t + k, :, :, None], out=adjoint[k])
+                        t = now.start + k
+                        torch.addcmul(g, dy[t, :, None], C[t, :, :, None], out=adjoint[k])
                         g = torch.mul(decay[i + k], adjoint[k], out=flow[k])
-                    a = adjoint[:j - i]                                     # (L, B, N, E)
+                    a = adjoint[:n]
                     xdt = x[now] * dt[now]                                  # (L, B, E)
                     dB[now] = (a @ xdt[..., None])[..., 0]
-                    dC[now] = (h[i + 1:j + 1] @ dy[now, ..., None])[..., 0]
-                    dx[now] = (B[now, :, None] @ a)[:, :, 0]  # for now the gradient of x dt
+                    dC[now] = (after @ dy[now, ..., None])[..., 0]
+                    dxdt = B[now, :, None] @ a                              # (L, B, 1, E)
+                    dx[now] = dxdt[:, :, 0]  # the factor dt follows below
                     # the gradient of dt A
-                    p = torch.mul(flow[:j - i], h[i:j], out=dlog[:j - i])   # (L, B, N, E)
-                    for k in range(j - i):
-                        dA.addcmul_(p[k], dt[t + k, :, None])
+                    p = torch.mul(flow[:n], before, out=dlog[:n])
+                    for k in range(n):
+                        dA.addcmul_(p[k], dt[now.start + k, :, None])
                     ddt[now] = (ones @ p.mul_(A))[:, :, 0]
         ddt.addcmul_(dx, x)
         dx.mul_(dt)
@@ -329,52 +353,69 @@ def ssd(x, dt, A, B, C, h=None):
     Inside a chunk y = (C B^T * decays) dt x, between chunks the state is carried. x: (B, T, E); dt: (B, T, G);
     A: (G,), negative; B, C: (B, T, N); h: (B, N, E) or None -> y (B, T, E), the last h (None if h was).
     """
-    rows, T, E = x.shape
-    G, L = len(A), min(CHUNK, T)
+    T = x.size(1)
+    G = len(A)
+    L = min(CHUNK, T)
     # sums of logarithms, and above all their differences, need more digits than float32 has where dt is large
     exact = torch.float32 if x.device.type == "mps" else torch.float64
     if T % L:
         # fill up the last chunk: with dt = 0 the state stays as it is
         x, dt, B, C = (F.pad(t, (0, 0, 0, -T % L)) for t in (x, dt, B, C))
     x, dt, B, C = (t.unflatten(1, (-1, L)) for t in (x, dt, B, C))          # (B, n, L, ...), n chunks
-    n = x.size(1)
     x = x.unflatten(-1, (G, -1)) * dt[..., None]                            # (B, n, L, G, D)
-    logs = (dt * (A / math.log(2))).to(exact)  # of the decays, base 2
+    rates = A / math.log(2)
+    logs = (dt * rates).to(exact)  # of the decays, base 2
     sums = logs.cumsum(2)                                                   # (B, n, L, G)
 
-    # inside the chunks: token t sees token s with the decays of s + 1 to t
+    # inside a chunk token t sees token s with the decays of s + 1 to t
     past = torch.ones(L, L, dtype=torch.bool, device=x.device).tril()
     between = sums.mT[..., None] - sums.mT[..., None, :]                    # (B, n, G, L, L)
-    decay = between.to(x.dtype).masked_fill(~past, -torch.inf).exp2()
+    between = between.to(x.dtype).masked_fill(~past, -torch.inf)
+    decay = between.exp2()
     scores = C @ B.mT                                                       # (B, n, L, L)
-    y = (scores[:, :, None] * decay) @ x.transpose(2, 3)                    # (B, n, G, L, D)
+    weights = scores[:, :, None] * decay                                    # (B, n, G, L, L)
+    y = weights @ x.transpose(2, 3)                                         # (B, n, G, L, D)
     y = y.transpose(2, 3)                                                   # (B, n, L, G, D)
 
-    # between the chunks
-    going = n if h is not None else n - 1  # chunks whose state is needed after them
-    if going:
-        ends = sums[:, :going, -1:]                                         # (B, n, 1, G)
-        # what is left of a token at the end of its chunk, and of the state before at the end of the next
-        left = (ends - sums[:, :going]).to(x.dtype).exp2()                  # (B, n, L, G)
-        keep = ends.to(x.dtype).exp2()                                      # (B, n, 1, G)
-        keep = keep.repeat_interleave(E // G, -1)                           # (B, n, 1, E)
-        kept = x[:, :going] * left[..., None]                               # (B, n, L, G, D)
-        new = B[:, :going].mT @ kept.flatten(3)                             # (B, n, N, E)
-        states = [torch.zeros_like(new[:, 0]) if h is None else h]
-        for i in range(going):
-            states.append(torch.addcmul(new[:, i], keep[:, i], states[-1]))
-        before = torch.stack(states[:n], 1)                                 # (B, n, N, E)
-        carried = (C @ before).unflatten(-1, (G, -1))                       # (B, n, L, G, D)
-        y = torch.addcmul(y, carried, sums.to(x.dtype).exp2()[..., None])
-        if h is not None:
-            h = states[-1]
+    if h is not None or x.size(1) > 1:
+        before, h = chunk_states(x, B, sums, h)                             # (B, n, N, E)
+        carried = C @ before                                                # (B, n, L, E)
+        carried = carried.unflatten(-1, (G, -1))                            # (B, n, L, G, D)
+        faded = sums.to(x.dtype).exp2()                                     # (B, n, L, G)
+        y = torch.addcmul(y, carried, faded[..., None])
     y = y.flatten(3).flatten(1, 2)                                          # (B, n * L, E)
     return y[:, :T], h
 
 
+def chunk_states(x, B, sums, h):
+    """x: (B, n, L, G, D), times dt; B: (B, n, L, N); sums: (B, n, L, G), log2 of the decays from a chunk's beginning
+    to each token; h: (B, N, E) or None -> the states before each chunk, (B, n, N, E), and the last (None if h was).
+    """
+    n = x.size(1)
+    D = x.size(-1)
+    going = n if h is not None else n - 1  # chunks whose state is needed after them
+    ends = sums[:, :going, -1:]                                             # (B, n, 1, G)
+    # what is left of a token at the end of its chunk
+    left = (ends - sums[:, :going]).to(x.dtype).exp2()                      # (B, n, L, G)
+    kept = x[:, :going] * left[..., None]                                   # (B, n, L, G, D)
+    new = B[:, :going].mT @ kept.flatten(3)                                 # (B, n, N, E)
+    # and of the state before the chunk
+    keep = ends.to(x.dtype).exp2()                                          # (B, n, 1, G)
+    keep = keep.repeat_interleave(D, -1)                                    # (B, n, 1, E)
+    states = [torch.zeros_like(new[:, 0]) if h is None else h]
+    for i in range(going):
+        after = torch.addcmul(new[:, i], keep[:, i], states[-1])            # (B, N, E)
+        states.append(after)
+    before = torch.stack(states[:n], 1)
+    if h is not None:
+        h = states[-1]
+    return before, h
+
+
 def spread_steps(n):
     """(n,) biases whose softplus is log-uniform in [1e-3, 1e-1]: memories of many lengths from the start."""
-    dt = torch.exp(torch.empty(n).uniform_(math.log(1e-3), math.log(1e-1)))
+    logs = torch.empty(n).uniform_(math.log(1e-3), math.log(1e-1))
+    dt = logs.exp()
     return dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus
 
 
@@ -385,8 +426,9 @@ class Mamba1(nn.Module):
         super().__init__()
         C = config.n_embd
         E = config.expand * C
-        self.n_state = N = config.d_state or 16
-        self.dt_rank = config.dt_rank or -(-C // 16)
+        N = config.d_state or 16
+        self.n_state = N
+        self.dt_rank = config.dt_rank or math.ceil(C / 16)
         self.in_proj = nn.Linear(C, 2 * E, bias=False)
         self.conv1d = nn.Conv1d(E, E, config.d_conv, groups=E)
         self.x_proj = nn.Linear(E, self.dt_rank + 2 * N, bias=False)
@@ -422,7 +464,8 @@ class Mamba1(nn.Module):
         B = self.b_norm(B).to(x.dtype)                                      # (B, T, N)
         C = self.c_norm(C).to(x.dtype)                                      # (B, T, N)
         A = -self.A_log.to(x.dtype).exp().T.contiguous()                    # (N, E)
-        xs, dts, Bs, Cs = (t.transpose(0, 1) for t in (x, dt, B, C))        # (T, B, E), (T, B, E), (T, B, N), (T, B, N)
+        xs, dts = x.transpose(0, 1), dt.transpose(0, 1)                     # (T, B, E) each
+        Bs, Cs = B.transpose(0, 1), C.transpose(0, 1)                       # (T, B, N) each
         y, h = SelectiveScan.apply(xs, dts, A, Bs, Cs, state["h"])
         if cache is not None:
             cache["conv"].copy_(window)
@@ -437,7 +480,8 @@ class Mamba2(nn.Module):
     def __init__(self, config):
         super().__init__()
         E = config.expand * config.n_embd
-        self.n_state = N = config.d_state or 64
+        N = config.d_state or 64
+        self.n_state = N
         self.n_head = E // config.ssm_head_dim
         W = E + 2 * N  # channels of x, B and C together
         self.in_proj = nn.Linear(config.n_embd, E + W + self.n_head, bias=False)
@@ -542,9 +586,10 @@ class Model(nn.Module):
         start = 0  # position of the first token
         layers = [None] * c.n_layer
         if cache is not None:
-            pos = cache["pos"]
-            start = pos[:, None] if pos.dim() else int(pos)                 # (B, 1): rows of different lengths
             layers = cache["layers"]
+            start = cache["pos"]
+            # rows of different lengths have a position each
+            start = start[:, None] if start.dim() else int(start)           # (B, 1)
         x = self.embed(idx)                                                 # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):
             # the residual stream too: half the memory traffic
@@ -552,7 +597,8 @@ class Model(nn.Module):
         x = self.dropout(x)
         if c.rope:
             positions = torch.arange(T, device=idx.device) + start          # (T), or (B, 1)
-            cos, sin = rope_table(positions, c.n_embd // c.n_head, c.rope_theta)
+            head_dim = c.n_embd // c.n_head
+            cos, sin = rope_table(positions, head_dim, c.rope_theta)
         else:
             cos = torch.ones(T, 1, device=x.device)  # no rotation
             sin = torch.zeros(T, 1, device=x.device)
@@ -615,8 +661,8 @@ class Model(nn.Module):
         6 N for the matrices that multiply, 12 C T for an attention layer; mamba1 sums the state once forward and four
         times backward, all else in it is elementwise; mamba2 has two products within chunks and two between them.
         """
-        c, T = self.config, seq_len
-        n_attention = sum(isinstance(block.mixer, Attention) for block in self.blocks)
+        c = self.config
+        T = seq_len
         matrices = self.param_groups()["matrix"]
         n = sum(p.numel() for p in matrices)
         n += self.embed.weight.numel()  # of the head, tied or not: it has the same shape
@@ -625,10 +671,13 @@ class Model(nn.Module):
             scan = 10 * (c.d_state or 16) * E
         else:
             N = c.d_state or 64
-            L, chunks = min(CHUNK, T), -(-T // CHUNK)
+            L = min(CHUNK, T)
+            chunks = math.ceil(T / CHUNK)
             scan = 6 * (N + E) * chunks * L * L
             if chunks > 1:
                 scan += 6 * N * E * (2 * chunks - 1) * L
             scan /= T
         attention = 12 * c.n_embd * T
-        return 6 * n + n_attention * attention + (c.n_layer - n_attention) * scan
+        n_attention = sum(isinstance(block.mixer, Attention) for block in self.blocks)
+        n_scan = c.n_layer - n_attention
+        return 6 * n + n_attention * attention + n_scan * scan

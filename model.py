@@ -62,7 +62,8 @@ class RMSNorm(nn.Module):
         # the sum of squares as a vecdot: with its backward, less than half the time of F.rms_norm on a CPU
         squares = torch.linalg.vecdot(wide, wide)                           # (...)
         mean = squares[..., None] / x.size(-1)                              # (..., 1)
-        y = wide * torch.rsqrt(mean + self.eps) * self.weight
+        norm = torch.rsqrt(mean + self.eps)
+        y = wide * norm * self.weight
         return y.to(x.dtype)
 
 
@@ -72,13 +73,18 @@ def rope_table(positions, head_dim, theta):
     pairs = torch.arange(0, head_dim, 2, device=positions.device)
     freqs = theta ** (-pairs / head_dim)                                    # (D/2,)
     angles = positions[..., None] * freqs                                   # (..., T, D/2)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+    cos = angles.cos()
+    sin = angles.sin()
+    cos = torch.cat((cos, cos), -1)                                         # (..., T, D)
+    sin = torch.cat((-sin, sin), -1)                                        # (..., T, D)
+    return cos, sin
 
 
 def rotate(x, cos, sin):
     """Rotate the pair (x_i, x_{i + D/2}) of every head by its position's angle. x: (B, T, heads, D)."""
-    cos, sin = cos[..., None, :], sin[..., None, :]                         # (..., T, 1, D), for all heads alike
+    # one angle for all heads
+    cos = cos[..., None, :]                                                 # (..., T, 1, D)
+    sin = sin[..., None, :]                                                 # (..., T, 1, D)
     scaled = x * cos
     partner = x.roll(x.size(-1) // 2, -1)
     return torch.addcmul(scaled, partner, sin)
@@ -93,14 +99,16 @@ def attend(q, k, v, mask=None):
     K, S = k.shape[1:3]
     # On a CPU two plain matmuls train 2 to 3 times faster than the fused kernel, whose backward pass is slow, as long
     # as the (T, S) scores are small.
-    fused = q.is_cuda or T == 1 or T * S > 1 << 20
+    fused = q.is_cuda or T == 1 or T * S > 2**20
     if 1 < T < S or not fused:
         # query t is token S - T + t: it sees the keys up to that one
-        mask = q.new_full((T, S), -torch.inf).triu(1 + S - T)
+        mask = q.new_full((T, S), -torch.inf)
+        mask = mask.triu(1 + S - T)
     if fused:
         # is_causal, where nothing is cached, skips the half of the scores that a mask would throw away
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S > 1, enable_gqa=K != H)
-    if K != H:
+        is_causal = T == S > 1
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=K != H)
+    if K < H:
         # each key/value head serves H / K query heads
         k = k.repeat_interleave(H // K, 1)                                  # (B, H, S, D)
         v = v.repeat_interleave(H // K, 1)                                  # (B, H, S, D)
@@ -117,7 +125,8 @@ def remember(cache, k, v, start):
 
     start is an int; or (B, 1), rows of different lengths with T = 1, each of which sees its own tokens only.
     """
-    keys, values = cache["k"], cache["v"]                                   # (B, K, max_len, D) each
+    keys = cache["k"]                                                       # (B, K, max_len, D)
+    values = cache["v"]                                                     # (B, K, max_len, D)
     if isinstance(start, int):
         S = start + k.size(2)
         keys[:, :, start:S] = k
@@ -152,7 +161,9 @@ class Attention(nn.Module):
 
     def init_cache(self, batch_size, max_len, **kind):
         shape = (batch_size, self.n_kv_head, max_len, self.head_dim)
-        return {"k": torch.zeros(shape, **kind), "v": torch.zeros(shape, **kind)}
+        k = torch.zeros(shape, **kind)
+        v = torch.zeros(shape, **kind)
+        return {"k": k, "v": v}
 
     def forward(self, x, rope, cache=None, start=0):
         B, T, C = x.shape
@@ -179,15 +190,18 @@ class SwiGLU(nn.Module):
     def __init__(self, config):
         super().__init__()
         C = config.n_embd
-        # 8/3 of C: three matrices that have as many weights as the two of a plain MLP of width 4 C
-        n_hidden = config.n_hidden or -(-C * 8 // 3 // 32) * 32
+        n_hidden = config.n_hidden
+        if not n_hidden:
+            # 8/3 of C: three matrices that have as many weights as the two of a plain MLP of width 4 C
+            n_hidden = 32 * math.ceil(8 * C / 3 / 32)
         self.gate_proj = nn.Linear(C, n_hidden, bias=False)
         self.up_proj = nn.Linear(C, n_hidden, bias=False)
         self.down_proj = nn.Linear(n_hidden, C, bias=False)
 
     def forward(self, x):
-        gate = F.silu(self.gate_proj(x))                                    # (B, T, F)
-        return self.down_proj(gate * self.up_proj(x))
+        gate = self.gate_proj(x)                                            # (B, T, F)
+        y = F.silu(gate) * self.up_proj(x)
+        return self.down_proj(y)
 
 
 class GELU(nn.Module):
@@ -209,7 +223,8 @@ class Block(nn.Module):
         self.attn_norm = RMSNorm(config.n_embd, config.norm_eps)
         self.attn = Attention(config)
         self.mlp_norm = RMSNorm(config.n_embd, config.norm_eps)
-        self.mlp = SwiGLU(config) if config.mlp == "swiglu" else GELU(config)
+        mlp = SwiGLU if config.mlp == "swiglu" else GELU
+        self.mlp = mlp(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rope, cache=None, start=0):
@@ -257,16 +272,18 @@ class Model(nn.Module):
         start = 0  # position of the first token
         layers = [None] * c.n_layer
         if cache is not None:
-            pos = cache["pos"]
-            start = pos[:, None] if pos.dim() else int(pos)                 # (B, 1): rows of different lengths
             layers = cache["layers"]
+            start = cache["pos"]
+            # rows of different lengths have a position each
+            start = start[:, None] if start.dim() else int(start)           # (B, 1)
         x = self.embed(idx)                                                 # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):
             # the residual stream too: half the memory traffic
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = self.dropout(x)
         positions = torch.arange(T, device=idx.device) + start              # (T), or (B, 1)
-        cos, sin = rope_table(positions, c.n_embd // c.n_head, c.rope_theta)
+        head_dim = c.n_embd // c.n_head
+        cos, sin = rope_table(positions, head_dim, c.rope_theta)
         rope = cos.to(x.dtype), sin.to(x.dtype)                             # (..., T, D) each
         for block, layer in zip(self.blocks, layers, strict=True):
             x = block(x, rope, layer, start)

@@ -158,8 +158,8 @@ class Study:
         WAITING ─claim─▶ RUNNING ─▶ COMPLETE, PRUNED, FAIL with an "error"       the end of it
                                 └─▶ FAIL without one: its worker died            its values are queued ─▶ WAITING
 
-    Each worker holds a lock on a file of its own for as long as it lives. The system releases it however the process
-    ends, and that is how others see that a worker is dead.
+    Each worker holds a lock on its own file for as long as it lives. The system releases it however the process ends:
+    that is how the others see that a worker is dead.
     """
 
     def __init__(self, cfg, folder):
@@ -169,7 +169,7 @@ class Study:
         self.folder = folder
         self.State = optuna.trial.TrialState
         (folder / "workers").mkdir(parents=True, exist_ok=True)
-        # says whose a trial is, and on which machine; not by process number, which another process may have next
+        # says which worker owns a trial, and on which machine; not a process number, which may be reused
         self.name = f"{socket.gethostname()}/{uuid.uuid4().hex[:12]}"
         self.held = open(self.worker_file(self.name), "w")
         fcntl.flock(self.held, fcntl.LOCK_EX)

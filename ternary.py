@@ -32,7 +32,7 @@ class Config:
     static_streams: bool = False    # mHC-lite: the same mixing for every token
     rope_theta: float = 10000.0     # base of RoPE's wavelengths
     norm_eps: float = 1e-5          # inside the root of RMSNorm
-    packed: bool = False            # 2 bits per weight: to run, not to train (sample.py --packed writes it)
+    packed: bool = False            # 2 bits per weight: for running, not for training (sample.py --packed writes it)
 
     def __post_init__(self):
         for name in ("n_layer", "n_head", "n_embd", "block_size"):
@@ -70,7 +70,8 @@ class RMSNorm(nn.Module):
         # the sum of squares as a vecdot: with its backward, less than half the time of F.rms_norm on a CPU
         squares = torch.linalg.vecdot(wide, wide)                           # (...)
         mean = squares[..., None] / x.size(-1)                              # (..., 1)
-        y = wide * torch.rsqrt(mean + self.eps) * self.weight
+        norm = torch.rsqrt(mean + self.eps)
+        y = wide * norm * self.weight
         return y.to(x.dtype)
 
 
@@ -141,7 +142,7 @@ class TernaryLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.group_size = group_size
-        self.cache = None, None                                             # (what was rounded, the result)
+        self.cache = None, None  # what was rounded, and the result
 
     @torch.no_grad()
     def rounded(self, dtype):
@@ -156,16 +157,20 @@ class TernaryLinear(nn.Module):
 
     def forward(self, x):
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = x.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
         x = x.to(dtype)
         if torch.compiler.is_compiling():
             # The compiler could not follow the cache; and it fuses the rounding, which then costs little.
             return TernaryMatmul.apply(x, self.weight, *self.rounded(dtype))
         key = self.weight._version, self.weight.data_ptr(), dtype
-        if self.cache[0] != key:
+        known, rounded = self.cache
+        if known != key:
             # once per optimizer step, not per micro-batch
-            self.cache = key, self.rounded(dtype)
-        return TernaryMatmul.apply(x, self.weight, *self.cache[1])
+            rounded = self.rounded(dtype)
+            self.cache = key, rounded
+        return TernaryMatmul.apply(x, self.weight, *rounded)
 
 
 class PackedLinear(nn.Module):
@@ -174,10 +179,13 @@ class PackedLinear(nn.Module):
     def __init__(self, n_in, n_out, group_size):
         super().__init__()
         self.group_size = group_size
-        codes = torch.zeros(n_out, -(-n_in // 256) * 64, dtype=torch.uint8)  # four to a byte, in blocks of 256
-        scales = torch.zeros((n_in // group_size, n_out) if group_size else ())
+        n_blocks = math.ceil(n_in / 256)
+        codes = torch.zeros(n_out, n_blocks * 64, dtype=torch.uint8)  # four to a byte, in blocks of 256
+        shape = ()
+        if group_size:
+            shape = (n_in // group_size, n_out)
         self.register_buffer("codes", codes)
-        self.register_buffer("scales", scales)
+        self.register_buffer("scales", torch.zeros(shape))
 
     def forward(self, x):
         from kernels import ternary
@@ -191,14 +199,19 @@ def rope_table(positions, head_dim, theta):
     pairs = torch.arange(0, head_dim, 2, device=positions.device)
     freqs = theta ** (-pairs / head_dim)                                    # (D/2,)
     angles = positions[..., None] * freqs                                   # (..., T, D/2)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+    cos = angles.cos()
+    sin = angles.sin()
+    cos = torch.cat((cos, cos), -1)                                         # (..., T, D)
+    sin = torch.cat((-sin, sin), -1)                                        # (..., T, D)
+    return cos, sin
 
 
 # copied from model.py
 def rotate(x, cos, sin):
     """Rotate the pair (x_i, x_{i + D/2}) of every head by its position's angle. x: (B, T, heads, D)."""
-    cos, sin = cos[..., None, :], sin[..., None, :]                         # (..., T, 1, D), for all heads alike
+    # one angle for all heads
+    cos = cos[..., None, :]                                                 # (..., T, 1, D)
+    sin = sin[..., None, :]                                                 # (..., T, 1, D)
     scaled = x * cos
     partner = x.roll(x.size(-1) // 2, -1)
     return torch.addcmul(scaled, partner, sin)
@@ -214,14 +227,16 @@ def attend(q, k, v, mask=None):
     K, S = k.shape[1:3]
     # On a CPU two plain matmuls train 2 to 3 times faster than the fused kernel, whose backward pass is slow, as long
     # as the (T, S) scores are small.
-    fused = q.is_cuda or T == 1 or T * S > 1 << 20
+    fused = q.is_cuda or T == 1 or T * S > 2**20
     if 1 < T < S or not fused:
         # query t is token S - T + t: it sees the keys up to that one
-        mask = q.new_full((T, S), -torch.inf).triu(1 + S - T)
+        mask = q.new_full((T, S), -torch.inf)
+        mask = mask.triu(1 + S - T)
     if fused:
         # is_causal, where nothing is cached, skips the half of the scores that a mask would throw away
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S > 1, enable_gqa=K != H)
-    if K != H:
+        is_causal = T == S > 1
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=K != H)
+    if K < H:
         # each key/value head serves H / K query heads
         k = k.repeat_interleave(H // K, 1)                                  # (B, H, S, D)
         v = v.repeat_interleave(H // K, 1)                                  # (B, H, S, D)
@@ -239,7 +254,8 @@ def remember(cache, k, v, start):
 
     start is an int; or (B, 1), rows of different lengths with T = 1, each of which sees its own tokens only.
     """
-    keys, values = cache["k"], cache["v"]                                   # (B, K, max_len, D) each
+    keys = cache["k"]                                                       # (B, K, max_len, D)
+    values = cache["v"]                                                     # (B, K, max_len, D)
     if isinstance(start, int):
         S = start + k.size(2)
         keys[:, :, start:S] = k
@@ -274,7 +290,9 @@ class Attention(nn.Module):
     # copied from model.py
     def init_cache(self, batch_size, max_len, **kind):
         shape = (batch_size, self.n_kv_head, max_len, self.head_dim)
-        return {"k": torch.zeros(shape, **kind), "v": torch.zeros(shape, **kind)}
+        k = torch.zeros(shape, **kind)
+        v = torch.zeros(shape, **kind)
+        return {"k": k, "v": v}
 
     def forward(self, x, rope, cache=None, start=0):
         B, T, C = x.shape
@@ -302,8 +320,10 @@ class MLP(nn.Module):
         super().__init__()
         linear = PackedLinear if config.packed else TernaryLinear
         C = config.n_embd
-        unit = config.group_size or 32
-        n_hidden = config.n_hidden or -(-C * 8 // 3 // unit) * unit
+        n_hidden = config.n_hidden
+        if not n_hidden:
+            unit = config.group_size or 32
+            n_hidden = unit * math.ceil(8 * C / 3 / unit)
         self.act = config.act
         self.gate_proj = linear(C, n_hidden, config.group_size)
         self.up_proj = linear(C, n_hidden, config.group_size)
@@ -314,7 +334,10 @@ class MLP(nn.Module):
 
     def forward(self, x):
         gate = self.gate_proj(x)                                            # (B, T, F)
-        gate = F.silu(gate) if self.act == "silu" else F.relu(gate).square()
+        if self.act == "silu":
+            gate = F.silu(gate)
+        else:
+            gate = F.relu(gate).square()
         y = gate * self.up_proj(x)
         return self.down_proj(self.sub_norm(y))
 
@@ -334,7 +357,8 @@ class Streams(nn.Module):
 
     def __init__(self, config, index):
         super().__init__()
-        n, width = config.n_streams, config.n_streams * config.n_embd
+        n = config.n_streams
+        width = n * config.n_embd
         self.n = n
         orders = torch.tensor(list(itertools.permutations(range(n))))       # (n!, n), identity first
         permutations = F.one_hot(orders).float()                            # (n!, n, n)
@@ -364,19 +388,24 @@ class Streams(nn.Module):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             squares = torch.linalg.vecdot(wide, wide)                       # (B, T)
             norm = torch.rsqrt(squares / x.size(-1) + self.norm_eps)
-            scale = torch.cat([s.expand(size) for s, size in zip(self.scale, self.sizes, strict=True)])
-            # The norm of x is a factor of the product: cheaper to apply to its n! numbers than to the n * C of x.
-            y = F.linear(x, self.proj * self.gain) * norm[..., None]
-            logits = torch.addcmul(logits, y, scale)                        # (B, T, 2 n + n_res)
+            scales = [s.expand(size) for s, size in zip(self.scale, self.sizes, strict=True)]
+            scale = torch.cat(scales)                                       # (2 n + n_res)
+            y = F.linear(x, self.proj * self.gain)                          # (B, T, 2 n + n_res)
+            # the norm of x is a factor of the product: cheaper to apply to its n! numbers than to the n * C of x
+            y = y * norm[..., None]
+            logits = torch.addcmul(logits, y, scale)
         pre, post, res = logits.split(self.sizes, -1)
         missing = len(self.permutations) - res.size(-1)
         res = F.pad(res, (missing, 0)).softmax(-1)                          # (..., n!)
         mix = self.permutations.flatten(1)                                  # (n!, n * n)
         with torch.autocast(res.device.type, enabled=False):
             # in bfloat16 the rows would miss 1 by half a percent
-            mix = mix.mT @ res if self.proj is None else res @ mix
-        mix = mix.unflatten(-1, (self.n, self.n))
-        return pre.sigmoid(), 2 * post.sigmoid(), mix
+            if self.proj is None:
+                res = mix.mT @ res                                          # (n * n)
+            else:
+                res = res @ mix                                             # (B, T, n * n)
+        res = res.unflatten(-1, (self.n, self.n))
+        return pre.sigmoid(), 2 * post.sigmoid(), res
 
     def forward(self, x, f):
         B, T, n, C = x.shape
@@ -413,8 +442,10 @@ class Block(nn.Module):
 
 
 def residual(config, index):
-    """What leads around layer `index` of 2 n_layer: attention and MLP count one each."""
-    return Residual() if config.n_streams == 1 else Streams(config, index)
+    """The residual connection around layer `index` of 2 n_layer: attention and MLP count one each."""
+    if config.n_streams == 1:
+        return Residual()
+    return Streams(config, index)
 
 
 class Model(nn.Module):
@@ -452,9 +483,10 @@ class Model(nn.Module):
         start = 0  # position of the first token
         layers = [None] * c.n_layer
         if cache is not None:
-            pos = cache["pos"]
-            start = pos[:, None] if pos.dim() else int(pos)                 # (B, 1): rows of different lengths
             layers = cache["layers"]
+            start = cache["pos"]
+            # rows of different lengths have a position each
+            start = start[:, None] if start.dim() else int(start)           # (B, 1)
         x = F.embedding(idx, self.embedding())                              # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):
             # the residual stream too: half the memory traffic
@@ -462,7 +494,8 @@ class Model(nn.Module):
         if c.n_streams > 1:
             x = x[..., None, :].expand(B, T, c.n_streams, -1)               # (B, T, n, C)
         positions = torch.arange(T, device=idx.device) + start              # (T), or (B, 1)
-        cos, sin = rope_table(positions, c.n_embd // c.n_head, c.rope_theta)
+        head_dim = c.n_embd // c.n_head
+        cos, sin = rope_table(positions, head_dim, c.rope_theta)
         rope = cos.to(x.dtype), sin.to(x.dtype)                             # (..., T, D) each
         for block, layer in zip(self.blocks, layers, strict=True):
             x = block(x, rope, layer, start)
@@ -524,14 +557,15 @@ class Model(nn.Module):
     def param_groups(self):
         """{role: [parameters]}: optim.py knows what each role gets. A tied matrix is an embedding."""
         if self.config.packed:
-            raise ValueError("packed=True is to run a model, not to train it: start from the one that was packed")
+            raise ValueError("packed=True cannot be trained: start from the model that was packed")
         groups = {"embed": [self.embed.weight], "ternary": [], "vector": []}
         for name, p in self.named_parameters():
             if p is self.embed.weight:
                 continue
             # the matrices that mix streams are small: orthogonal updates are not for them
-            ternary = p.dim() == 2 and "residual" not in name
-            groups["ternary" if ternary else "vector"].append(p)
+            is_ternary = p.dim() == 2 and "residual" not in name
+            role = "ternary" if is_ternary else "vector"
+            groups[role].append(p)
         return {role: params for role, params in groups.items() if params}
 
     def flops_per_token(self, seq_len):
@@ -540,7 +574,9 @@ class Model(nn.Module):
         N counts the matrices that multiply, the tied head included; attention counts all T x T scores. Mixing n streams
         is n + 1 by n by C and n by 1 by C, its coefficients n! by n x n (without a gradient of the permutations).
         """
-        L, C, n = self.config.n_layer, self.config.n_embd, self.config.n_streams
+        L = self.config.n_layer
+        C = self.config.n_embd
+        n = self.config.n_streams
         matrices = sum(p.numel() for p in self.parameters() if p.dim() == 2)
         attention = 12 * L * C * seq_len
         flops = 6 * matrices + attention

@@ -47,10 +47,9 @@ class Config:
 
 
 # ---- wirings
-
 def size(config):
     """Number of parameters."""
-    with torch.device("meta"):                             # shapes only
+    with torch.device("meta"):  # shapes only
         return sum(p.numel() for p in cerebros.Model(config).parameters())
 
 
@@ -60,7 +59,7 @@ def sized(config, levels, n):
         wiring = []
         for level in levels[:-1]:
             wiring.append([unit | {"neurons": max(1, round(factor * unit["neurons"]))} for unit in level])
-        wiring.append(levels[-1])                          # the output's neurons are n_rank
+        wiring.append(levels[-1])  # the output's neurons are n_rank
         return replace(config, wiring=json.dumps(wiring))
 
     low, high = 0.0, 64.0
@@ -111,7 +110,6 @@ def contestants(cfg, found, seed):
 
 
 # ---- scores
-
 def ngrams(dataset):
     """Nats per token of n-gram models of the dataset's tokens, whose text the networks read."""
     train_counts = trigrams(dataset.train, dataset.vocab_size)
@@ -123,7 +121,7 @@ def ngrams(dataset):
 def settings(cfg, config, out_dir, seed):
     """The train.Config that trains `config`."""
     values = {f.name: getattr(config, f.name) for f in fields(config)}
-    del values["vocab_size"]                               # the dataset's
+    del values["vocab_size"]  # the dataset's
     values["out_dir"] = str(out_dir)
     if cfg.dataset:
         values |= {"dataset": cfg.dataset, "prepare": ""}
@@ -161,7 +159,7 @@ def main(cfg):
     found = configurator.from_flat(cerebros.Config, saved.meta["model_config"])
     other = {"dataset": cfg.dataset} if cfg.dataset else {}
     dataset = train.open_dataset(configurator.load(train.Config, cfg.recipe, **other))
-    results = {name: [] for name in cfg.models}            # nats per token, one for each seed
+    results = {name: [] for name in cfg.models}  # nats per token, one for each seed
     sizes = {name: [] for name in cfg.models}
     for seed in cfg.seeds:
         built = contestants(cfg, found, seed)

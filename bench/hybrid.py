@@ -26,7 +26,8 @@ import hybrid_ssm as hybrid
 import model as dense
 import optim
 import train
-from bench.speed import BETAS, LEARNING_RATE, WEIGHT_DECAY, turn
+from bench.speed import BETAS, LEARNING_RATE, WEIGHT_DECAY, stepper, take_turns, turn
+from formats.names import n_hidden
 from thimble import configurator, machine
 from thimble.files import UserError
 
@@ -75,25 +76,25 @@ def build(cfg, name, block_size):
         if hasattr(c, field.name):
             shared[field.name] = getattr(c, field.name)
     thin = replace(dense.Config(**shared), n_hidden=1)
-    with torch.device("meta"):                             # sizes only
+    with torch.device("meta"):  # sizes only
         missing = size(hybrid.Model(replace(c, ssm="mamba2"))) - size(dense.Model(thin))
-    per_neuron = 3 * c.n_embd * c.n_layer                  # its weights in gate, up and down
+    per_neuron = 3 * c.n_embd * c.n_layer  # its weights in gate, up and down
     return dense.Model(replace(thin, n_hidden=1 + round(missing / per_neuron)))
 
 
 # ---- training
-
 def training(model, batch_size, dtype=torch.bfloat16):
     """A function that makes one training step of a model of ours."""
     optimizer = optim.Optimizer(model, "adamw", lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=BETAS)
-    return stepper(model, model, optimizer, batch_size, model.config, dtype)
+    return stepper(model, model, optimizer, batch_size, model.config, torch.device("cpu"), dtype)
 
 
-def jamba_training(c, batch_size, dtype):
-    """The same of transformers' Jamba in the shape of `c`, a config of ours. ImportError without transformers."""
+def jamba_training(ours, batch_size, dtype):
+    """The same for transformers' Jamba, in the shape of `ours`. ImportError without transformers."""
     import transformers
+    c = ours.config
     config = transformers.JambaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_hidden or -(-c.n_embd * 8 // 3 // 32) * 32,
+        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=n_hidden(ours),
         num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head or c.n_head,
         attn_layer_period=c.attn_layer_period, attn_layer_offset=c.attn_layer_offset, mamba_d_state=c.d_state or 16,
         mamba_d_conv=c.d_conv, mamba_expand=c.expand, mamba_dt_rank=c.dt_rank or "auto", num_experts=1,
@@ -108,27 +109,7 @@ def jamba_training(c, batch_size, dtype):
 
     # torch's optimizers keep their rate to themselves; ours takes a factor on it
     optimizer = SimpleNamespace(step=lambda scale, update=optimizer.step: update())
-    return stepper(model, forward, optimizer, batch_size, c, dtype)
-
-
-def stepper(model, forward, optimizer, batch_size, c, dtype):
-    """A function that makes one training step, always on the same random tokens."""
-    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
-    idx = torch.randint(c.vocab_size, (batch_size, c.block_size + 1))  # (B, T + 1)
-    x = idx[:, :-1].contiguous()
-    y = idx[:, 1:].contiguous()
-    return lambda: train.training_step(forward, model, optimizer, x, y, batch_size, autocast, grad_clip=1.0, scale=1.0)
-
-
-def take_turns(cfg, steps):
-    """{name: step} -> {name: [seconds of a step in each round]}, after a warm-up."""
-    for step in steps.values():
-        turn(step, 0)
-    times = {name: [] for name in steps}
-    for _ in range(cfg.rounds):
-        for name, step in steps.items():
-            times[name].append(turn(step, cfg.seconds))
-    return times
+    return stepper(model, forward, optimizer, batch_size, c, torch.device("cpu"), dtype)
 
 
 def beside_jamba(cfg):
@@ -141,11 +122,11 @@ def beside_jamba(cfg):
     try:
         for dtype in (torch.bfloat16, torch.float32):
             name = f"transformers' Jamba, {str(dtype).removeprefix('torch.')}"
-            steps[name] = jamba_training(model.config, cfg.batch_size, dtype)
+            steps[name] = jamba_training(model, cfg.batch_size, dtype)
     except ImportError:
         print("\nwithout Jamba: pip install transformers")
     print(f"\ntraining, {cfg.batch_size} x {block_size} tokens a step")
-    times = take_turns(cfg, steps)
+    times = take_turns(steps, cfg.rounds, cfg.seconds)
     first = times["mamba2, bfloat16"]
     for name, seconds in times.items():
         median = statistics.median(seconds)
@@ -156,14 +137,13 @@ def beside_jamba(cfg):
 
 
 # ---- training by length of context
-
 def peak():
     """The most memory that this process has held, in MiB."""
     status = Path("/proc/self/status")
     if status.exists():
         # getrusage would start at what the parent process held
         return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**10
-    unit = 1 if sys.platform == "darwin" else 2**10        # macOS counts bytes, others KiB
+    unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts bytes, others KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
@@ -211,7 +191,6 @@ def by_length(cfg):
 
 
 # ---- decoding
-
 @torch.no_grad()
 def decoding(cfg):
     """One token after contexts of several lengths."""
@@ -220,7 +199,7 @@ def decoding(cfg):
     models = {name: build(cfg, name, max_len).eval() for name in MODELS}
     for context in cfg.contexts:
         steps = {name: decoder(model, context, max_len) for name, model in models.items()}
-        times = take_turns(cfg, steps)
+        times = take_turns(steps, cfg.rounds, cfg.seconds)
         speeds = [1 / statistics.median(times[name]) for name in MODELS]
         print(f"  {context:>8,}" + "".join(f"{speed:>12,.0f}" for speed in speeds), flush=True)
 

@@ -73,11 +73,10 @@ def nanogpt_model(cfg, device):
     return model, SimpleNamespace(step=lambda scale: optimizer.step())
 
 
-def stepper(cfg, model, optimizer, batch_size, device, dtype):
+def stepper(model, forward, optimizer, batch_size, config, device, dtype):
     """A function that makes one training step, always on the same random tokens."""
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    forward = torch.compile(model) if cfg.compile else model
-    idx = torch.randint(cfg.model.vocab_size, (batch_size, cfg.model.block_size + 1), device=device)  # (B, T + 1)
+    idx = torch.randint(config.vocab_size, (batch_size, config.block_size + 1), device=device)  # (B, T + 1)
     x = idx[:, :-1].contiguous()
     y = idx[:, 1:].contiguous()
     # it ends with .item(), which waits for a GPU
@@ -95,6 +94,17 @@ def turn(step, seconds):
     return statistics.median(times)
 
 
+def take_turns(steps, rounds, seconds):
+    """{name: step} -> {name: [median seconds of a step in each round]}, after a warm-up."""
+    for step in steps.values():
+        turn(step, 0)  # compiles, too
+    times = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name].append(turn(step, seconds))
+    return times
+
+
 def compare(cfg, batch_size):
     """Print the table of one shape."""
     c = cfg.model
@@ -109,16 +119,10 @@ def compare(cfg, batch_size):
     for name, make in makers.items():
         for dtype in (torch.bfloat16, torch.float32):
             model, optimizer = make(cfg, device)
+            forward = torch.compile(model) if cfg.compile else model
             row = f"{name}, {str(dtype).removeprefix('torch.')}"
-            steps[row] = stepper(cfg, model, optimizer, batch_size, device, dtype)
-
-    for step in steps.values():
-        turn(step, 0)  # warms up, and compiles
-    times = {name: [] for name in steps}
-    for _ in range(cfg.rounds):
-        for name, step in steps.items():
-            times[name].append(turn(step, cfg.seconds))
-
+            steps[row] = stepper(model, forward, optimizer, batch_size, c, device, dtype)
+    times = take_turns(steps, cfg.rounds, cfg.seconds)
     first = next(iter(times.values()))
     tokens = batch_size * c.block_size  # a step
     for name, seconds in times.items():

@@ -70,7 +70,6 @@ def counted(threads):
 
 
 # ---- the kernel
-
 def paths_here():
     """{name: isa} of the kernel's paths that this CPU runs."""
     best = kernel.library().isa
@@ -119,7 +118,7 @@ def kernels(cfg, threads):
     columns = (*paths, "groups of 128", "twin", "torch f32", "bf16")
     print(f"\n{counted(threads)}, one token, GOPS")
     print(f"{'N x K':>14}" + "".join(f"{name:>16}" for name in columns) + f"{'GB/s (read)':>18}")
-    n_reads = 50                                           # in one call, as one is over too soon to be timed
+    n_reads = 50  # in one call, as one is over too soon to be timed
     for n, k in SHAPES:
         x = torch.randn(1, k)
         w = matrix(n, k)
@@ -132,7 +131,7 @@ def kernels(cfg, threads):
         contestants["bf16"] = lambda x=x_half, dense=half: F.linear(x, dense)
         contestants["read"] = reader(n * k // 4, threads, n_reads)
         best = race(contestants, cfg.rounds, cfg.seconds)
-        gigabytes = n * k / 4 / 1e9                        # four weights a byte
+        gigabytes = n * k / 4 / 1e9  # four weights a byte
         rate = gigabytes / best[best_name]
         share = rate / (n_reads * gigabytes / best["read"])
         gops = "".join(f"{2 * n * k / 1e9 / best[name]:>16.1f}" for name in columns)
@@ -141,7 +140,6 @@ def kernels(cfg, threads):
 
 
 # ---- llama.cpp
-
 def llama_model(path, n_embd, n_hidden):
     """Write a GGUF file of one llama layer with TQ2_0 matrices and 300 tokens -> the shapes of its matrices."""
     import gguf
@@ -215,12 +213,11 @@ def beside_llama(cfg, threads):
                 theirs = max(theirs, work * done["timings"]["predicted_per_second"])
                 seconds = seconds_per_call(lambda layer=layer: [kernel.linear(x, *w) for x, w in layer], cfg.seconds)
                 ours = max(ours, work / seconds)
-            del server                                     # before the file it has mapped goes
+            del server  # before the file it has mapped goes
         print(f"{f'{n_embd} x {n_hidden}':>14}{theirs:>12.1f}{ours:>12.1f}{ours / theirs:>10.1f}", flush=True)
 
 
 # ---- whole models
-
 def decoder(model, autocast=False):
     """A function that decodes one token, from the start again after 128."""
     token = torch.tensor([[7]])
@@ -280,7 +277,7 @@ def parity(saved, model):
     print(f"token by token through the compiled step, beside the trained model in float64: {difference:.1e}")
 
     same = 0
-    parted = []                                            # where the other texts part
+    parted = []  # where the other texts part
     for row in idx[:, :16].tolist():
         one, other = (list(generate(m, row, 64, temperature=0)) for m in (exact, packed))
         if one == other:

@@ -1,4 +1,4 @@
-"""Hold what was written against the model, in the program it is for: transformers, llama.cpp or onnxruntime.
+"""Compare what was written with the model, in the program it is for: transformers, llama.cpp or onnxruntime.
 
     artefact = Artefact(path, "gguf", "q8_0", twin, stored)
     print(check(artefact, model, tokenizer, meta))
@@ -37,10 +37,10 @@ PROMPT = 8  # tokens of a prompt
 
 class Artefact(NamedTuple):
     path: Path
-    form: str                       # "hf", "gguf" or "onnx"
+    form: str  # "hf", "gguf" or "onnx"
     quant: str
-    twin: torch.nn.Module           # gives the logits that it must give
-    stored: dict                    # {tensor name: tensor or array} that must be in it
+    twin: torch.nn.Module  # gives the logits that it must give
+    stored: dict  # {tensor name: tensor or array} that must be in it
 
 
 @torch.no_grad()
@@ -115,7 +115,7 @@ def read_back(artefact):
     except (UserError, OSError) as error:
         raise UserError(f"check failed: {error}") from None
     wrong = [name for name in stored if name not in found or not equal(found[name], stored[name])]
-    wrong += sorted(set(found) - set(stored))  # nobody meant to store these
+    wrong += sorted(set(found) - set(stored))  # extra tensors
     if wrong:
         raise UserError(f"check failed: {wrong[0]} is not in the file as it should be")
 

@@ -1,7 +1,7 @@
 """GGUF files: what llama.cpp, Ollama, LM Studio and others read, written from a model; a Llama's, read.
 
 The container is the gguf package's; names, shapes and the tokenizer are ours. Nothing that a file claims is believed
-before it is held against the file's size.
+until it has been checked against the file's size.
 """
 import functools
 import itertools
@@ -99,7 +99,8 @@ def add_tensors(gguf, writer, model, twin, stock, quant):
     rotated = {}  # llama.cpp's Llama turns other pairs than we do
     if stock == "llama":
         rotated = {"q_proj": model.config.n_head, "k_proj": names.n_kv_head(model.config)}
-    stored, values = {}, {}
+    stored = {}
+    values = {}
     for name, tensor in weights(twin).items():
         there = names.rename(name, names.OURS, names.LLAMA_CPP, stock)
         w, scale = parts.get(name.removesuffix(".weight"), (tensor, None))
@@ -132,7 +133,7 @@ def add_tensors(gguf, writer, model, twin, stock, quant):
 def add_tokenizer(gguf, writer, tokenizer, vocab_size, meta):
     """The tokenizer as llama.cpp's `gpt2` model: byte-level BPE of which byte and char vocabularies are special cases.
 
-    A character of several bytes is one token, made by merging its bytes; what lies between needs no token of its own.
+    A character of several bytes is one token, made by merging its bytes; the steps in between need no tokens.
     """
     hf = json.loads(tokenizer.to_json())
     alphabet = byte_alphabet()
@@ -142,22 +143,25 @@ def add_tokenizer(gguf, writer, tokenizer, vocab_size, meta):
     for token, i in hf["model"]["vocab"].items():
         if tokenizer.kind == "char":
             chars = [alphabet[byte] for byte in token.encode()]
-            merges += ["".join(chars[:n]) + " " + chars[n] for n in range(1, len(chars))]
             token = "".join(chars)
+            for n in range(1, len(chars)):
+                merges.append(token[:n] + " " + token[n])
         tokens[i] = token
         types[i] = NORMAL
     for token in hf["added_tokens"]:
         tokens[token["id"]] = token["content"]
         types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
     if tokenizer.kind not in ("byte", "char"):
-        # either form is found in tokenizer.json: "a b" or ["a", "b"]
-        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in hf["model"]["merges"]]
+        for merge in hf["model"]["merges"]:
+            # tokenizer.json may hold either form: "a b" or ["a", "b"]
+            merges.append(merge if isinstance(merge, str) else " ".join(merge))
+    merges = list(dict.fromkeys(merges))  # characters share merges of their bytes
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pretokenizer_name(tokenizer, hf))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges(list(dict.fromkeys(merges)) or [NO_MERGE])  # characters share merges of their bytes
-    writer.add_bos_token_id(meta.get("bos", tokenizer.eot))  # without these llama.cpp ends every text at id 11
+    writer.add_token_merges(merges or [NO_MERGE])
+    writer.add_bos_token_id(meta.get("bos", tokenizer.eot))  # without these two llama.cpp ends every text at id 11
     writer.add_eos_token_id(meta.get("eos", tokenizer.eot))
     writer.add_add_bos_token(False)  # a prompt is what was typed, as in sample.py
     writer.add_add_space_prefix(False)
@@ -170,10 +174,11 @@ def pretokenizer_name(tokenizer, hf):
     if tokenizer.kind in ("byte", "char"):
         return "gpt-2"
     # llama.cpp's `gpt2` model neither normalises text nor falls back to bytes
-    if hf["model"]["type"] == "BPE" and not hf["normalizer"] and not hf["model"].get("byte_fallback"):
-        for name, preset in PRETOKENIZER_OF.items():
-            if same_split(hf["pre_tokenizer"], json.loads(pre_tokenizer_of(preset).__getstate__())):
-                return name
+    plain_bpe = hf["model"]["type"] == "BPE" and not hf["normalizer"] and not hf["model"].get("byte_fallback")
+    for name, preset in PRETOKENIZER_OF.items():
+        preset_rule = json.loads(pre_tokenizer_of(preset).__getstate__())
+        if plain_bpe and same_split(hf["pre_tokenizer"], preset_rule):
+            return name
     raise UserError(f"{tokenizer.name}: llama.cpp has no name for how this tokenizer splits text before BPE: use "
                     f"--format=hf, or train with a tokenizer made with --pretokenizer={'|'.join(PRETOKENIZERS)}")
 
@@ -182,7 +187,9 @@ def same_split(one, other):
     """Whether two pre-tokenizers of tokenizer.json split alike; trim_offsets does not change ids."""
     if isinstance(one, dict) and isinstance(other, dict):
         keys = one.keys() - {"trim_offsets"}
-        return keys == other.keys() - {"trim_offsets"} and all(same_split(one[key], other[key]) for key in keys)
+        if keys != other.keys() - {"trim_offsets"}:
+            return False
+        return all(same_split(one[key], other[key]) for key in keys)
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(same_split, one, other))
     return one == other
@@ -205,7 +212,7 @@ def open_file(path, _):
     class Reader(gguf.GGUFReader):
         """The package's own believes any length that a file claims, and makes an object of every number."""
 
-        # how the package reads every number; past the end numpy would return fewer without a word
+        # how the package reads every number; past the end numpy would silently return fewer
         def _get(self, offset, dtype, count=1, override_order=None):
             if offset + np.dtype(dtype).itemsize * int(count) > self.data.size:
                 raise ValueError("it ends too early")
@@ -230,10 +237,12 @@ def open_file(path, _):
     try:
         reader = Reader(path)
         places = sorted((int(tensor.data_offset), int(tensor.n_bytes)) for tensor in reader.tensors)
-        # a small file could claim the same bytes for thousands of tensors
-        if any(one + size > other for (one, size), (other, _) in itertools.pairwise(places)):
-            raise ValueError("its tensors overlap")
-        return reader, {name: field.contents() for name, field in reader.fields.items()}
+        for (start, size), (next_start, _) in itertools.pairwise(places):
+            # a small file could claim the same bytes for thousands of tensors
+            if start + size > next_start:
+                raise ValueError("its tensors overlap")
+        values = {name: field.contents() for name, field in reader.fields.items()}
+        return reader, values
     except Exception as error:  # of many kinds
         raise UserError(f"{path} is not a sound GGUF file ({short(error, 100)}): download it again") from None
 
@@ -273,9 +282,9 @@ def read(path):
 
 def check_readable(path, values, reader):
     """UserError unless the file holds a plain Llama in number formats that we know."""
-    if values.get("general.architecture") != "llama":
-        raise UserError(f"{path} is of architecture {str(values.get('general.architecture'))[:40]!r}: only llama can "
-                        "be read")
+    arch = values.get("general.architecture")
+    if arch != "llama":
+        raise UserError(f"{path} is of architecture {str(arch)[:40]!r}: only llama can be read")
     for key in ("llama.rope.scaling.type", "llama.expert_count"):
         if values.get(key) not in (None, 0, "none"):
             raise UserError(f"{path} has {key}={str(values[key])[:40]}, which model.py does not support")
@@ -304,13 +313,16 @@ def read_meta(values, vocab_size):
 def read_tokenizer(path):
     """The Tokenizer that a GGUF file carries."""
     values = parts(path)[0]
-    model, pre = values.get("tokenizer.ggml.model"), values.get("tokenizer.ggml.pre")
-    tokens, types, merges = (values.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type", "merges"))
+    model = values.get("tokenizer.ggml.model")
+    pre = values.get("tokenizer.ggml.pre")
+    tokens = values.get("tokenizer.ggml.tokens")
+    types = values.get("tokenizer.ggml.token_type")
+    merges = values.get("tokenizer.ggml.merges")
     if model != "gpt2" or pre not in PRETOKENIZER_OF:
         raise UserError(f"{path}: its tokenizer ({str(model)[:20]}, {str(pre)[:20]}) cannot be read: only byte-level "
                         f"BPE (gpt2) with {', '.join(PRETOKENIZER_OF)}; use the Hugging Face folder of this model")
-    lists = [tokens, types, merges]
-    if not all(isinstance(part, list) for part in lists) or len(tokens) != len(types) or len(set(tokens)) < len(tokens):
+    sound = all(isinstance(part, list) for part in (tokens, types, merges))
+    if not sound or len(tokens) != len(types) or len(set(tokens)) < len(tokens):
         raise UserError(f"{path}: its tokenizer is damaged: download it again")
     build = functools.partial(build_tokenizer, tokens, types, merges, pre, name=str(path))
     return guard(f"{path}: its tokenizer is damaged", build)
@@ -322,16 +334,25 @@ def build_tokenizer(tokens, types, merges, pre, name):
     # a special token before the last normal one is part of the vocabulary; behind it, it is added by its order
     last = max(normal.values(), default=0)
     inside = {token: i for i, token in enumerate(tokens[:last]) if types[i] in (CONTROL, USER_DEFINED)}
-    pairs = [tuple(merge.partition(" ")[::2]) for merge in merges]
-    # those that make up a character of several bytes, and NO_MERGE, have halves that are no tokens
-    pairs = [pair for pair in pairs if all(part in normal for part in (*pair, "".join(pair)))]
+    pairs = []
+    for merge in merges:
+        left, _, right = merge.partition(" ")
+        # merges that build a character of several bytes, and NO_MERGE, have halves that are not tokens
+        if left in normal and right in normal and left + right in normal:
+            pairs.append((left, right))
     if not pairs and len(normal) != 256:  # characters, each made of its bytes
         byte_of = {char: byte for byte, char in enumerate(byte_alphabet())}
-        chars = {bytes(byte_of[char] for char in token).decode(): i for token, i in normal.items()}
+        chars = {}
+        for token, i in normal.items():
+            encoded = bytes(byte_of[char] for char in token)
+            chars[encoded.decode()] = i
         hf = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=chars | inside, merges=[]))
         hf.decoder = tokenizers.decoders.Fuse()
     else:
-        split = pre_tokenizer_of(PRETOKENIZER_OF[pre]) if pairs else byte_tokenizer().hf.pre_tokenizer
+        if pairs:
+            split = pre_tokenizer_of(PRETOKENIZER_OF[pre])
+        else:
+            split = byte_tokenizer().hf.pre_tokenizer
         hf = byte_level(normal | inside, pairs, split, ignore_merges=pre == "llama-bpe")
     for kind, add in ((USER_DEFINED, hf.add_tokens), (CONTROL, hf.add_special_tokens)):
         for i, token in enumerate(tokens):

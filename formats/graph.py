@@ -24,11 +24,15 @@ class Graph:
     """
 
     def __init__(self, config=None, quant="fp32", cached=False, dtype=np.float32):
-        self.config, self.quant, self.cached = config, quant, cached
+        self.config = config
+        self.quant = quant
+        self.cached = cached
         self.dtype = dtype
         self.float = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-        self.inputs, self.outputs = {}, {}  # {name: (type, shape)}
-        self.nodes, self.weights = [], {}
+        self.inputs = {}  # {name: (type, shape)}
+        self.outputs = {}  # the same
+        self.nodes = []
+        self.weights = {}  # {name: array}
         self.constants = {}  # {(dtype, shape, bytes): name}
         self.count = itertools.count()
         self.is_body = False
@@ -48,9 +52,11 @@ class Graph:
 
     def weight(self, value, name=None):
         """Name of a constant; equal nameless ones are stored once."""
-        array = np.ascontiguousarray(value.detach().numpy() if isinstance(value, torch.Tensor) else value)
+        if isinstance(value, torch.Tensor):
+            value = value.detach().numpy()
+        array = np.ascontiguousarray(value)
         array = array.reshape(np.shape(value))  # ascontiguousarray makes a vector of a scalar
-        if array.dtype in (np.float32, np.float64):  # float16 stays what it is
+        if array.dtype in (np.float32, np.float64):  # float16 stays float16
             array = array.astype(self.dtype, copy=False)
         if name is None:
             key = array.dtype.str, array.shape, array.tobytes()
@@ -61,7 +67,9 @@ class Graph:
     def body(self):
         """Graph for the body of a loop, which sees the constants of this one."""
         body = Graph(dtype=self.dtype)
-        body.weights, body.constants, body.count = self.weights, self.constants, self.count
+        body.weights = self.weights
+        body.constants = self.constants
+        body.count = self.count
         body.is_body = True
         return body
 
@@ -75,19 +83,26 @@ class Graph:
 
     def build(self, name, with_weights=True):
         """-> onnx.GraphProto."""
-        inputs = [helper.make_tensor_value_info(key, *kind) for key, kind in self.inputs.items()]
-        outputs = [helper.make_tensor_value_info(key, *kind) for key, kind in self.outputs.items()]
+        inputs = value_infos(self.inputs)
+        outputs = value_infos(self.outputs)
         weights = []
         if with_weights and not self.is_body:  # a body's belong to the graph around it
             weights = [numpy_helper.from_array(array, key) for key, array in self.weights.items()]
         return helper.make_graph(self.nodes, name, inputs, outputs, weights)
 
 
+def value_infos(named):
+    """{name: (type, shape)} -> [onnx.ValueInfoProto]."""
+    return [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in named.items()]
+
+
 # ---- matrices
 def absmax(g, x):
     """x (..., K) -> (integers from -127 to 127 as floats, their scale (..., 1)), as ternary.absmax."""
-    scale = g.Div(127.0, g.Max(g.ReduceMax(g.Abs(x), axes=[-1]), 1e-5))
-    return g.Round(g.Mul(x, scale)), scale
+    largest = g.ReduceMax(g.Abs(x), axes=[-1])
+    scale = g.Div(127.0, g.Max(largest, 1e-5))
+    q = g.Round(g.Mul(x, scale))
+    return q, scale
 
 
 def matmul_int8(g, x, codes, scales):
@@ -95,8 +110,10 @@ def matmul_int8(g, x, codes, scales):
 
     Both sides unsigned: x86 processors without VNNI overflow on signed times unsigned.
     """
+    zero = np.uint8(128)
     x = g.Cast(g.Add(x, 128.0), to=TensorProto.UINT8)
-    return g.Mul(g.Cast(g.MatMulInteger(x, codes, np.uint8(128), np.uint8(128)), to=g.float), scales)
+    sums = g.MatMulInteger(x, codes, zero, zero)  # int32
+    return g.Mul(g.Cast(sums, to=g.float), scales)
 
 
 def matmul_nbits(g, x, codes, scales, bits, block, name):
@@ -119,7 +136,8 @@ def linear(g, x, module, name, n_in):
     if g.quant == "int8" or (g.quant == "int4" and name == "head"):
         codes, scales = quantise8(weight)
         q, scale = absmax(g, x)
-        return matmul_int8(g, q, g.weight(codes.T, f"{name}_q8"), g.Div(g.weight(scales), scale))
+        codes = g.weight(codes.T, f"{name}_q8")
+        return matmul_int8(g, q, codes, g.Div(g.weight(scales), scale))
     if g.quant == "int4":
         codes, scales = quantise4(weight)
         return matmul_nbits(g, x, codes, scales, 4, BLOCK, name)
@@ -132,22 +150,32 @@ def ternary_linear(g, x, module, name, n_in):
     w_scale = w_scale.numpy()  # (), or (N, groups)
     group = module.group_size
     q, scale = absmax(g, x)
-    scale = g.Div(1.0 if group else w_scale, scale)  # (..., 1)
+    if group:
+        scale = g.Div(1.0, scale)  # (..., 1)
+        block = math.gcd(group, 256)  # inputs that share a scale in the file
+    else:
+        scale = g.Div(w_scale, scale)
+        block = 128
     bits = {"int4": 4, "q2": 2}.get(g.quant)
-    block = math.gcd(group, 256) if group else 128  # inputs that share a scale in the file
     if bits and block >= 16:  # the least that MatMulNBits knows
-        # without groups the scales in the file are 1: it then adds integers, which float32 does exactly
-        scales = np.ones((len(t), -(-n_in // block)), np.float32)
         if group:
-            scales = np.repeat(w_scale, group // block, 1)
-        codes = t.numpy().astype(np.int8) + np.int8(1 << (bits - 1))
-        return g.Mul(matmul_nbits(g, q, codes, scales, bits, block, name), scale)
+            scales = np.repeat(w_scale, group // block, 1)  # (N, blocks)
+        else:
+            # of 1: it then adds integers, which float32 does exactly
+            n_blocks = math.ceil(n_in / block)
+            scales = np.ones((len(t), n_blocks), np.float32)
+        zero = np.int8(2 ** (bits - 1))
+        codes = t.numpy().astype(np.int8) + zero
+        y = matmul_nbits(g, q, codes, scales, bits, block, name)
+        return g.Mul(y, scale)
     if g.quant == "int8" and not group:
         codes = (t.numpy() + 128).astype(np.uint8)
-        return matmul_int8(g, q, g.weight(codes.T, f"{name}_q8"), scale)
+        codes = g.weight(codes.T, f"{name}_q8")
+        return matmul_int8(g, q, codes, scale)
     if group:
         t = product(t, torch.from_numpy(w_scale))
-    return g.Mul(g.MatMul(q, g.weight(t.numpy().T, name)), scale)
+    y = g.MatMul(q, g.weight(t.numpy().T, name))
+    return g.Mul(y, scale)
 
 
 def embed(g, ids, weight):
@@ -155,11 +183,15 @@ def embed(g, ids, weight):
     if g.quant in ("int8", "int4"):
         # looked up as bytes, so that the table stays one byte a number in memory, too
         codes, scales = quantise8(weight)
-        x = g.Sub(g.Cast(g.Gather(g.weight(codes, "embed_q8"), ids), to=g.float), 128.0)
-        return g.Mul(x, g.Gather(g.weight(scales[:, None], "embed_scales"), ids))
-    if g.quant == "q2" and (weight.astype(np.float16) == weight).all():  # a ternary model's
-        # not the other way round: a runtime folds this Cast when it loads, and not every GPU supports float16
-        return g.Gather(g.Cast(g.weight(weight.astype(np.float16), "embed_f16"), to=g.float, name="embed"), ids)
+        rows = g.Gather(g.weight(codes, "embed_q8"), ids)
+        x = g.Sub(g.Cast(rows, to=g.float), 128.0)
+        scales = g.Gather(g.weight(scales[:, None], "embed_scales"), ids)
+        return g.Mul(x, scales)
+    half = weight.astype(np.float16)
+    if g.quant == "q2" and (half == weight).all():  # a ternary model's
+        # the Cast comes first: a runtime folds it when it loads, and not every GPU supports float16
+        table = g.Cast(g.weight(half, "embed_f16"), to=g.float, name="embed")
+        return g.Gather(table, ids)
     return g.Gather(g.weight(weight, "embed"), ids)
 
 
@@ -168,5 +200,6 @@ def tied_head(g, x):
     if "embed_q8" in g.weights:
         q, scale = absmax(g, x)
         scales = g.Transpose("embed_scales", perm=[1, 0])
-        return matmul_int8(g, q, g.Transpose("embed_q8", perm=[1, 0]), g.Div(scales, scale))
+        codes = g.Transpose("embed_q8", perm=[1, 0])
+        return matmul_int8(g, q, codes, g.Div(scales, scale))
     return g.MatMul(x, g.Transpose("embed", perm=[1, 0]))

@@ -1,8 +1,8 @@
 """Hugging Face folders: what transformers, vLLM, MLX and others read, written from a model; a Llama's, read.
 
-A stock architecture goes out under its name. Any other model goes out with its own model file as its code, which
-transformers runs with trust_remote_code=True. Nothing that a file claims is believed before it is held against the
-file's size, and pickles are never read.
+A stock architecture is exported under its name. Any other model is exported with its own model file as code, which
+transformers runs with trust_remote_code=True. Nothing that a file claims is believed until it has been checked
+against the file's size, and pickles are never read.
 """
 import inspect
 import json

@@ -5,8 +5,9 @@
     onnx_format.write("model_q4.onnx", model, quant="int4")        # "int8", "int4" and, for ternary models, "q2"
     onnx_format.write("window.onnx", model, window=True)           # (batch, block) ids -> logits of the last one
 
-The layers of our model files are spelled out here a second time, so no graph is written before it gave the logits of
-the model's own forward (`hold`). The cache has the names and shapes that onnxruntime-genai and transformers.js know.
+The layers of our model files are spelled out here a second time, so no graph is written before it has given the
+logits of the model's own forward (`hold`). The cache has the names and shapes that onnxruntime-genai and
+transformers.js know.
 
 Legend: as in model.py; P tokens in the cache, S = P + T, N outputs and K inputs of a matrix
 (in Mamba: E channels, each with N numbers of state).
@@ -50,7 +51,8 @@ def rms_norm(g, x, module, name):
     if isinstance(module, torch.nn.Identity):  # where a Config switches the norm off
         return x
     root = root_mean_square(g, x, module.eps)
-    return g.Mul(g.Div(x, root), g.weight(module.weight, name))
+    y = g.Div(x, root)
+    return g.Mul(y, g.weight(module.weight, name))
 
 
 def silu(g, x):
@@ -70,8 +72,10 @@ def softplus(g, x):
 
 def rope_table(g, positions, head_dim, theta):
     """positions (B, T) -> cos and signed sin, (B, T, 1, D), for `rotate`."""
-    freqs = theta ** (-torch.arange(0, head_dim, 2) / head_dim)  # (D/2,)
-    positions = g.Unsqueeze(g.Cast(positions, to=g.float), [2, 3])  # (B, T, 1, 1)
+    pairs = torch.arange(0, head_dim, 2)
+    freqs = theta ** (-pairs / head_dim)  # (D/2,)
+    positions = g.Cast(positions, to=g.float)
+    positions = g.Unsqueeze(positions, [2, 3])  # (B, T, 1, 1)
     angles = g.Mul(positions, freqs)
     cos = g.Cos(angles)
     sin = g.Sin(angles)
@@ -91,14 +95,15 @@ def rotate(g, x, cos, sin):
 # ---- attention and mlp
 class Shared(NamedTuple):
     """What every layer reads, computed once."""
-    rope: tuple | None              # cos and sin of each position; None: there is no RoPE
-    mask: str                       # (B or 1, 1, 1, T, S), 0 or -1e9, to be added to scores
-    present: str | None             # (B, T, 1), 0 on padding; None: no layer must be told
+    rope: tuple | None  # cos and sin of each position; None: there is no RoPE
+    mask: str  # (B or 1, 1, 1, T, S), 0 or -1e9, to be added to scores
+    present: str | None  # (B, T, 1), 0 on padding; None: no layer needs it
 
 
 def heads(g, x, attn, name, kind, n_head, rope=None):
     """The queries, keys or values (kind "q", "k" or "v") of x (B, T, C) -> (B, n_head, T, D)."""
-    projected = linear(g, x, getattr(attn, f"{kind}_proj"), f"{name}.{kind}_proj", g.config.n_embd)
+    proj = getattr(attn, f"{kind}_proj")
+    projected = linear(g, x, proj, f"{name}.{kind}_proj", g.config.n_embd)
     y = g.Reshape(projected, [0, 0, n_head, attn.head_dim])  # 0: as it is
     norm = getattr(attn, f"{kind}_norm", None)
     if norm is not None:
@@ -128,10 +133,12 @@ def attention(g, x, attn, name, i, shared):
     # queries in K groups, which share their key and value by broadcasting
     q = g.Mul(q, 1 / math.sqrt(D))
     q = g.Reshape(q, [0, K, g.config.n_head // K, -1, D])  # (B, K, H / K, T, D)
-    k = g.Unsqueeze(g.Transpose(k, perm=[0, 1, 3, 2]), [2])  # (B, K, 1, D, S)
-    scores = g.Add(g.MatMul(q, k), shared.mask)  # (B, K, H / K, T, S)
-    weights = g.Softmax(scores, axis=-1)
-    y = g.MatMul(weights, g.Unsqueeze(v, [2]))  # (B, K, H / K, T, D)
+    k = g.Transpose(k, perm=[0, 1, 3, 2])  # (B, K, D, S)
+    k = g.Unsqueeze(k, [2])  # (B, K, 1, D, S)
+    scores = g.MatMul(q, k)  # (B, K, H / K, T, S)
+    weights = g.Softmax(g.Add(scores, shared.mask), axis=-1)
+    v = g.Unsqueeze(v, [2])  # (B, K, 1, S, D)
+    y = g.MatMul(weights, v)  # (B, K, H / K, T, D)
     y = g.Transpose(y, perm=[0, 3, 1, 2, 4])
     y = g.Reshape(y, [0, 0, C])  # (B, T, C)
     if hasattr(attn, "sub_norm"):
@@ -175,7 +182,8 @@ def mamba(g, x, mixer, name, i, present):
         g.output(f"present_ssm.{i}", ["batch_size", 1, E, N])
     else:
         batch_size = g.Slice(g.Shape(x), [0], [1])
-        h = g.Expand(np.float32(0), g.Concat(batch_size, [1, E, N], axis=0))
+        shape = g.Concat(batch_size, [1, E, N], axis=0)
+        h = g.Expand(np.float32(0), shape)
     if is_mamba2:
         inputs, a, skip = mamba2_inputs(g, u, dt, mixer)
     else:
@@ -183,7 +191,9 @@ def mamba(g, x, mixer, name, i, present):
     h, y = scan(g, h, inputs, a, N, name)
     if g.cached:
         g.Identity(h, name=f"present_ssm.{i}")
-    y = g.Add(y, g.Mul(inputs[0], g.weight(skip, f"{name}.D")))
+    u = inputs[0]
+    skipped = g.Mul(u, g.weight(skip, f"{name}.D"))
+    y = g.Add(y, skipped)
     y = g.Mul(y, silu(g, z))
     if is_mamba2:
         y = rms_norm(g, y, mixer.norm, f"{name}.norm.weight")
@@ -205,9 +215,11 @@ def convolution(g, u, mixer, name, i, present):
     kernel = g.weight(mixer.conv1d.weight, f"{name}.conv1d.weight")
     bias = g.weight(mixer.conv1d.bias)
     padding = 0 if g.cached else width - 1
-    u = silu(g, g.Conv(u, kernel, bias, group=W, pads=[padding, 0]))
-    u = g.Transpose(u, perm=[0, 2, 1])  # (B, T, W)
-    return g.Mul(u, present) if present else u
+    u = g.Conv(u, kernel, bias, group=W, pads=[padding, 0])
+    u = g.Transpose(silu(g, u), perm=[0, 2, 1])  # (B, T, W)
+    if present:
+        u = g.Mul(u, present)
+    return u
 
 
 def mamba1_inputs(g, u, mixer, name):
@@ -221,8 +233,10 @@ def mamba1_inputs(g, u, mixer, name):
     c = rms_norm(g, c, mixer.c_norm, f"{name}.c_norm.weight")
     # not rounded in any form: it is small, and an error in dt adds up along the text
     dt = g.MatMul(dt, g.weight(mixer.dt_proj.weight.T, f"{name}.dt_proj"))
-    dt = g.Softplus(g.Add(dt, mixer.dt_proj.bias))  # (B, T, E)
-    return (u, dt, b, c), -mixer.A_log.exp(), mixer.D
+    dt = g.Add(dt, mixer.dt_proj.bias)
+    dt = g.Softplus(dt)  # (B, T, E)
+    a = -mixer.A_log.exp()
+    return (u, dt, b, c), a, mixer.D
 
 
 def mamba2_inputs(g, u, dt, mixer):
@@ -232,9 +246,12 @@ def mamba2_inputs(g, u, dt, mixer):
     width = E // mixer.n_head  # channels that share a decay
     u, b, c = g.Split(u, [E, N, N], n=3, axis=-1)
     spread = torch.eye(mixer.n_head).repeat_interleave(width, 1)  # heads to channels
-    dt = g.MatMul(g.Softplus(g.Add(dt, mixer.dt_bias)), spread)  # (B, T, E)
-    a = -mixer.A_log.exp().repeat_interleave(width)[:, None]
-    return (u, dt, b, c), a, mixer.D.repeat_interleave(width)
+    dt = g.Softplus(g.Add(dt, mixer.dt_bias))  # (B, T, heads)
+    dt = g.MatMul(dt, spread)  # (B, T, E)
+    a = -mixer.A_log.exp()  # (heads,)
+    a = a.repeat_interleave(width)[:, None]
+    skip = mixer.D.repeat_interleave(width)
+    return (u, dt, b, c), a, skip
 
 
 def scan(g, h, inputs, a, n_state, name):
@@ -249,11 +266,16 @@ def scan(g, h, inputs, a, n_state, name):
     dt = body.input(f"{name}.dt", [None, E])
     b = body.input(f"{name}.b", [None, N])
     c = body.input(f"{name}.c", [None, N])
-    decay = body.Exp(body.Mul(body.Unsqueeze(dt, [1, 3]), g.weight(a, f"{name}.A")))  # (B, 1, E, N or 1)
-    step = body.Unsqueeze(body.Mul(dt, u), [1, 3])  # (B, 1, E, 1)
-    new = body.MatMul(step, body.Unsqueeze(b, [1, 2]))  # (B, 1, E, N)
-    h_out = body.Add(body.Mul(decay, h_in), new, name=f"{name}.h_out")
-    y = body.MatMul(h_out, body.Unsqueeze(c, [1, 3]))  # (B, 1, E, 1)
+    logs = body.Mul(body.Unsqueeze(dt, [1, 3]), g.weight(a, f"{name}.A"))
+    decay = body.Exp(logs)  # (B, 1, E, N or 1)
+    dtu = body.Mul(dt, u)
+    dtu = body.Unsqueeze(dtu, [1, 3])  # (B, 1, E, 1)
+    b = body.Unsqueeze(b, [1, 2])  # (B, 1, 1, N)
+    new = body.MatMul(dtu, b)  # (B, 1, E, N)
+    kept = body.Mul(decay, h_in)
+    h_out = body.Add(kept, new, name=f"{name}.h_out")
+    c = body.Unsqueeze(c, [1, 3])  # (B, 1, N, 1)
+    y = body.MatMul(h_out, c)  # (B, 1, E, 1)
     body.Squeeze(y, [1, 3], name=f"{name}.y")
     body.output(f"{name}.h_out", [None, 1, E, N])
     body.output(f"{name}.y", [None, E])
@@ -272,12 +294,16 @@ def streams(g, x, module, name, f):
     else:
         pre, post, res = coefficients(g, x, module, name)
         pre = g.Unsqueeze(g.Sigmoid(pre), [2])  # (B, T, 1, n)
-        weights = g.Concat(pre, g.Transpose(res, perm=[0, 1, 3, 2]), axis=2)  # (B, T, n + 1, n)
-        post = g.Unsqueeze(g.Mul(g.Sigmoid(post), 2.0), [3])  # (B, T, n, 1)
-    # one product gives what the layer reads and what the streams become
-    first, rest = g.Split(g.MatMul(weights, x), [1, n], n=2, axis=2)  # (B, T, 1 and n, C)
-    y = f(g.Squeeze(first, [2]))
-    return g.Add(rest, g.Mul(post, g.Unsqueeze(y, [2])))
+        res = g.Transpose(res, perm=[0, 1, 3, 2])
+        weights = g.Concat(pre, res, axis=2)  # (B, T, n + 1, n)
+        post = g.Mul(g.Sigmoid(post), 2.0)
+        post = g.Unsqueeze(post, [3])  # (B, T, n, 1)
+    # one product mixes both: the layer's input, and the streams that pass it by
+    mixed = g.MatMul(weights, x)  # (B, T, n + 1, C)
+    first, rest = g.Split(mixed, [1, n], n=2, axis=2)
+    y = f(g.Squeeze(first, [2]))  # (B, T, C)
+    y = g.Unsqueeze(y, [2])
+    return g.Add(rest, g.Mul(post, y))
 
 
 def coefficients(g, x, module, name):
@@ -285,13 +311,15 @@ def coefficients(g, x, module, name):
     n = module.n
     flat = g.Reshape(x, [0, 0, n * g.config.n_embd])
     root = root_mean_square(g, flat, module.norm_eps)
-    scale = torch.cat([s.expand(size) for s, size in zip(module.scale, module.sizes, strict=True)])
+    scales = [s.expand(size) for s, size in zip(module.scale, module.sizes, strict=True)]
     proj = g.weight((module.proj * module.gain).T, f"{name}.proj")
     logits = g.Div(g.MatMul(flat, proj), root)
-    logits = g.Add(g.Mul(logits, scale), module.bias)
+    logits = g.Mul(logits, torch.cat(scales))
+    logits = g.Add(logits, module.bias)
     pre, post, res = g.Split(logits, list(module.sizes), n=3, axis=-1)
-    mixed = g.MatMul(g.Softmax(res, axis=-1), module.permutations.flatten(1))
-    return pre, post, g.Reshape(mixed, [0, 0, n, n])
+    res = g.Softmax(res, axis=-1)  # (B, T, n!)
+    res = g.MatMul(res, module.permutations.flatten(1))
+    return pre, post, g.Reshape(res, [0, 0, n, n])
 
 
 def residual(g, x, f, module, name):
@@ -318,23 +346,28 @@ def wired(g, model):
     outputs = {}  # {(level, index) of a unit: its output (B, N)}
     act = {"silu": silu, "gelu": gelu, "softplus": softplus}[config.act]
     ids = g.input("input_ids", ["batch", "block"], INT32)
-    there = g.Unsqueeze(g.Cast(g.GreaterOrEqual(ids, np.int32(0)), to=g.float), [2])
+    is_token = g.GreaterOrEqual(ids, np.int32(0))
+    is_token = g.Cast(is_token, to=g.float)
+    is_token = g.Unsqueeze(is_token, [2])  # (B, T, 1)
     x = embed(g, ids, model.embed.weight.detach().numpy())  # (B, T, C)
     x = rms_norm(g, x, model.embed_norm, "embed_norm.weight")
-    x = g.Mul(x, there)
-    # zeros in front, so that a short text fills the window, too
+    x = g.Mul(x, is_token)
+    # zeros in front, so that a short text fills the window too
     x = g.Pad(x, np.array([0, config.window - 1, 0, 0, 0, 0]))
     x = g.Slice(x, [-config.window], [END], [1])  # (B, W, C)
     for i, (name, unit) in enumerate(zip(model.names, model.units, strict=True)):
         z = g.weight(unit.bias, f"units.{i}.bias")
         if unit.places:
-            seen = g.Reshape(g.Gather(x, list(unit.places), axis=1), [0, -1])  # (B, P * C)
+            seen = g.Gather(x, list(unit.places), axis=1)  # (B, P, C)
+            seen = g.Reshape(seen, [0, -1])  # (B, P * C)
             weight = g.weight(unit.rotated(model.angles()).T, f"units.{i}.window")
             z = g.Add(z, g.MatMul(seen, weight))
         if unit.units:
-            y = g.Concat(*(outputs[u] for u in unit.units), axis=-1)
+            seen = [outputs[other] for other in unit.units]
+            y = g.Concat(*seen, axis=-1)
             y = rms_norm(g, y, unit.norm, f"units.{i}.norm.weight")
-            z = g.Add(z, linear(g, y, unit.proj, f"units.{i}.proj", 0))
+            y = linear(g, y, unit.proj, f"units.{i}.proj", 0)
+            z = g.Add(z, y)
         outputs[name] = act(g, z)
     return z  # the last unit's, before its activation
 
@@ -350,9 +383,10 @@ def transformer(g, model, window):
         x = g.Expand(g.Unsqueeze(x, [2]), [1, 1, n, 1])  # (B, T, n, C)
     if shared.rope is None and not window:
         del g.inputs["position_ids"]  # nothing reads it
+    width = n_hidden(model)
     for i, block in enumerate(model.blocks):
         mix = functools.partial(mixer_layer, g, block=block, i=i, shared=shared)
-        feed = functools.partial(mlp_layer, g, block=block, i=i, n_hidden=n_hidden(model))
+        feed = functools.partial(mlp_layer, g, block=block, i=i, n_hidden=width)
         x = residual(g, x, mix, getattr(block, "attn_residual", None), f"blocks.{i}.attn_residual")
         x = residual(g, x, feed, getattr(block, "mlp_residual", None), f"blocks.{i}.mlp_residual")
     if window:
@@ -378,8 +412,10 @@ def inputs(g, config, window):
     if window:
         allowed = g.Unsqueeze(allowed, [0, 1, 2])
     else:
-        seen_keys = g.Cast(g.Unsqueeze(seen, [1]), to=TensorProto.BOOL)  # (B, 1, S)
-        allowed = g.Unsqueeze(g.And(allowed, seen_keys), [1, 2])
+        seen_keys = g.Unsqueeze(seen, [1])  # (B, 1, S)
+        seen_keys = g.Cast(seen_keys, to=TensorProto.BOOL)
+        allowed = g.And(allowed, seen_keys)
+        allowed = g.Unsqueeze(allowed, [1, 2])
     # not -inf: a row of padding, which may see nothing, would become NaN
     mask = g.Where(allowed, 0.0, -1e9)  # (B or 1, 1, 1, T, S)
     rope = None
@@ -387,8 +423,10 @@ def inputs(g, config, window):
         rope = rope_table(g, positions, config.n_embd // config.n_head, config.rope_theta)
     present = None
     if not window and hasattr(config, "attn_layer_period"):  # a state would remember padding, which attention masks
-        recent = g.Slice(seen, g.Unsqueeze(g.Sub(S, T), [0]), [END], [1])
-        present = g.Unsqueeze(g.Cast(recent, to=g.float), [2])  # (B, T, 1)
+        start = g.Unsqueeze(g.Sub(S, T), [0])
+        recent = g.Slice(seen, start, [END], [1])
+        present = g.Cast(recent, to=g.float)
+        present = g.Unsqueeze(present, [2])  # (B, T, 1)
     return ids, Shared(rope, mask, present)
 
 
@@ -415,7 +453,10 @@ def finished(g, x, model, window):
     if getattr(config, "n_streams", 1) > 1:
         x = g.ReduceSum(x, [-2], keepdims=0)
     head = getattr(model, "head", None)
-    logits = tied_head(g, x) if head is None else linear(g, x, head, "head", config.n_embd)
+    if head is None:
+        logits = tied_head(g, x)
+    else:
+        logits = linear(g, x, head, "head", config.n_embd)
     g.Identity(logits, name="logits")
     shape = ["batch"] if window else ["batch_size", "sequence_length"]
     g.outputs = {"logits": (g.float, [*shape, config.vocab_size])} | g.outputs  # the first, as everyone expects
@@ -431,7 +472,7 @@ def to_proto(g, name, with_weights=True):
                              producer_name="thimble")
 
 
-# ---- held against the model
+# ---- compared with the model
 class Scan(OpRun):
     """The operator as `scan` uses it, along axis 1, which onnx's own evaluator lacks."""
     op_domain = ""
@@ -444,30 +485,36 @@ class Scan(OpRun):
         ys = []
         for t in range(inputs[0].shape[1]):
             now = [x[:, t] for x in inputs]
-            h, y = self._run_body({**context, **dict(zip(names, [h, *now], strict=True))})
+            feed = dict(zip(names, [h, *now], strict=True))
+            h, y = self._run_body(context | feed)
             ys.append(y)
         return h, np.stack(ys, 1)
 
 
 def evaluate(g, ids):
     """The graph's logits for ids (B, T) with an empty cache, by onnx's own evaluator, which needs no runtime."""
-    feed = {"input_ids": ids.numpy(), "attention_mask": np.ones(ids.shape, np.int64),
-            "position_ids": np.arange(ids.size(1))[None].repeat(len(ids), 0)}
-    feed = {name: value for name, value in feed.items() if name in g.inputs}
-    feed["input_ids"] = feed["input_ids"].astype(helper.tensor_dtype_to_np_dtype(g.inputs["input_ids"][0]))
+    B, T = ids.shape
+    kind, _ = g.inputs["input_ids"]
+    feed = {"input_ids": ids.numpy().astype(helper.tensor_dtype_to_np_dtype(kind))}
+    if "attention_mask" in g.inputs:
+        feed["attention_mask"] = np.ones((B, T), np.int64)
+    if "position_ids" in g.inputs:
+        feed["position_ids"] = np.arange(T)[None].repeat(B, 0)
     for name, (_, sizes) in g.inputs.items():
         if name.startswith("past"):
-            feed[name] = np.zeros(empty_shape(sizes, len(ids)), g.dtype)
-    # weights as inputs: inside of the graph they would be copied twice
-    run = ReferenceEvaluator(to_proto(g, "graph", with_weights=False), new_ops=[Scan])
-    return torch.from_numpy(run.run(["logits"], feed | g.weights)[0]).double()
+            feed[name] = np.zeros(empty_shape(sizes, B), g.dtype)
+    # weights as inputs: inside the graph they would be copied twice
+    proto = to_proto(g, "graph", with_weights=False)
+    evaluator = ReferenceEvaluator(proto, new_ops=[Scan])
+    logits, = evaluator.run(["logits"], feed | g.weights)
+    return torch.from_numpy(logits).double()
 
 
 @torch.no_grad()
 def hold(model, window):
     """UserError unless the graph gives the logits of the model's own forward, both in float64.
 
-    It holds the layers of this file against those of the model file, before the graph stands in for them: whoever
+    The layers of this file are compared with those of the model file before the graph stands in for them: whoever
     changes an activation there must not get a graph of the old one.
     """
     arch = type(model).__module__
@@ -477,15 +524,24 @@ def hold(model, window):
         with in_float64():
             g = graph(wide, window=window, dtype=np.float64)
         ids = some_ids(model)
-        same = True
-        # of a window only the last logits come out, and a short row reads places without a token
-        for length in {ids.size(1), ids.size(1) // 2 + 1} if window else {ids.size(1)}:
-            own = own_logits(wide, ids[:, :length])
-            same &= not differs(own[:, -1] if window else own, evaluate(g, ids[:, :length]))
-    except Exception as error:  # whatever a model file of one's own lacks, or has besides
+        if window:
+            same = window_agrees(wide, g, ids)
+        else:
+            same = not differs(own_logits(wide, ids), evaluate(g, ids))
+    except Exception as error:  # a fork may lack anything, or have more
         raise UserError(f"{arch}.py has no ONNX form ({short(error, 100)}): {remedy}") from None
     if not same:
-        raise UserError(f"{arch}.py computes something else than the ONNX form of its layers: {remedy}")
+        raise UserError(f"{arch}.py computes something other than the ONNX form of its layers: {remedy}")
+
+
+def window_agrees(wide, g, ids):
+    """Whether the graph's logits, those of the last token, are the model's: for all ids, and for the first half."""
+    T = ids.size(1)
+    for length in {T, T // 2 + 1}:  # a short row reads places without a token
+        own = own_logits(wide, ids[:, :length])[:, -1]
+        if differs(own, evaluate(g, ids[:, :length])):
+            return False
+    return True
 
 
 # ---- the file

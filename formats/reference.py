@@ -1,4 +1,4 @@
-"""Llama, BitNet and Jamba once more, from their published definitions alone, to hold a model against.
+"""Llama, BitNet and Jamba once more, from their published definitions alone, to compare a model with.
 
     >>> stock_architecture(model)
     ('llama', '')
@@ -23,7 +23,8 @@ from thimble.files import short
 # ---- the three architectures: {name in Hugging Face: tensor}, emptied as it is used; config.json -> logits (B, T, V)
 def rms_norm(x, weight, eps):
     """Zhang & Sennrich 2019, "Root Mean Square Layer Normalization", eq. 4."""
-    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+    mean = x.square().mean(-1, keepdim=True)
+    return x / (mean + eps).sqrt() * weight
 
 
 def rotary(x, theta):
@@ -31,9 +32,12 @@ def rotary(x, theta):
     T = x.size(1)
     D = x.size(-1)
     freqs = theta ** (-torch.arange(0, D, 2, dtype=x.dtype) / D)
-    angles = (torch.arange(T, dtype=x.dtype)[:, None] * freqs)[:, None]  # (T, 1, D/2)
+    positions = torch.arange(T, dtype=x.dtype)
+    angles = positions[:, None, None] * freqs  # (T, 1, D/2)
+    cos = angles.cos()
+    sin = angles.sin()
     one, other = x.chunk(2, -1)
-    return torch.cat((one * angles.cos() - other * angles.sin(), other * angles.cos() + one * angles.sin()), -1)
+    return torch.cat((one * cos - other * sin, other * cos + one * sin), -1)
 
 
 def attention(w, prefix, config, x, linear=F.linear):
@@ -61,7 +65,10 @@ def attention(w, prefix, config, x, linear=F.linear):
 def gated_mlp(w, prefix, config, x, linear=F.linear):
     """Shazeer 2020, "GLU variants": down(act(gate(x)) * up(x)); BitNet b1.58 2B4T has a norm before `down`."""
     gate = linear(x, w.pop(prefix + "gate_proj.weight"))
-    gate = F.relu(gate).square() if config["hidden_act"] == "relu2" else F.silu(gate)
+    if config["hidden_act"] == "relu2":
+        gate = F.relu(gate).square()
+    else:
+        gate = F.silu(gate)
     y = gate * linear(x, w.pop(prefix + "up_proj.weight"))
     if config["model_type"] == "bitnet":
         y = rms_norm(y, w.pop(prefix + "ffn_sub_norm.weight"), config["rms_norm_eps"])
@@ -77,26 +84,33 @@ def mamba(w, prefix, config, x):
     kernel = w.pop(prefix + "conv1d.weight")  # (E, 1, k)
     bias = w.pop(prefix + "conv1d.bias")
     u = F.pad(u.mT, (kernel.size(-1) - 1, 0))  # causal: it sees this token and those before
-    u = F.silu(F.conv1d(u, kernel, bias, groups=len(kernel))).mT
-    dt, b, c = F.linear(u, w.pop(prefix + "x_proj.weight")).split((rank, N, N), -1)
+    u = F.conv1d(u, kernel, bias, groups=len(kernel))
+    u = F.silu(u).mT  # (B, T, E)
+    projected = F.linear(u, w.pop(prefix + "x_proj.weight"))
+    dt, b, c = projected.split((rank, N, N), -1)
     dt = rms_norm(dt, w.pop(prefix + "dt_layernorm.weight"), eps)
     b = rms_norm(b, w.pop(prefix + "b_layernorm.weight"), eps)
     c = rms_norm(c, w.pop(prefix + "c_layernorm.weight"), eps)
-    dt = F.softplus(F.linear(dt, w.pop(prefix + "dt_proj.weight"), w.pop(prefix + "dt_proj.bias")))
+    dt = F.linear(dt, w.pop(prefix + "dt_proj.weight"), w.pop(prefix + "dt_proj.bias"))
+    dt = F.softplus(dt)  # (B, T, E)
     a = -w.pop(prefix + "A_log").exp()  # (E, N)
     h = 0
     ys = []
     for t in range(x.size(1)):  # the plain recurrence: slow, and nothing to get wrong
-        h = (dt[:, t, :, None] * a).exp() * h + (dt * u)[:, t, :, None] * b[:, t, None]  # (B, E, N)
-        ys.append((h * c[:, t, None]).sum(-1))
+        decay = (dt[:, t, :, None] * a).exp()  # (B, E, N)
+        new = (dt * u)[:, t, :, None] * b[:, t, None]
+        h = decay * h + new
+        y = (h * c[:, t, None]).sum(-1)  # (B, E)
+        ys.append(y)
     y = torch.stack(ys, 1) + u * w.pop(prefix + "D")
-    return F.linear(y * F.silu(z), w.pop(prefix + "out_proj.weight"))
+    y = y * F.silu(z)
+    return F.linear(y, w.pop(prefix + "out_proj.weight"))
 
 
 def llama(w, config, ids, linear=F.linear):
     """Touvron et al. 2023, "LLaMA", section 2.2; names and layout as in transformers' LlamaForCausalLM."""
     eps = config["rms_norm_eps"]
-    embedding = w.pop("model.embed_tokens.weight")  # and the head, where there is none of its own
+    embedding = w.pop("model.embed_tokens.weight")  # and the head, if the two are tied
     x = embedding[ids]
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}."
@@ -104,7 +118,8 @@ def llama(w, config, ids, linear=F.linear):
         x = x + attention(w, layer + "self_attn.", config, y, linear)
         y = rms_norm(x, w.pop(layer + "post_attention_layernorm.weight"), eps)
         x = x + gated_mlp(w, layer + "mlp.", config, y, linear)
-    return F.linear(rms_norm(x, w.pop("model.norm.weight"), eps), w.pop("lm_head.weight", embedding))
+    x = rms_norm(x, w.pop("model.norm.weight"), eps)
+    return F.linear(x, w.pop("lm_head.weight", embedding))
 
 
 def bitnet(w, config, ids):
@@ -114,10 +129,13 @@ def bitnet(w, config, ids):
     def linear(x, weight):
         if online:  # else the weights are rounded already
             # in float32, as every program does it: 0.5 must fall to the same side everywhere
-            scale = weight.float().abs().mean().clamp(min=1e-5)
-            weight = ((weight.float() / scale).round().clamp(-1, 1).double() * scale).to(x.dtype)
+            weight = weight.float()
+            scale = weight.abs().mean().clamp(min=1e-5)
+            t = (weight / scale).round().clamp(-1, 1)
+            weight = (t.double() * scale).to(x.dtype)
         scale = 127 / x.abs().amax(-1, keepdim=True).clamp(min=1e-5)
-        return F.linear((x * scale).round().clamp(-128, 127) / scale, weight)
+        q = (x * scale).round().clamp(-128, 127)
+        return F.linear(q / scale, weight)
 
     return llama(w, config, ids, linear)
 
@@ -125,7 +143,7 @@ def bitnet(w, config, ids):
 def jamba(w, config, ids):
     """Lieber et al. 2024, "Jamba", section 2, without experts; names as in transformers' JambaForCausalLM."""
     eps = config["rms_norm_eps"]
-    embedding = w.pop("model.embed_tokens.weight")  # and the head, where there is none of its own
+    embedding = w.pop("model.embed_tokens.weight")  # and the head, if the two are tied
     x = embedding[ids]
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}."
@@ -136,7 +154,8 @@ def jamba(w, config, ids):
             x = x + mamba(w, layer + "mamba.", config, y)
         y = rms_norm(x, w.pop(layer + "pre_ff_layernorm.weight"), eps)
         x = x + gated_mlp(w, layer + "feed_forward.", config, y)
-    return F.linear(rms_norm(x, w.pop("model.final_layernorm.weight"), eps), w.pop("lm_head.weight", embedding))
+    x = rms_norm(x, w.pop("model.final_layernorm.weight"), eps)
+    return F.linear(x, w.pop("lm_head.weight", embedding))
 
 
 # ---- a model beside them
@@ -154,7 +173,7 @@ EXTRAS = {"qk_norm": False, "mlp": "swiglu", "n_streams": 1, "group_size": 0, "s
 
 
 def some_ids(model):
-    """(1, T) random ids: a whole context where the limits above allow, for a sliding window shows only behind it."""
+    """(1, T) random ids: a whole context if the limits above allow: a sliding window shows only beyond its width."""
     config = model.config
     parameters = sum(p.numel() for p in model.parameters())
     affordable = min(MOST_TOKENS, MOST_LOGITS // config.vocab_size, MOST_WORK // max(1, parameters))
@@ -235,11 +254,11 @@ def stock_architecture(model):
         if theirs:  # a tensor for which the architecture has no use
             raise KeyError(next(iter(theirs)))
         if differs(own_logits(wide, ids), logits):
-            why = f"it computes something else than {TITLES[stock]}"
+            why = f"it computes something other than {TITLES[stock]}"
     except KeyError as error:
         why = f"its tensors are not those of {TITLES[stock]}: {error.args[0]}"
-    except Exception as error:  # whatever a model file of one's own lacks, or cannot do in float64
-        why = f"it cannot be held against {TITLES[stock]}: {short(error, 100)}"
+    except Exception as error:  # a fork may lack anything, or fail in float64
+        why = f"it cannot be compared with {TITLES[stock]}: {short(error, 100)}"
     if not why:
         return stock, ""
     for key, value in EXTRAS.items():  # the better reason, where there is one

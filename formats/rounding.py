@@ -20,26 +20,34 @@ def quantise4(weight):
     The number of largest size in a block becomes -8, so that all 16 codes are in use (llama.cpp's Q4_0 does the same).
     """
     n, k = weight.shape
-    blocks = np.pad(weight, ((0, 0), (0, -k % BLOCK))).reshape(n, -1, BLOCK)
-    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1, keepdims=True), -1)
+    padded = np.pad(weight, ((0, 0), (0, -k % BLOCK)))
+    blocks = padded.reshape(n, -1, BLOCK)
+    place = np.abs(blocks).argmax(-1, keepdims=True)
+    largest = np.take_along_axis(blocks, place, -1)  # (N, blocks, 1), with its sign
     scales = largest / -8
-    codes = np.clip(np.round(blocks / np.where(scales, scales, 1)) + 8, 0, 15)
-    return codes.reshape(n, -1)[:, :k].astype(np.uint8), scales[..., 0].astype(np.float32)
+    divisors = np.where(scales, scales, 1)  # a block of zeros has a scale of 0
+    codes = np.round(blocks / divisors) + 8
+    codes = np.clip(codes, 0, 15).reshape(n, -1)
+    return codes[:, :k].astype(np.uint8), scales[..., 0].astype(np.float32)
 
 
 def quantise8(weight):
     """weight (N, K) -> uint8 codes (N, K), scales (N,): w is near (code - 128) * scale."""
-    scales = np.maximum(np.abs(weight).max(1), 1e-12) / 127
-    return (np.round(weight / scales[:, None]) + 128).astype(np.uint8), scales.astype(np.float32)
+    largest = np.abs(weight).max(1)
+    scales = np.maximum(largest, 1e-12) / 127
+    codes = np.round(weight / scales[:, None]) + 128
+    return codes.astype(np.uint8), scales.astype(np.float32)
 
 
 def pack(codes, bits, block):
     """codes (N, K) below 2 ** bits -> uint8 (N, ceil(K / block), block * bits / 8), low bits first, for MatMulNBits."""
-    zero = 1 << (bits - 1)  # the code that stands for 0
-    codes = np.pad(codes, ((0, 0), (0, -codes.shape[1] % block)), constant_values=zero)
-    codes = codes.reshape(len(codes), -1, block * bits // 8, 8 // bits).astype(np.uint8)
+    n, k = codes.shape
+    n_per_byte = 8 // bits
+    zero = 2 ** (bits - 1)  # the code that stands for 0
+    codes = np.pad(codes, ((0, 0), (0, -k % block)), constant_values=zero)
+    codes = codes.reshape(n, -1, block // n_per_byte, n_per_byte).astype(np.uint8)
     packed = np.zeros(codes.shape[:-1], np.uint8)
-    for i in range(8 // bits):
+    for i in range(n_per_byte):
         packed |= codes[..., i] << (bits * i)
     return packed
 
@@ -48,14 +56,16 @@ def pack(codes, bits, block):
 def rounded8(weight):
     """weight (N, K) -> what its 8-bit codes stand for."""
     codes, scales = quantise8(weight.numpy())
-    return torch.from_numpy((codes.astype(np.float32) - 128) * scales[:, None])
+    integers = codes.astype(np.float32) - 128
+    return torch.from_numpy(integers * scales[:, None])
 
 
 def rounded4(weight):
     """weight (N, K) -> what its 4-bit codes stand for."""
     codes, scales = quantise4(weight.numpy())
     scales = np.repeat(scales, BLOCK, 1)[:, :codes.shape[1]]
-    return torch.from_numpy((codes.astype(np.float32) - 8) * scales)
+    integers = codes.astype(np.float32) - 8
+    return torch.from_numpy(integers * scales)
 
 
 def rounded_activations(x):
@@ -65,7 +75,10 @@ def rounded_activations(x):
 
 
 def round_input(module):
-    module.register_forward_pre_hook(lambda _, inputs: (rounded_activations(inputs[0]),))
+    def rounded(_, inputs):
+        return (rounded_activations(inputs[0]),)
+
+    module.register_forward_pre_hook(rounded)
 
 
 @torch.no_grad()
@@ -93,7 +106,7 @@ def twin(model, quant):
                     round_input(module)
             else:
                 module.weight.copy_(rounded4(module.weight))
-    # here, and not at a head of its own: the head may be the embedding
+    # here, and not at the head, which may be the embedding
     unembed = twin.unembed
     twin.unembed = lambda x: unembed(rounded_activations(x))
     return twin

@@ -74,7 +74,7 @@ def write_page(folder, model, tokenizer, quant, meta):
 def fetch_packages(folder):
     """Copy the files of PACKAGES, as npm installs them, into `folder`."""
     if shutil.which("npm") is None:
-        raise UserError("--format=web takes the files of onnxruntime-web from npm, which is not here: install Node.js")
+        raise UserError("--format=web takes the files of onnxruntime-web from npm, which is missing: install Node.js")
     folder.mkdir()
     with tempfile.TemporaryDirectory() as work:
         command = ["npm", "install", "--prefix", work, "--ignore-scripts", "--no-audit", "--no-fund", *PACKAGES]

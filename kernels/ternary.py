@@ -29,10 +29,9 @@ TOLERANCE = 1e-5  # of a Stepper's logits, relative to the largest; the float32 
 
 
 # ---- one matrix
-
 def row_bytes(k):
     """Bytes of a row of k weights: four a byte, in blocks of 256."""
-    return -(-k // 256) * 64
+    return math.ceil(k / 256) * 64
 
 
 def pack(t):
@@ -40,8 +39,9 @@ def pack(t):
     if not ((t >= -1) & (t <= 1) & (t == t.round())).all():
         raise ValueError("only -1, 0 and 1 can be packed")
     n, k = t.shape
-    codes = torch.nn.functional.pad((t + 1).to(torch.uint8), (0, -k % 256), value=1)  # 1 stands for t = 0
-    planes = codes.view(n, -1, 4, 64)                                                 # of each block of 256
+    codes = (t + 1).to(torch.uint8)
+    codes = torch.nn.functional.pad(codes, (0, -k % 256), value=1)  # 1 stands for t = 0
+    planes = codes.view(n, -1, 4, 64)  # of each block of 256
     packed = planes[:, :, 0] | planes[:, :, 1] << 2 | planes[:, :, 2] << 4 | planes[:, :, 3] << 6
     return packed.flatten(1)
 
@@ -49,8 +49,9 @@ def pack(t):
 def unpack(codes, k):
     """codes (N, blocks * 64) -> t (N, k) int8."""
     blocks = codes.view(len(codes), -1, 64)
-    planes = torch.stack([blocks >> shift & 3 for shift in (0, 2, 4, 6)], 2)          # (N, blocks, 4, 64)
-    return planes.flatten(1)[:, :k].to(torch.int8) - 1
+    planes = [blocks >> shift & 3 for shift in (0, 2, 4, 6)]
+    codes = torch.stack(planes, 2).flatten(1)  # (N, blocks * 256)
+    return codes[:, :k].to(torch.int8) - 1
 
 
 def linear_torch(x, codes, scales, group_size=0):
@@ -59,22 +60,31 @@ def linear_torch(x, codes, scales, group_size=0):
     q = round(x * s), s = 127 / max|x| of each token; y = (q t^T) * (scales / s), or by groups of inputs
     ((q t^T)_0 * scales_0 + (q t^T)_1 * scales_1 + ...) / s. Sums of integers below 2^24 are exact in float32.
     """
-    t = unpack(codes, x.size(-1)).to(x.dtype)                                         # (N, K)
-    scale = 127 / x.abs().amax(-1, keepdim=True).clamp(min=1e-5)                      # (..., 1)
+    t = unpack(codes, x.size(-1)).to(x.dtype)  # (N, K)
+    scale = 127 / x.abs().amax(-1, keepdim=True).clamp(min=1e-5)  # (..., 1)
     q = (x * scale).round()
     if not group_size:
         return (q @ t.mT) * (scales / scale)
+    groups = zip(q.split(group_size, -1), t.split(group_size, -1), scales, strict=True)
     total = 0
-    for g, (q_g, t_g) in enumerate(zip(q.split(group_size, -1), t.split(group_size, -1), strict=True)):
-        total = total + (q_g @ t_g.mT) * scales[g]
+    for q_g, t_g, scale_g in groups:
+        total = total + (q_g @ t_g.mT) * scale_g
     return total / scale
+
+
+def scales_shape(n, k, group_size):
+    """Shape of the scales of a matrix (N, K)."""
+    if not group_size:
+        return ()
+    return k // group_size, n
 
 
 def linear(x, codes, scales, group_size=0):
     """x (..., K), codes from `pack`, scales () or (K / group_size, N) -> (..., N), in x's dtype."""
-    k, n = x.size(-1), len(codes)
-    shape = (k // group_size, n) if group_size else ()
-    if codes.shape[1] != row_bytes(k) or scales.shape != shape or group_size and k % group_size:
+    k = x.size(-1)
+    n = len(codes)
+    shape = scales_shape(n, k, group_size)
+    if codes.shape[1] != row_bytes(k) or scales.shape != shape or (group_size and k % group_size):
         raise ValueError(f"x (..., {k}) does not fit codes {tuple(codes.shape)} and scales {tuple(scales.shape)}")
     lib = None
     # the C++ sums in blocks of 128 inputs, so it knows no smaller groups
@@ -82,7 +92,7 @@ def linear(x, codes, scales, group_size=0):
         lib = library()
     if lib is None:
         return linear_torch(x, codes, scales, group_size)
-    x = x.contiguous()                                     # (M, K), whatever its shape
+    x = x.contiguous()  # (M, K), whatever its shape
     y = x.new_empty(*x.shape[:-1], n)
     lib.thimble_linear(x.data_ptr(), codes.data_ptr(), scales.data_ptr(), y.data_ptr(), x.numel() // k, n, k,
                        group_size, lib.isa, torch.get_num_threads())
@@ -90,7 +100,6 @@ def linear(x, codes, scales, group_size=0):
 
 
 # ---- a whole step
-
 class Shape(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in (
         "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "vocab_size", "group_size", "n_streams", "relu2",
@@ -116,8 +125,8 @@ class Stepper:
         self.eps = c.norm_eps
         self.theta = c.rope_theta
         self.rope_table = rope_table
-        self.rope = None                                   # cos and sin of max_len positions, made at the first call
-        self.kept = []                                     # tensors whose addresses C++ holds
+        self.rope = None  # cos and sin of max_len positions, made at the first call
+        self.kept = []  # tensors whose addresses C++ holds
         addresses = []
         for block in model.blocks:
             addresses += self.layer(block)
@@ -128,9 +137,11 @@ class Stepper:
 
     def layer(self, block):
         """Addresses of a block's weights, in the order of struct Layer in ternary.cpp."""
-        C, M = self.shape.n_embd, self.shape.n_hidden
+        C = self.shape.n_embd
+        M = self.shape.n_hidden
         kv = self.shape.n_kv_head * self.head_dim
-        attn, mlp = block.attn, block.mlp
+        attn = block.attn
+        mlp = block.mlp
         addresses = [self.wide(block.attn_norm.weight, C)]
         addresses += self.matrix(attn.q_proj, C, C)
         addresses += self.matrix(attn.k_proj, kv, C)
@@ -144,7 +155,7 @@ class Stepper:
         addresses += self.matrix(mlp.down_proj, C, M)
         addresses += [self.wide(getattr(mlp.sub_norm, "weight", None), M)]
         addresses += self.streams(block.mlp_residual)
-        return [*addresses, None, None]                    # keys and values of the cache: at each call
+        return [*addresses, None, None]  # keys and values of the cache: at each call
 
     def matrix(self, linear, n_out, n_in):
         """Addresses of a matrix's codes and scales."""
@@ -152,19 +163,22 @@ class Stepper:
         if group_size and n_in % group_size:
             raise ValueError(f"{n_in} inputs in groups of {group_size}")
         codes = checked(linear.codes, n_out, row_bytes(n_in))
-        scales = checked(linear.scales, *((n_in // group_size, n_out) if group_size else ()))
+        scales = checked(linear.scales, *scales_shape(n_out, n_in, group_size))
         if codes.dtype != torch.uint8 or scales.dtype != torch.float32:
             raise ValueError(f"codes {codes.dtype}, scales {scales.dtype}")
-        self.kept += [codes.contiguous(), scales.contiguous()]
-        return [tensor.data_ptr() for tensor in self.kept[-2:]]
+        codes = codes.contiguous()
+        scales = scales.contiguous()
+        self.kept += [codes, scales]
+        return [codes.data_ptr(), scales.data_ptr()]
 
     def streams(self, residual):
         """Addresses of what mixes the streams around a layer: bias, gain, proj and scale."""
-        n, width = self.shape.n_streams, self.shape.n_streams * self.shape.n_embd
+        n = self.shape.n_streams
+        width = n * self.shape.n_embd
         if n == 1:
             return [None] * 4
         n_logits = 2 * n + math.factorial(n)
-        if residual.proj is None:                          # static: the first permutation's logit is 0 and not stored
+        if residual.proj is None:  # static: the first permutation's logit is 0 and not stored
             return [self.wide(residual.bias, n_logits - 1), None, None, None]
         return [self.wide(residual.bias, n_logits), self.wide(residual.gain, width),
                 self.wide(residual.proj, n_logits, width), self.wide(residual.scale, 3)]
@@ -173,8 +187,9 @@ class Stepper:
         """Address of a float64 copy of the tensor; None for None."""
         if tensor is None:
             return None
-        self.kept.append(checked(tensor, *shape).detach().double().contiguous())
-        return self.kept[-1].data_ptr()
+        copied = checked(tensor, *shape).detach().double().contiguous()
+        self.kept.append(copied)
+        return copied.data_ptr()
 
     def __call__(self, idx, cache):
         """idx (B, T), cache of Model.init_cache in float64, to be filled in -> logits (B, V) float32 of the last."""
@@ -183,9 +198,11 @@ class Stepper:
         if keys.dtype != torch.float64 or not keys.is_contiguous():
             raise ValueError(f"the compiled step needs a cache of contiguous float64, not {keys.dtype}")
         max_len = keys.size(2)
-        starts = cache["pos"].expand(B).tolist()           # one for all rows, or one each
-        if max(starts) + T > max_len or not 0 <= int(idx.min()) <= int(idx.max()) < self.shape.vocab_size:
-            raise IndexError(f"{T} ids up to {int(idx.max())} at position {max(starts)} do not fit a cache of "
+        starts = cache["pos"].expand(B).tolist()  # one for all rows, or one each
+        lowest = int(idx.min())
+        highest = int(idx.max())
+        if max(starts) + T > max_len or lowest < 0 or highest >= self.shape.vocab_size:
+            raise IndexError(f"{T} ids up to {highest} at position {max(starts)} do not fit a cache of "
                              f"{max_len} and a vocabulary of {self.shape.vocab_size}")
         if self.shape.max_len != max_len:
             # another cache than the last one's; a server and a sampler keep to one
@@ -234,8 +251,8 @@ def stepper(model, rope_table, renew=True):
 def new_stepper(model, rope_table):
     """A Stepper that computes what the model does; None otherwise.
 
-    The C++ is a second copy of an architecture that forks of ternary.py change. So it never speaks for a model before
-    it was held against that model's own step; where they differ, the model is right.
+    The C++ is a second copy of an architecture that forks of ternary.py change. So it never stands in for a model
+    before it has been compared with that model's own step; where they differ, the model is right.
     """
     dtypes = {tensor.dtype for tensor in model.parameters()}
     devices = {tensor.device.type for tensor in model.parameters()}
@@ -247,8 +264,8 @@ def new_stepper(model, rope_table):
         if off <= TOLERANCE:
             return found
         why = f"their logits differ by {off:.0e} of the largest"
-    except Exception as e:                                 # whatever a fork lacks or calls by another name
-        why = " ".join(f"{type(e).__name__}: {e}".split())
+    except Exception as e:  # whatever a fork lacks or calls by another name
+        why = " ".join(f"{type(e).__name__}: {e}".split())  # on one line
     file = f"{type(model).__module__}.py"
     note(f"{file} is not what kernels/ternary.cpp computes ({why}): its own Python decodes, slower")
     return None
@@ -262,8 +279,8 @@ def difference(step, model):
     A prefill and a single token, at the end of a context of random keys and values: what depends on the distance, or
     looks back for some tokens only, shows there as well.
     """
-    exact = copy.deepcopy(model).double()                  # which is plain Python: a Stepper is for float32 only
-    generator = torch.Generator().manual_seed(0)           # the global one belongs to the sampler
+    exact = copy.deepcopy(model).double()  # which is plain Python: a Stepper is for float32 only
+    generator = torch.Generator().manual_seed(0)  # the global one belongs to the sampler
     idx = torch.randint(model.config.vocab_size, (1, 6), generator=generator)
     max_len = max(idx.size(1), min(model.config.block_size, 1024))
     cache = exact.init_cache(1, max_len)
@@ -272,7 +289,8 @@ def difference(step, model):
         for keys_or_values in (layer["k"], layer["v"]):
             checked(keys_or_values, *shape).uniform_(-1, 1, generator=generator)
     cache["pos"] = cache["pos"] + max_len - idx.size(1)
-    worst, largest = 0.0, 0.0
+    worst = 0.0
+    largest = 0.0
     with torch.autocast("cpu", enabled=False):
         for part in idx.split((5, 1), 1):
             # First the copy: C++ then puts its own keys and values in the place of the copy's, at the same position.
@@ -291,7 +309,6 @@ def note(text):
 
 
 # ---- the compiler
-
 @functools.cache
 def library():
     """The compiled kernel; None, with one line of notice, where it cannot be had."""
@@ -323,7 +340,8 @@ def build():
         except (OSError, subprocess.CalledProcessError):
             continue
         # another source, compiler or flag is another file
-        name = hashlib.sha256(SOURCE.read_bytes() + version + " ".join(FLAGS).encode()).hexdigest()[:16]
+        made_of = SOURCE.read_bytes() + version + " ".join(FLAGS).encode()
+        name = hashlib.sha256(made_of).hexdigest()[:16]
         for folder in folders():
             path = folder / f"ternary-{name}.so"
             try:
@@ -340,11 +358,13 @@ def folders():
     """Where a library may be kept: the user's cache; the temporary folder for a user without a home or a full disk."""
     temporary = Path(tempfile.gettempdir()) / f"thimble-{user_id()}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "thimble"
-    return [cache, temporary] if cache.is_absolute() else [temporary]
+    if not cache.is_absolute():  # a user without a home
+        return [temporary]
+    return [cache, temporary]
 
 
 def user_id():
-    return os.getuid() if hasattr(os, "getuid") else 0     # Windows has none
+    return os.getuid() if hasattr(os, "getuid") else 0  # Windows has none
 
 
 def make_private(folder):
@@ -355,9 +375,10 @@ def make_private(folder):
 
 
 def usable(path):
-    """Whether path is a library of ours, whole: a sum of its bytes lies beside it."""
+    """Whether path is a complete library of ours: its SHA-256 lies beside it."""
     try:
-        return path.with_suffix(".sha256").read_text() == hashlib.sha256(path.read_bytes()).hexdigest()
+        expected = path.with_suffix(".sha256").read_text()
+        return expected == hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:
         return False
 
@@ -366,11 +387,12 @@ def compile_to(path, compiler):
     """Compile under a temporary name, then rename: other processes may be doing the same."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         new = Path(folder) / path.name
-        for openmp in (["-fopenmp"], []):                  # without it: one thread
+        for openmp in (["-fopenmp"], []):  # without it: one thread
             done = subprocess.run([compiler, *FLAGS, *openmp, str(SOURCE), "-o", str(new)], capture_output=True)
             if done.returncode == 0:
                 break
         done.check_returncode()
-        new.with_suffix(".sha256").write_text(hashlib.sha256(new.read_bytes()).hexdigest())
-        os.replace(new.with_suffix(".sha256"), path.with_suffix(".sha256"))
+        checksum = new.with_suffix(".sha256")
+        checksum.write_text(hashlib.sha256(new.read_bytes()).hexdigest())
+        os.replace(checksum, path.with_suffix(".sha256"))
         os.replace(new, path)

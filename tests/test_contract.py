@@ -215,6 +215,7 @@ def saved(request, tmp_path, monkeypatch):
         assert source.count(old) == 1
         (tmp_path / f"mine_{arch}.py").write_text(source.replace(old, new))
         monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr(checkpoint, "HERE", tmp_path)  # where model files are
         monkeypatch.delitem(sys.modules, f"mine_{arch}", raising=False)
     arch = prefix + arch
     module = importlib.import_module(arch)

@@ -181,6 +181,7 @@ def test_a_fork_is_packed_only_if_that_is_the_model_that_was_trained(tmp_path, m
     assert change[0] in source
     (tmp_path / "mine.py").write_text(source.replace(*change))
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(checkpoint, "HERE", tmp_path)  # where model files are
     monkeypatch.delitem(sys.modules, "mine", raising=False)
     made = tiny(importlib.import_module("mine"))
     save(tmp_path / "run", made, best=True)

@@ -31,7 +31,7 @@ def test_two_norms_swapped_in_the_table_are_noticed(monkeypatch):
         stem, _, last = theirs.rpartition(".")
         table.append((ours, f"{stem}.{swapped[last]}" if last in swapped else theirs, there))
     monkeypatch.setattr(names, "JAMBA", table)
-    assert stock_architecture(built("jamba")[0]) == ("", "it computes something else than Jamba")
+    assert stock_architecture(built("jamba")[0]) == ("", "it computes something other than Jamba")
 
 
 # ---- forks: a model file with one change, in its place or as a copy under another name
@@ -81,7 +81,7 @@ def test_a_fork_leaves_as_what_it_computes_or_not_at_all(fork, tmp_path, change,
     words, folder = tokenizer("byte"), tmp_path / f"{arch}-{in_place}"
     window = arch == "cerebros"
     refusals = {"gguf": "llama.cpp has no architecture for this model",
-                "onnx": "computes something else than the ONNX form of its layers"}
+                "onnx": "computes something other than the ONNX form of its layers"}
     if change == "a rounding":  # the graph holds what the model's own Python rounded
         del refusals["onnx"]
         assert send(model, words, tmp_path / "right.onnx", "onnx", prompts=4, prompt_tokens=8).get("delta", 0) < 0.05
@@ -122,4 +122,4 @@ def test_a_method_of_another_name_is_no_other_model(fork, tmp_path):
 def test_a_fork_that_sees_less_far_is_noticed(fork):
     """A sliding window shows only behind its width, so a whole context is compared."""
     model = fork("model", "mine", ".triu(1 + S - T)", ".triu(1 + S - T) + torch.full((T, S), -torch.inf).tril(-40)")
-    assert stock_architecture(model) == ("", "it computes something else than Llama")
+    assert stock_architecture(model) == ("", "it computes something other than Llama")

@@ -51,7 +51,7 @@ BOOLS = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false"
 # the order in which the members of a union are tried: str accepts any text, so it comes last
 KINDS = (NoneType, Literal, int, float, bool, tuple, str)
 
-# What people who come from nanoGPT or nanochat type, and the key of the same meaning here.
+# Names from nanoGPT and nanochat, and the key of the same meaning here.
 # Only consulted for a name that is not a key, and only where the target is one.
 RENAMED = {
     "max_iters": "max_steps",

@@ -20,16 +20,18 @@ def filter_logits(logits, seen=(), temperature=1.0, top_k=0, top_p=1.0, min_p=0.
     logits = logits.clone()  # the caller's stay as they are
     if repetition_penalty != 1 and len(seen):
         ids = torch.as_tensor(seen, device=logits.device).unique()
-        penalised = logits[ids]
+        old = logits[ids]
         # dividing a negative logit would make its token more likely
-        logits[ids] = torch.where(penalised > 0, penalised / repetition_penalty, penalised * repetition_penalty)
+        logits[ids] = torch.where(old > 0, old / repetition_penalty, old * repetition_penalty)
     if temperature == 0:
-        return torch.full_like(logits, -torch.inf).index_fill_(0, logits.argmax(), 0.0)
+        certain = torch.full_like(logits, -torch.inf)
+        return certain.index_fill_(0, logits.argmax(), 0.0)
     # shifted so that the largest is 0: no temperature, however small, makes it infinite
     logits = (logits - logits.max()) / max(temperature, 1e-30)
     if 0 < top_k < len(logits):
         keep = logits.topk(top_k).indices  # exactly k, even if logits are equal
-        logits = torch.full_like(logits, -torch.inf).index_copy_(0, keep, logits[keep])
+        kept = torch.full_like(logits, -torch.inf)
+        logits = kept.index_copy_(0, keep, logits[keep])
     if top_p < 1:
         probs, order = logits.softmax(-1).sort(descending=True, stable=True)
         before = probs.cumsum(-1) - probs  # the probability of all that are more likely
@@ -89,9 +91,11 @@ class Decoder:
         def pick(part):
             if isinstance(part, dict):
                 return {name: pick(value) for name, value in part.items()}
-            if not isinstance(part, torch.Tensor):
+            if isinstance(part, (list, tuple)):
                 return [pick(value) for value in part]
-            return part.index_select(0, rows) if part.dim() else part  # a position is shared by all rows
+            if not part.dim():  # a position that all rows share
+                return part
+            return part.index_select(0, rows)
 
         self.idx = self.idx[rows]
         self.cache = pick(self.cache)
@@ -124,7 +128,8 @@ def greedy(model, idx, max_new_tokens):
     new = None
     for _ in range(max_new_tokens):
         new = decoder(new).argmax(-1, keepdim=True)  # (B, 1)
-    return torch.cat((decoder.idx, new), 1)[:, idx.size(1):]
+    written = torch.cat((decoder.idx, new), 1)  # the decoder has not read the last ones
+    return written[:, idx.size(1):]
 
 
 @torch.no_grad()
@@ -136,7 +141,10 @@ def write_texts(model, tokenizer, ids, max_new_tokens, stop_ids=(), stops=(), se
     device = next(model.parameters()).device
     generators = []  # one for each text, so that none depends on which others are written beside it
     for seed in seeds:
-        generators.append(None if seed is None else torch.Generator().manual_seed(seed))
+        generator = None
+        if seed is not None:
+            generator = torch.Generator().manual_seed(seed)
+        generators.append(generator)
     streams = [tokenizer.stream() for _ in seeds]  # each holds back the bytes of an unfinished character
     texts = [""] * len(seeds)
     rows = list(range(len(seeds)))  # which text each row of the decoder writes
@@ -208,9 +216,10 @@ def beam_search(model, ids, max_new_tokens, beam, length_penalty=1.0, stop_ids=(
         reach = max(best_open / n ** length_penalty for n in (length, max_new_tokens))
         if finished and max(score for score, _ in finished) >= reach:
             break
-        scores = torch.tensor([[score] for score, _, _ in kept], dtype=torch.double)
-        decoder.select(torch.tensor([row for _, row, _ in kept], device=device))
-        new = torch.tensor([[token] for _, _, token in kept], device=device)
+        log_ps, rows, tokens = zip(*kept, strict=True)
+        scores = torch.tensor(log_ps, dtype=torch.double)[:, None]
+        decoder.select(torch.tensor(rows, device=device))
+        new = torch.tensor(tokens, device=device)[:, None]  # (rows, 1)
     score, text = max(finished, key=lambda hypothesis: hypothesis[0])
     return text, score
 
@@ -230,13 +239,13 @@ class StopTexts:
     def __call__(self, text, last=False):
         """More text -> as much of it, and of what was held back, as may be shown. `last`: no more will come."""
         self.held += text
-        found = [self.held.find(stop) for stop in self.stops]
-        found = [start for start in found if start >= 0]
+        found = [self.held.find(stop) for stop in self.stops if stop in self.held]
         if found:
             self.held = self.held[:min(found)]
             self.done = True
-        kept = 0 if self.done or last else self._beginning()
-        cut = len(self.held) - kept
+        cut = len(self.held)
+        if not self.done and not last:
+            cut -= self._beginning()
         shown = self.held[:cut]
         self.held = self.held[cut:]
         return shown

@@ -1,4 +1,4 @@
-"""Counting a text: the bits per byte that a model must beat, and how much of val stands in train too.
+"""Counting a text: the bits per byte that a model must beat, and how much of val is in train too.
 
     train, val = Counter(n_bytes), Counter(n_bytes)
     train.add(b"some text")                                # and so on; flush(final=True) once at the end of each
@@ -44,7 +44,7 @@ class NGrams:
         self.last = np.zeros(0, np.uint8)  # the end of the block before: a trigram may begin in it
 
     def add(self, text):
-        """Count on with `text`, (n,) uint8."""
+        """Count `text`, (n,) uint8, which continues the text so far."""
         for start in range(0, len(text), MB):
             block = np.concatenate([self.last, text[start:start + MB]])
             self.last = block[-2:]
@@ -96,7 +96,7 @@ def witten_bell(train, val, vocab_size):
         context = gram // vocab_size
         total = look_up(contexts, n_context, context)
         t = look_up(contexts, kinds, context)
-        # a context that train does not have says nothing: the shorter one speaks
+        # a context that train does not have falls back to the shorter one
         p = np.where(t, (look_up(grams, n_gram, gram) + t * p) / np.maximum(total + t, 1), p)
         bits.append(float(-(weights * np.log2(p)).sum()))
     return bits
@@ -125,7 +125,7 @@ class WordGrams:
         self.carry = b""  # the last 13 words and what follows: the next block's 13-grams may begin there
 
     def add(self, block, final=False):
-        """Count on with `block`, bytes; `final` says that nothing follows, so that its last word is complete."""
+        """Count `block`, bytes, which continues the text so far. final: nothing follows, its last word is complete."""
         block = self.carry + block
         text = np.frombuffer(block, np.uint8)
         is_word = (text > 32) | (text == 0)  # all but white space and control characters

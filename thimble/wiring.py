@@ -8,7 +8,9 @@ import sys
 
 from thimble import files
 
-AGES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 40)  # of tokens, those that the axis names; and the oldest
+AGES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 40)  # of tokens: the axis labels these and the oldest
+ORANGE, GRAY, RED = "tab:orange", "gray", "tab:red"
+LINES = {ORANGE: "reads a token", GRAY: "reads a unit below", RED: "lateral"}
 
 
 def levels_of(config):
@@ -30,10 +32,13 @@ def draw(config, path):
     for k, level in enumerate(levels, 1):
         for i, unit in enumerate(level):
             draw_unit(axes, unit, (k, i), at)
-    read = {place for level in levels for unit in level for place in unit["places"]}
+    read = set()
+    for level in levels:
+        for unit in level:
+            read.update(unit["places"])
     draw_window(axes, config.window, read, at)
-    for color, name in (("tab:orange", "reads a token"), ("gray", "reads a unit below"), ("tab:red", "lateral")):
-        axes.plot([], [], color=color, label=name)         # for the legend
+    for color, name in LINES.items():
+        axes.plot([], [], color=color, label=name)  # for the legend
     axes.legend(loc="upper left", fontsize=8, frameon=False)
     names = ["window", *(f"level {k}" for k in range(1, len(levels))), "output"]
     axes.set_yticks(range(len(names)), names)
@@ -42,7 +47,7 @@ def draw(config, path):
     try:
         with files.replacing(path) as temporary:
             figure.savefig(temporary, dpi=120)
-    except ValueError as e:                                # the ending is not that of a picture
+    except ValueError as e:  # matplotlib does not know the file's suffix
         raise files.UserError(f"{path}: {files.short(e)}") from None
 
 
@@ -51,39 +56,46 @@ def positions(levels, W):
     at = {}
     for place in range(W):
         age = W - place
-        at[0, place] = 0.98 - 0.96 * math.log(age) / math.log(W + 1), 0
+        # the newest at the right, and the older the closer together
+        x = 0.98 - 0.96 * math.log(age) / math.log(W + 1)
+        at[0, place] = x, 0
     for k, level in enumerate(levels, 1):
         shift = 0.0
         if k < len(levels):
             # to the left and right in turn, so that no unit hides the link between two others
             shift = 0.3 * (-1) ** k / len(level)
         for i in range(len(level)):
-            at[k, i] = (i + 0.5 + shift) / len(level), k
+            x = (i + 0.5 + shift) / len(level)
+            at[k, i] = x, k
     return at
 
 
 def draw_unit(axes, unit, name, at):
     """A unit and the lines to all that it reads."""
     x, y = at[name]
-    sources = [(0, place) for place in unit["places"]] + [(level, i) for level, i in unit["units"]]
-    for source in sources:
-        color, width, bend = "gray", 0.9, 0
-        if source[0] == 0:
-            color, width = "tab:orange", 0.6
-        elif source[0] == name[0]:
-            color, bend = "tab:red", 0.4
-        arrow = {"arrowstyle": "-", "linewidth": width, "color": color, "alpha": 0.7, "shrinkA": 0, "shrinkB": 0,
-                 "connectionstyle": f"arc3,rad={bend}", "zorder": 1}
-        axes.annotate("", (x, y), at[source], arrowprops=arrow)
+    for place in unit["places"]:
+        draw_line(axes, at[0, place], (x, y), ORANGE, width=0.6)
+    for level, i in unit["units"]:
+        if level == name[0]:
+            draw_line(axes, at[level, i], (x, y), RED, bend=0.4)
+        else:
+            draw_line(axes, at[level, i], (x, y), GRAY)
     axes.scatter(x, y, s=2 * unit["neurons"] + 20, color="tab:blue", zorder=3)
     axes.annotate(str(unit["neurons"]), (x, y), ha="center", va="center", fontsize=7, color="white", zorder=4)
+
+
+def draw_line(axes, source, target, color, width=0.9, bend=0):
+    style = {"arrowstyle": "-", "linewidth": width, "color": color, "alpha": 0.7, "shrinkA": 0, "shrinkB": 0,
+             "connectionstyle": f"arc3,rad={bend}", "zorder": 1}
+    axes.annotate("", target, source, arrowprops=style)
 
 
 def draw_window(axes, W, read, at):
     """The places of the window, gray where nothing reads them."""
     for place in range(W):
         x, y = at[0, place]
-        axes.scatter(x, y, s=14, color="black" if place in read else "lightgray", zorder=3)
+        color = "black" if place in read else "lightgray"
+        axes.scatter(x, y, s=14, color=color, zorder=3)
         age = W - place
         if age in AGES or age == W:
             axes.annotate(str(age), (x, y - 0.1), ha="center", va="top", fontsize=7)
