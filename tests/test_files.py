@@ -332,7 +332,7 @@ def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
         with files.locked(lock):
             pass
     holder.kill()
-    holder.wait()
+    holder.communicate()  # closes the pipe, too
     assert str(holder.pid) in lock.read_text()  # the file stays, the lock does not
     with files.locked(lock):
         assert lock.read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
