@@ -16,6 +16,7 @@ import contextlib
 import csv
 import fcntl
 import io
+import math
 import os
 import re
 import shlex
@@ -325,7 +326,8 @@ def ms_per_token(model, n=32):
     decoder = Decoder(model, prompt, n)
     decoder()
     times = []
-    for _ in range(min(n, max(1, model.config.block_size - half))):  # stops before the window would slide
+    n_steps = min(n, max(1, model.config.block_size - half))  # it stops before the window would slide
+    for _ in range(n_steps):
         start = time.perf_counter()
         decoder(prompt[:, :1])
         times.append(1e3 * (time.perf_counter() - start))
@@ -340,7 +342,8 @@ def run_trial(study, trial, space, dataset, command):
     folder.mkdir()
     params = {key: suggest(trial) for key, suggest in space.items()}
     # What was set, and not all of study.cfg: where the model file is varied, its other defaults are its own.
-    settings = {key: value for key, value in command.given.items() if key not in OURS} | params
+    settings = {key: value for key, value in command.given.items() if key not in OURS}
+    settings |= params
     cfg = configurator.load(train.Config, **settings | {"out_dir": str(folder)})
     n_evaluations = 0
     pruned = False
@@ -355,15 +358,18 @@ def run_trial(study, trial, space, dataset, command):
         trial.report(record["val_bpb"], n_evaluations)
         # at its last step a trial is complete, whatever the others have reached
         pruned = trial.should_prune() and record["step"] < cfg.max_steps
-        return "other trials are better at this point (successive halving)" if pruned else None
+        if pruned:
+            return "other trials are better at this point (successive halving)"
+        return None
 
     # the terminal shows one line for each trial
     with open(folder / "log.txt", "w") as log, contextlib.redirect_stdout(log):
         seconds = study.cfg.seconds
         if seconds:
             steps = fit_steps(cfg, dataset, seconds)
-            eval_every = max(1, -(-steps // study.cfg.n_evals))  # rounded up
-            cfg = replace(cfg, max_steps=steps, eval_every=eval_every, warmup_steps=min(cfg.warmup_steps, steps // 4))
+            eval_every = math.ceil(steps / study.cfg.n_evals)
+            warmup_steps = min(cfg.warmup_steps, steps // 4)
+            cfg = replace(cfg, max_steps=steps, eval_every=eval_every, warmup_steps=warmup_steps)
         train.train(cfg, report, command._replace(given=settings))
     results = measure(folder) | {"seconds": time.perf_counter() - begun}
     for key, value in results.items():

@@ -4,6 +4,7 @@
     'blk.0.ffn_up.weight'
 """
 import importlib
+import math
 import re
 from dataclasses import asdict
 
@@ -76,15 +77,18 @@ def rename(name, source, target, stock="llama"):
         if row[source] == pattern:
             there = row[target]
             if match:
-                there = f"{PREFIXES[target]}.{match[1]}." + there.removeprefix("*.")
+                layer = f"{PREFIXES[target]}.{match[1]}."
+                there = layer + there.removeprefix("*.")
             return there + dot + kind
     return None
 
 
 def permute(w, n_head, back=False):
     """Rows of q or k, (heads * D, C), from half-split RoPE pairs (i, i + D/2) to llama.cpp's (2i, 2i + 1), or back."""
-    shape = (n_head, -1, 2) if back else (n_head, 2, w.shape[0] // n_head // 2)
-    return w.reshape(*shape, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
+    pairs = w.shape[0] // n_head // 2  # of a head
+    shape = (n_head, pairs, 2) if back else (n_head, 2, pairs)
+    split = w.reshape(*shape, w.shape[1])
+    return split.swapaxes(1, 2).reshape(w.shape)
 
 
 # ---- settings, on the way out
@@ -106,7 +110,7 @@ def d_state(config):
 
 
 def dt_rank(config):
-    return config.dt_rank or -(-config.n_embd // 16)
+    return config.dt_rank or math.ceil(config.n_embd / 16)
 
 
 def hf_config(model, stock):

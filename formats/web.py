@@ -24,43 +24,54 @@ def write(folder, model, tokenizer, quant, meta):
     """Write a folder with a graph, its configs and the tokenizer -> what onnx.write returns.
 
     config.json names an architecture that transformers.js knows and whose cache has the same form; what computes is
-    the graph. onnxruntime-genai knows no cache like a hybrid's, so that such a folder is not for it.
+    the graph. onnxruntime-genai has no cache like a hybrid's, so it gets no genai_config.json.
     """
     file = f"onnx/model{SUFFIX[quant]}.onnx"
     twin, stored = onnx_format.write(folder / file, model, quant)
-    config = model.config
     bos, stop = hf.ends(tokenizer, meta)
     ids = {"bos_token_id": bos, "eos_token_id": stop}
-    heads = {"num_attention_heads": config.n_head, "num_key_value_heads": n_kv_head(config)}
-    head_dim = config.n_embd // config.n_head
-    # transformers.js takes the number and shape of the caches from it
-    about = {"model_type": "llama", "architectures": ["LlamaForCausalLM"],
-             "original_model_type": type(model).__module__, "head_dim": head_dim,
-             "intermediate_size": n_hidden(model), "max_position_embeddings": config.block_size,
-             "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta, "hidden_act": "silu",
-             "tie_word_embeddings": False, "vocab_size": config.vocab_size, "hidden_size": config.n_embd,
-             "num_hidden_layers": config.n_layer} | heads | ids
+    about = architecture(model) | ids
     about["transformers.js_config"] = {"dtype": DTYPE[quant]}
     if hasattr(model.blocks[0], "mixer"):  # a hybrid: keys and values in some layers, states in the others
         kinds = ["attention" if hasattr(block.mixer, "q_proj") else "mamba" for block in model.blocks]
         about |= {"model_type": "granitemoehybrid", "architectures": ["GraniteMoeHybridForCausalLM"],
                   "layers_block_type": kinds}
     else:
-        decoder = {"filename": file, "session_options": {"provider_options": []}, "head_size": head_dim,
-                   "inputs": {"input_ids": "input_ids", "attention_mask": "attention_mask",
-                              "position_ids": "position_ids", "past_key_names": "past_key_values.%d.key",
-                              "past_value_names": "past_key_values.%d.value"},
-                   "outputs": {"logits": "logits", "present_key_names": "present.%d.key",
-                               "present_value_names": "present.%d.value"},
-                   "hidden_size": config.n_embd, "num_hidden_layers": config.n_layer} | heads
-        genai = {"type": "llama", "context_length": config.block_size, "vocab_size": config.vocab_size,
-                 "pad_token_id": stop[0], "decoder": decoder} | ids
-        search = {"max_length": config.block_size, "past_present_share_buffer": False, "do_sample": False,
-                  "num_beams": 1, "top_k": 1, "top_p": 1.0, "temperature": 1.0}
-        hf.write_json(folder / "genai_config.json", {"model": genai, "search": search})
+        hf.write_json(folder / "genai_config.json", genai_config(model, file, ids))
     hf.write_json(folder / "config.json", about)
     hf.write_side_files(folder, model, tokenizer, meta)
     return twin, stored
+
+
+def heads(config):
+    return {"num_attention_heads": config.n_head, "num_key_value_heads": n_kv_head(config)}
+
+
+def architecture(model):
+    """What config.json says of the model's shape: transformers.js derives number and shape of its caches from it."""
+    config = model.config
+    return {"model_type": "llama", "architectures": ["LlamaForCausalLM"],
+            "original_model_type": type(model).__module__, "head_dim": config.n_embd // config.n_head,
+            "intermediate_size": n_hidden(model), "max_position_embeddings": config.block_size,
+            "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta, "hidden_act": "silu",
+            "tie_word_embeddings": False, "vocab_size": config.vocab_size, "hidden_size": config.n_embd,
+            "num_hidden_layers": config.n_layer} | heads(config)
+
+
+def genai_config(model, file, ids):
+    """genai_config.json: the names of the graph's inputs and outputs, and greedy decoding."""
+    config = model.config
+    inputs = {"input_ids": "input_ids", "attention_mask": "attention_mask", "position_ids": "position_ids",
+              "past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}
+    outputs = {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
+    decoder = {"filename": file, "session_options": {"provider_options": []},
+               "head_size": config.n_embd // config.n_head, "inputs": inputs, "outputs": outputs,
+               "hidden_size": config.n_embd, "num_hidden_layers": config.n_layer} | heads(config)
+    genai = {"type": "llama", "context_length": config.block_size, "vocab_size": config.vocab_size,
+             "pad_token_id": ids["eos_token_id"][0], "decoder": decoder} | ids
+    search = {"max_length": config.block_size, "past_present_share_buffer": False, "do_sample": False,
+              "num_beams": 1, "top_k": 1, "top_p": 1.0, "temperature": 1.0}
+    return {"model": genai, "search": search}
 
 
 def write_page(folder, model, tokenizer, quant, meta):
