@@ -370,7 +370,7 @@ def run_trial(study, trial, space, dataset, command):
             eval_every = math.ceil(steps / study.cfg.n_evals)
             warmup_steps = min(cfg.warmup_steps, steps // 4)
             cfg = replace(cfg, max_steps=steps, eval_every=eval_every, warmup_steps=warmup_steps)
-        train.train(cfg, report, command._replace(given=settings))
+        train.train(cfg, report, command._replace(given=settings, files=[]))
     results = measure(folder) | {"seconds": time.perf_counter() - begun}
     for key, value in results.items():
         trial.set_user_attr(key, value)

@@ -306,13 +306,14 @@ def model_sha256(arch):
     return hashlib.sha256(Path(import_module(arch).__file__).read_bytes()).hexdigest()
 
 
-def checkpoint_meta(cfg, dataset, environment, run_id):
+def checkpoint_meta(cfg, dataset, environment, run_id, recipe):
     """What every checkpoint of the run says about itself, besides the state, as plain JSON."""
     meta = {
         "arch": cfg.arch,
         "model_config": asdict(cfg.model),
         "model_sha256": model_sha256(cfg.arch),  # of the model file
         "config": configurator.flat(cfg),
+        "recipe": recipe,  # what its config files said, flags aside: so that a resume can tell what was edited
         "environment": environment,
         # absolute, since a run may be resumed from another folder
         "dataset": {"path": str(dataset.path.absolute()), "files": dataset.meta["files"]},
@@ -523,9 +524,11 @@ def loop(cfg, run_dir, dataset, device, state, report, command):
     peak_flops = machine.matmul_rate(device, dtype)
 
     run_id = uuid.uuid4().hex  # by which a tracker tells runs of the same name apart
+    recipe = recipe_values(command.files, cfg.arch)
     if resumed:
         run_id = resumed.meta.get("run_id", run_dir.name)
-    meta = checkpoint_meta(cfg, dataset, environment, run_id)
+        recipe = recipe or resumed.meta.get("recipe", {})
+    meta = checkpoint_meta(cfg, dataset, environment, run_id, recipe)
     files.write_atomic(run_dir / "config.json", json.dumps(configurator.flat(cfg), indent=1) + "\n")
     log = runlog.Log(run_dir, cfg, state, run_id)
     log.record({"event": "resume" if resumed else "start", "step": state["step"], "command": command.line,
@@ -630,7 +633,7 @@ def main(cfg, command):
         files.warn(f"min_lr={cfg.min_lr} is a fraction of the peak rate, not a rate as in nanoGPT: the rate falls to "
                    f"{cfg.min_lr * cfg.lr:.2g}")
     if cfg.resume:
-        cfg = config_to_resume(run_to_resume(cfg.out_dir, recipe), command.given)
+        cfg = config_to_resume(run_to_resume(cfg.out_dir, recipe), cfg, command)
     elif not cfg.out_dir:
         cfg = replace(cfg, out_dir=str(runlog.unused(Path("runs") / (recipe or cfg.arch))))
     if "dataset" in command.typed and "prepare" not in command.typed:
@@ -642,8 +645,17 @@ def main(cfg, command):
           f"Now try:\npython sample.py --checkpoint={shlex.quote(cfg.out_dir)} --prompt \"To be\"")
 
 
-def config_to_resume(run_dir, given):
-    """The Config of the run, and on top of it `given`, the keys of this command's files and flags.
+def recipe_values(files, arch):
+    """{key: value} of all keys as the config files alone set them; {} without files."""
+    if not files:
+        return {}
+    return configurator.flat(configurator.load(Config, *files, arch=arch))
+
+
+def config_to_resume(run_dir, asked, command):
+    """The Config of the run, and on top of it what was edited in its recipe since and the flags of this command.
+
+    asked is the Config of this command alone, of which `prepare` is used.
 
     A run may be from anywhere, so that nothing in it is executed: of its own keys `prepare`, a command, is dropped, and
     `arch` must name a file beside this one.
@@ -653,10 +665,17 @@ def config_to_resume(run_dir, given):
     if not isinstance(stored, dict):
         raise UserError(f"{saved.path} has no config and cannot be resumed: start a new run from its weights with "
                         f"--init_from={saved.path}")
-    stored = stored | {"prepare": ""}
-    if "arch" not in given:
+    if "arch" not in command.given:
         checkpoint.model_file(saved.path, stored.get("arch"))
-    cfg = configurator.load(Config, **(stored | given | {"out_dir": str(run_dir), "resume": True}))
+    recipe = saved.meta.get("recipe", {})
+    new = {}
+    for key, value in recipe_values(command.files, asked.arch).items():
+        if key in recipe and recipe[key] != value:
+            new[key] = value
+        elif key not in recipe and key in command.given:  # the run began without this recipe
+            new[key] = value
+    new |= command.typed | {"out_dir": str(run_dir), "resume": True, "prepare": asked.prepare}
+    cfg = configurator.load(Config, **(stored | new))
     path = saved.meta.get("dataset", {}).get("path", "")
     if not data.folder_of(cfg.dataset).exists() and Path(path).is_dir():
         cfg = replace(cfg, dataset=path)  # a relative name, and this is another folder

@@ -872,14 +872,25 @@ def call(monkeypatch, *args):
 def test_an_edited_recipe_counts_on_resume(toy, monkeypatch, capsys):
     recipe = TINY | {"dataset": str(toy), "schedule": "constant"}
     Path("mine.py").write_text("\n".join(f"{k} = {v!r}" for k, v in recipe.items()))
-    call(monkeypatch, "mine.py", "--seed=2")
+    call(monkeypatch, "mine.py", "--seed=2", "--lr=0.01")
     with open("mine.py", "a") as f:
         f.write("\nmax_steps = 15\nbatch_size = 4\n")
     call(monkeypatch, "mine.py", "--resume")
     meta = checkpoint.load("runs/mine").meta
-    assert meta["step"] == 15 and meta["config"]["batch_size"] == 4 and meta["config"]["seed"] == 2
+    assert meta["step"] == 15 and meta["config"]["batch_size"] == 4
+    assert meta["config"]["seed"] == 2 and meta["config"]["lr"] == 0.01  # flags of the start hold where nothing changed
     err = capsys.readouterr().err
     assert "batch_size=4 (was 8)" in err and "max_steps=15 (was 12)" in err
+
+
+def test_resuming_with_the_same_recipe_changes_nothing(toy, monkeypatch, capsys):
+    recipe = TINY | {"dataset": str(toy), "lr": 0.02}
+    Path("mine.py").write_text("\n".join(f"{k} = {v!r}" for k, v in recipe.items()))
+    call(monkeypatch, "mine.py", "--lr=0.01")
+    before = checkpoint.load("runs/mine").meta["config"]
+    call(monkeypatch, "mine.py", "--resume")
+    assert checkpoint.load("runs/mine").meta["config"] == before
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_an_edited_model_file_is_named_on_resume(toy, poison, tmp_path, capsys):
