@@ -57,7 +57,8 @@ class Config:
 
 def tokenizers():
     """{kind: tokenizer}, trained on this repository's own text."""
-    text = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(export.__file__).parent.glob("*.py")))
+    sources = sorted(Path(export.__file__).parent.glob("*.py"))
+    text = "".join(path.read_text(encoding="utf-8") for path in sources)
     text += "héllo — ¿ 🎉 日本語 naïve 1234567"
     return {"bpe": train_bpe([text], 600, "gpt2"), "byte": byte_tokenizer(), "char": char_tokenizer(text)}
 
@@ -71,8 +72,11 @@ def build(arch, settings, vocab_size):
     model = module.Model(module.Config(**SHAPE | settings, vocab_size=vocab_size))
     with torch.no_grad():
         for p in model.parameters():
-            p += (0.2 if p.dim() < 2 else 0.1) * torch.randn_like(p)
-    return (load.deployed(model) if packed else model).eval()
+            size = 0.2 if p.dim() < 2 else 0.1
+            p += size * torch.randn_like(p)
+    if packed:
+        model = load.deployed(model)
+    return model.eval()
 
 
 def forms_of(model, stock, cfg):
@@ -97,9 +101,10 @@ def forms_of(model, stock, cfg):
 def row(loaded, form, quant, folder, cfg):
     """The cells of a row: what the check found, or why there is nothing to check."""
     suffix = {"gguf": ".gguf", "window": ".onnx"}.get(form, "")
-    settings = export.Config(format="onnx" if form == "window" else form, quant=quant, window=form == "window",
-                             out=str(Path(folder, f"model{suffix}")), prompts=cfg.prompts,
-                             prompt_tokens=cfg.prompt_tokens)
+    out = Path(folder, f"model{suffix}")
+    window = form == "window"
+    settings = export.Config(format="onnx" if window else form, quant=quant, window=window, out=str(out),
+                             prompts=cfg.prompts, prompt_tokens=cfg.prompt_tokens)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             found = export.export(loaded, settings)

@@ -9,8 +9,10 @@ import sys
 from thimble import files
 
 AGES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 40)  # of tokens: the axis labels these and the oldest
-ORANGE, GRAY, RED = "tab:orange", "gray", "tab:red"
-LINES = {ORANGE: "reads a token", GRAY: "reads a unit below", RED: "lateral"}
+ORANGE = "tab:orange"
+GRAY = "gray"
+RED = "tab:red"
+LINES = {ORANGE: "reads a token", GRAY: "reads a unit below", RED: "lateral"}  # what the legend says
 
 
 def levels_of(config):
@@ -38,7 +40,7 @@ def draw(config, path):
             read.update(unit["places"])
     draw_window(axes, config.window, read, at)
     for color, name in LINES.items():
-        axes.plot([], [], color=color, label=name)  # for the legend
+        axes.plot([], [], color=color, label=name)  # draws nothing but an entry of the legend
     axes.legend(loc="upper left", fontsize=8, frameon=False)
     names = ["window", *(f"level {k}" for k in range(1, len(levels))), "output"]
     axes.set_yticks(range(len(names)), names)
