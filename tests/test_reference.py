@@ -9,6 +9,7 @@ from cases import CASES, SHAPE, built, send, tokenizer
 from conftest import ROOT
 
 from formats import names
+from formats import onnx as onnx_format
 from formats.reference import stock_architecture
 from thimble.files import UserError
 
@@ -40,7 +41,7 @@ SETTINGS = {"model": {"n_kv_head": 2}, "ternary": {"n_hidden": 64},
             "cerebros": {"n_embd": 16, "window": 12}}
 CHANGES = {  # model file, what stands there, what stands there instead
     "an activation": ("model", "F.silu(", "torch.sin("),
-    "a rotation": ("model", "theta ** (-torch", "theta ** (-1.1 * torch"),
+    "a rotation": ("model", "theta ** (-pairs", "theta ** (-1.1 * pairs"),
     "a ternary MLP's activation": ("ternary", "F.silu(", "torch.sin("),
     "a rounding": ("ternary", "weight.abs().mean()", "weight.abs().median()"),
     "a step of the scan": ("hybrid_ssm", "F.softplus(", "torch.relu("),
@@ -70,6 +71,15 @@ def fork(tmp_path, monkeypatch):
                 p += (0.2 if p.dim() < 2 else 0.15) * torch.randn_like(p)
         return model.eval()
     return make
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_untrained_ternary_model_is_a_bitnet(tmp_path, seed):
+    ternary = importlib.import_module("ternary")
+    torch.manual_seed(seed)
+    model = ternary.Model(ternary.Config(n_layer=2, n_embd=256, vocab_size=64)).eval()
+    assert stock_architecture(model) == ("bitnet", "")
+    onnx_format.write(tmp_path / "m.onnx", model, "q2")
 
 
 @pytest.mark.parametrize("in_place", [True, False], ids=["in its place", "copied"])
