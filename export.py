@@ -111,8 +111,8 @@ def write(path, loaded, cfg, quant, stock, why_not):
     model, tokenizer, meta = loaded.model, loaded.tokenizer, loaded.meta
     if cfg.format == "gguf":
         if not stock:
-            raise UserError(f"llama.cpp has no architecture for this model ({why_not}): use --format=hf or "
-                            "--format=onnx")
+            raise UserError(f"llama.cpp has no architecture for this model ({why_not}): use --format=hf, where the "
+                            "model file goes along")
         return gguf.write(path, model, stock, tokenizer, quant, loaded.name, meta)
     if cfg.format == "onnx" and (cfg.window or path.suffix == ".onnx"):
         from formats import onnx as onnx_format  # takes half a second

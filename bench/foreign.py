@@ -48,6 +48,8 @@ def compare(model, tokenizer, ids, ours, theirs):
 
 @torch.no_grad()
 def main(cfg):
+    if not cfg.file.endswith(".gguf"):
+        raise files.UserError(f"--file={cfg.file} is not a GGUF file: name one")
     loaded = load.read(cfg.file)
     model = checkpoint.load_model(loaded).eval()
     tokenizer = load.read_tokenizer(cfg.file)

@@ -86,7 +86,10 @@ def python(file, ids, calls, _=None):
 def main(cfg):
     torch.set_num_threads(1)
     model = checkpoint.load_model(load.read(cfg.checkpoint, "best")).eval()
-    length = getattr(model.config, "window", 40)
+    if not Path(cfg.file).is_file():
+        raise UserError(f"--file={cfg.file}: there is no such file: "
+                        "write it with python export.py --format=onnx --window")
+    length = min(getattr(model.config, "window", 40), model.config.block_size)
     ids = torch.randint(model.config.vocab_size, (cfg.rows, length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         want = model(ids)[0][:, -1].numpy()

@@ -192,9 +192,19 @@ def in_float64():
         torch.set_default_dtype(before)
 
 
+@torch.no_grad()
 def widened(model):
-    """A copy in float64, where no rounding hides a difference."""
-    return copy.deepcopy(model).double().eval()
+    """A copy in float64, where no rounding hides a difference, with gains that differ from 1.
+
+    While all gains are 1, the first token's activations are integers times one factor. Some then lie at exactly half of
+    a rounding step, and a last bit decides: an untrained ternary model would seem to be another architecture.
+    """
+    wide = copy.deepcopy(model).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    for p in wide.parameters():
+        if p.dim() == 1:
+            p *= 1 + 0.01 * torch.rand(p.shape, generator=generator, dtype=p.dtype)
+    return wide
 
 
 @torch.no_grad()

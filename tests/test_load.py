@@ -123,6 +123,9 @@ def test_what_is_not_a_model_says_what_it_is(toy, tmp_path):
     (tmp_path / "pickled/config.json").write_text(json.dumps({"model_type": "llama"}))
     (tmp_path / "pickled/pytorch_model.bin").write_bytes(b"x")
     assert "pickled" in refused(load.load, tmp_path / "pickled")
+    (tmp_path / "exported/onnx").mkdir(parents=True)
+    (tmp_path / "exported/config.json").write_text("{}")
+    assert "is an ONNX export" in refused(load.load, tmp_path / "exported")
 
 
 def test_a_tokenizer_that_does_not_fit(tmp_path):

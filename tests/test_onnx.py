@@ -165,6 +165,22 @@ def test_window_form_of_a_wiring(ort, tmp_path, act):
             onnx_format.write(path, model, **wrong)
 
 
+def test_the_benches_say_which_file_they_lack(ort, tmp_path, monkeypatch, capsys):
+    from bench import foreign, window
+    with pytest.raises(UserError, match="is not a GGUF file"):
+        foreign.main(foreign.Config())
+    small = importlib.import_module("model")
+    model = small.Model(small.Config(n_layer=1, n_embd=32, block_size=16, vocab_size=60)).eval()
+    monkeypatch.setattr(window.load, "read", lambda *_: None)
+    monkeypatch.setattr(window.checkpoint, "load_model", lambda _: model)
+    monkeypatch.setattr(window, "node", window.python)     # which is in an optional package
+    with pytest.raises(UserError, match="absent.onnx: there is no such file"):
+        window.main(window.Config(file=str(tmp_path / "absent.onnx")))
+    onnx_format.write(tmp_path / "w.onnx", model, window=True)
+    window.main(window.Config(file=str(tmp_path / "w.onnx"), calls=1))
+    assert "with [1, 16]" in capsys.readouterr().out       # no longer than the model's context
+
+
 @pytest.mark.slow
 def test_window_form_in_node(ort, tmp_path, monkeypatch):
     if not (shutil.which("npm") and shutil.which("node")):

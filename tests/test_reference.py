@@ -9,6 +9,7 @@ from cases import CASES, SHAPE, built, send, tokenizer
 from conftest import ROOT
 
 from formats import names
+from formats import onnx as onnx_format
 from formats.reference import stock_architecture
 from thimble.files import UserError
 
@@ -70,6 +71,15 @@ def fork(tmp_path, monkeypatch):
                 p += (0.2 if p.dim() < 2 else 0.15) * torch.randn_like(p)
         return model.eval()
     return make
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_untrained_ternary_model_is_a_bitnet(tmp_path, seed):
+    ternary = importlib.import_module("ternary")
+    torch.manual_seed(seed)
+    model = ternary.Model(ternary.Config(n_layer=2, n_embd=256, vocab_size=64)).eval()
+    assert stock_architecture(model) == ("bitnet", "")
+    onnx_format.write(tmp_path / "m.onnx", model, "q2")
 
 
 @pytest.mark.parametrize("in_place", [True, False], ids=["in its place", "copied"])

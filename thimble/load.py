@@ -73,6 +73,8 @@ def read(path=None, which="latest"):
         return hf.read(path) if path.is_dir() else gguf.read(path)
     if (path / "val.bin").is_file():  # else its meta.json would be taken for that of a damaged checkpoint
         raise UserError(f"{path} is a dataset, not a model: train one on it with python train.py --dataset={path}")
+    if (path / "onnx").is_dir():  # else it would be taken for a run without a checkpoint
+        raise UserError(f"{path} is an ONNX export, which cannot be read back: name the run that it was made from")
     return checkpoint.load(path, which)
 
 
