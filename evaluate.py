@@ -71,6 +71,9 @@ class Config:
         unknown = set(self.waive) - set(sandbox.LAYERS)
         if unknown:
             raise ValueError(f"waive={','.join(sorted(unknown))}: the layers are {', '.join(sandbox.LAYERS)}")
+        if self.compare and self.checkpoint:
+            raise ValueError(f"checkpoint={self.checkpoint} is not shown beside compare={','.join(self.compare)}: name "
+                             "it there, too")
         if self.suite == "lm_eval" and not self.tasks:
             raise ValueError("suite=lm_eval needs the names of its tasks: --tasks=NAME,...")
 

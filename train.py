@@ -183,7 +183,8 @@ def build(cfg, dataset, device, resumed, given):
     vocab_size = cfg.model.vocab_size or dataset.vocab_size
     if vocab_size < dataset.vocab_size:
         raise UserError(f"vocab_size={vocab_size} is less than the {dataset.vocab_size} ids of {dataset.path}")
-    # Only torch's generator is drawn from here. A fork may use the others: checkpoints hold the states of all three.
+    # Only torch's generator is drawn from here, and only its state is in a checkpoint: a fork that draws from the
+    # others starts alike each time, but does not resume bit for bit.
     random.seed(cfg.seed)
     np.random.seed(cfg.seed % 2**32)
     torch.manual_seed(cfg.seed)

@@ -208,7 +208,8 @@ def main(cfg):
               f"filled, {n_counted:,} tokens in the loss ({n_counted / sum(lengths):.0%} of the text)")
     for example in rows["train"][:cfg.show]:
         show(tokenizer, example)
-    print(f"{folder}: written\nnext: python train.py config/sft_tiny.py --dataset={cfg.name} --init_from=RUN")
+    print(f"{folder}: written")
+    print(f"next: python train.py config/sft_tiny.py --dataset={data.name_of(folder)} --init_from=RUN")
 
 
 if __name__ == "__main__":

@@ -209,7 +209,8 @@ def report(folder, next_command=None):
             warn("val shares whole passages with train: its loss will look better than it is")
     print(f"  train.bin begins: {dataset.tokenizer().decode(dataset.train[:60], skip_special=False)!r}")
     if next_command:
-        print(f"next: {next_command}")
+        command = next_command.replace(f"--dataset={folder.name}", f"--dataset={data.name_of(folder)}")
+        print(f"next: {command}")
 
 
 def dataset_name(corpus, tokenizer, vocab_size):

@@ -117,7 +117,7 @@ def test_sampling_does_not_read_the_moments(tmp_path):
     assert "optimizer.safetensors" in refused(checkpoint.load, path, optimizer=True)
     path = checkpoint.save(tmp_path, 2, state(2), None, {})
     assert check(checkpoint.load(path)) == 2
-    assert "cannot be resumed" in refused(checkpoint.load, path, optimizer=True)
+    assert "--init_from" in refused(checkpoint.load, path, optimizer=True)
 
 
 def test_nan_in_meta_is_never_written(tmp_path):
@@ -334,7 +334,7 @@ def test_damage_is_named_and_the_previous_one_used(tmp_path, capsys, name):
         assert all(line.startswith("warning: ") for line in warnings) and str(newest / name) in warnings[0]
         damage(run / "step_000001" / name)
         message = refused(checkpoint.load_run, run, optimizer=True)
-        assert "every checkpoint" in message and "step_000001" in message and "step_000002" in message
+        assert "no checkpoint in" in message and "step_000001" in message and "step_000002" in message
         capsys.readouterr()
 
 

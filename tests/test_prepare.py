@@ -386,7 +386,7 @@ def test_command_line(tmp_path):
     (tmp_path / "in.txt").write_text(prose(3000))
     done = run("text.py", f"--input={tmp_path / 'in.txt'}", "--name=mine", "--vocab_size=400", f"--data_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
-    assert "next: python train.py config/tiny_cpu.py --dataset=mine" in done.stdout
+    assert f"next: python train.py config/tiny_cpu.py --dataset={tmp_path}/mine" in done.stdout
     assert data.load(tmp_path / "mine").meta["source"] == "in.txt"
     (tmp_path / "in.txt").write_text("404: Not Found")
     for flags in (

@@ -353,16 +353,6 @@ def test_a_fork_decodes_as_its_own_python_says(change, monkeypatch, capsys):
     assert note.count("\n") == 1 and note.startswith("note: mine.py ") and "its own Python" in note
 
 
-@pytest.mark.parametrize("change", [("w.half()", "w.bfloat16()"), ("scale = 127 / largest", "scale = 7 / largest")])
-@torch.no_grad()
-def test_a_fork_that_packs_into_another_model_runs_as_it_was_trained(change, monkeypatch, capsys):
-    """Its packed form still rounds as ternary.py does, so it would write what was never trained."""
-    m = fork(monkeypatch, *change)
-    assert not m.config.packed
-    note = capsys.readouterr().err
-    assert note.count("\n") == 1 and "mine.py" in note and "unpacked" in note
-
-
 @pytest.mark.skipif(not kernel.library(), reason="no C++ compiler here")
 @pytest.mark.parametrize("change", [("theta **", "(2 * theta) **"), ("std = 0.02", "std = 0.03")])
 def test_a_fork_that_computes_the_same_stays_compiled(change, monkeypatch):

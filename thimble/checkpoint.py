@@ -291,14 +291,15 @@ def load_run(run_dir, which="latest", optimizer=False, before=math.inf, quiet=Fa
                 warn(f"{error}; trying another one now")
             rejected.append(str(error))
     if rejected:
-        raise UserError(f"every checkpoint in {run_dir} is damaged: {' | '.join(rejected)}")
+        raise UserError(f"no checkpoint in {run_dir} can be used: {' | '.join(rejected)}")
     raise UserError(f"no checkpoint in {run_dir}: train one with python train.py")
 
 
 def _load_folder(path, optimizer):
     meta = _read_meta(path)
     if optimizer and "optimizer.safetensors" not in meta["files"]:
-        raise _damage(path / "optimizer.safetensors", "is not part of this checkpoint, so it cannot be resumed")
+        raise UserError(f"{path} holds no optimizer state (a packed model is made to run): start a new run from its "
+                        f"weights with --init_from={path}")
     tensors = {}
     for name, entry in meta["files"].items():
         size = _size(path / name)

@@ -80,6 +80,11 @@ def folder_of(name):
     return folder if folder.is_dir() else DATA_DIR / name
 
 
+def name_of(folder):
+    """What --dataset needs to find the folder: its name if it lies in DATA_DIR, else its path."""
+    return folder.name if folder.absolute().parent == DATA_DIR else str(folder)
+
+
 def load(path):
     """Open the dataset folder `path` after checking it; UserError names the file, the fault and the remedy.
 
