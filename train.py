@@ -154,7 +154,7 @@ def own_run_dir(run_dir, resume, state):
         check_run_dir(run_dir, resume)  # again: another process may just have ended here
         try:
             yield
-        except BaseException:
+        except (Exception, KeyboardInterrupt):  # not the SystemExit of a signal, before which the run was saved
             if not resume and state["step"] == 0:
                 # of a folder that was there before, only what makes it a run
                 for path in [run_dir] if is_new else [run_dir / "latest", run_dir / "step_000000"]:
@@ -296,8 +296,8 @@ def check_resume(cfg, resumed, dataset, environment):
     for key, value in environment.items():
         if value != was.get(key):
             changed.append(f"{key} {value} (was {was.get(key)})")
-    # checkpoints from before this key was added do not have it
-    if resumed.meta.get("model_sha256", model_sha256(cfg.arch)) != model_sha256(cfg.arch):
+    sha256 = model_sha256(cfg.arch)
+    if resumed.meta.get("model_sha256", sha256) != sha256:  # checkpoints from before this key was added lack it
         changed.append(f"an edited {cfg.arch}.py")
     if changed:
         files.warn(f"resuming with {', '.join(changed)}: the result will differ from that of an uninterrupted run")
@@ -656,10 +656,8 @@ def recipe_values(files, arch):
 def config_to_resume(run_dir, asked, command):
     """The Config of the run, and on top of it what was edited in its recipe since and the flags of this command.
 
-    asked is the Config of this command alone, of which `prepare` is used.
-
-    A run may be from anywhere, so that nothing in it is executed: of its own keys `prepare`, a command, is dropped, and
-    `arch` must name a file beside this one.
+    A run may be from anywhere, so nothing in it is executed: `prepare`, a command, is that of `asked`, the Config of this
+    command line alone, and `arch` must name a file beside this one.
     """
     saved = checkpoint.load_run(run_dir, quiet=True)  # loaded once more when the run is locked
     stored = saved.meta.get("config")

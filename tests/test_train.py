@@ -1,4 +1,5 @@
 """The loop: it learns, stops where it should, resumes to the bit, survives kills, NaN and users."""
+import contextlib
 import hashlib
 import inspect
 import json
@@ -26,7 +27,7 @@ import model
 import search
 import train
 from optim import lr_scale
-from thimble import checkpoint, configurator, data, files
+from thimble import checkpoint, configurator, data, files, machine
 from thimble.tokenizer import Tokenizer
 
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 8, "max_steps": 12, "eval_every": 6,
@@ -147,6 +148,14 @@ def test_a_batch_without_targets_is_passed_over(toy, monkeypatch):
     for out in ("run", "whole"):
         assert [r["step"] for r in steps(out)] == [1, 2, 7, 8, 9, 10, 11, 12]
         assert not [r for r in lines(out) if r.get("event") == "skipped"]
+
+
+def test_a_signal_before_the_first_step_leaves_what_it_says_was_saved(toy, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "catch_signals", lambda: contextlib.nullcontext([signal.SIGTERM]))
+    with pytest.raises(SystemExit):
+        train.train(config(toy))
+    assert "saved at step 0" in capsys.readouterr().out
+    assert checkpoint.load("run").meta["step"] == 0
 
 
 def test_a_parameter_that_does_nothing_is_named(toy, tmp_path, monkeypatch):
