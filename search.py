@@ -34,7 +34,7 @@ import torch
 
 import optim
 import train
-from thimble import checkpoint, configurator, data, files, load, machine, runlog, wiring
+from thimble import checkpoint, configurator, files, load, machine, runlog, wiring
 from thimble.files import UserError
 from thimble.generate import Decoder
 
@@ -308,10 +308,7 @@ def fit_steps(cfg, dataset, seconds):
     # at most 5 % of the trial, but never fewer than 4 steps
     while len(times) < 4 or (len(times) < 20 and time.perf_counter() - begun < seconds / 20):
         start = time.perf_counter()
-        x, y = data.batch(dataset.train, len(times), cfg.batch_size, cfg.model.block_size, cfg.seed,
-                          vocab_size=dataset.vocab_size)
-        x = torch.from_numpy(x).to(device)  # (batch_size, block_size)
-        y = torch.from_numpy(y).to(device)
+        x, y = train.next_batch(cfg, dataset, len(times), device)
         train.training_step(model, model, optimizer, x, y, micro_batch_size, autocast, cfg.grad_clip, 1.0)
         times.append(time.perf_counter() - start)
     return max(1, round(seconds / statistics.median(times[1:])))  # the first step also allocates memory

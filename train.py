@@ -656,8 +656,8 @@ def recipe_values(files, arch):
 def config_to_resume(run_dir, asked, command):
     """The Config of the run, and on top of it what was edited in its recipe since and the flags of this command.
 
-    A run may be from anywhere, so nothing in it is executed: `prepare`, a command, is that of `asked`, the Config of this
-    command line alone, and `arch` must name a file beside this one.
+    A run may be from anywhere, so nothing in it is executed: `prepare`, a command, is that of `asked`, the Config of
+    this command line alone, and `arch` must name a file beside this one.
     """
     saved = checkpoint.load_run(run_dir, quiet=True)  # loaded once more when the run is locked
     stored = saved.meta.get("config")
