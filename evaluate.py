@@ -33,7 +33,7 @@ from thimble.chat import TEMPLATES
 from thimble.files import UserError
 
 SUITES = ("bpb", "code", "skills", "cloze", "gsm8k", "humaneval")
-SANDBOXED = {"code", "skills", "humaneval"}                # suites that run what the model writes
+SANDBOXED = {"code", "skills", "humaneval"}  # suites that run what the model writes
 # metrics that contain one of these are not shares: printed as numbers, not drawn
 NOT_SHARES = ("bits per byte", "loss", "perplexity", "bits_per_byte")
 
@@ -79,7 +79,6 @@ class Config:
 
 
 # ---- what to measure
-
 def paths_to_measure(cfg):
     """Runs or checkpoints, the one in question first."""
     if cfg.compare:
@@ -144,20 +143,20 @@ def measure(cfg):
     run = {suite: importlib.import_module(f"tasks.{suite}").run for suite in wanted}
     results = {suite: {} for suite in wanted}
     report = None
-    layers = None                                          # None: nothing ran in the sandbox
+    layers = None  # None: nothing ran in the sandbox
     for path in paths_to_measure(cfg):
         speaker = Speaker(path, cfg)
         if any(speaker.name in columns for columns in results.values()):
-            speaker.name = str(path)                       # two runs of one name, in different folders
+            speaker.name = str(path)  # two runs of one name, in different folders
         suites = [suite for suite in wanted if cfg.suite != "all" or has_data(suite, speaker, cfg)]
         if layers is None and SANDBOXED.intersection(suites):
             layers = check_sandbox(cfg.waive)
         print(f"{speaker.name}: {', '.join(suites)}", flush=True)
-        beside = []                                        # the floors, of the first speaker only
+        beside = []  # the floors, of the first speaker only
         if report is None:
             report = report_path(cfg, speaker.path)
-            read_report(report)                            # an error now, not after an hour
-            if cfg.floors and suites != ["bpb"]:           # which has its own: the n-gram models of the dataset
+            read_report(report)  # an error now, not after an hour
+            if cfg.floors and suites != ["bpb"]:  # which has its own: the n-gram models of the dataset
                 beside = floors(speaker, training_text(speaker, cfg))
         for suite in suites:
             results[suite][speaker.name] = run[suite](speaker, cfg)
@@ -167,7 +166,6 @@ def measure(cfg):
 
 
 # ---- the report
-
 def is_share(metric, value):
     return value <= 1 and not any(word in metric for word in NOT_SHARES)
 
@@ -189,7 +187,7 @@ def cell(metric, score):
 def table_lines(suite, columns):
     """Lines of text: a row for each metric, a column for each speaker."""
     metrics = list(dict.fromkeys(metric for scores in columns.values() for metric in scores))
-    table = [[suite, *metrics]]                            # column by column
+    table = [[suite, *metrics]]  # column by column
     for name, scores in columns.items():
         table.append([name, *(cell(metric, scores.get(metric)) for metric in metrics)])
     widths = [max(len(text) for text in column) for column in table]
@@ -208,10 +206,10 @@ def draw_bars(path, suites):
     except ImportError:
         print(f"no {path.name}: pip install matplotlib", flush=True)
         return False
-    rows = []                                              # [(suite, metric)]
+    rows = []  # [(suite, metric)]
     for suite, columns in suites.items():
         for metric, score in next(iter(columns.values())).items():
-            if score["value"] is None or ":" in metric:    # "group: kind" would be too many
+            if score["value"] is None or ":" in metric:  # "group: kind" would be too many
                 continue
             if is_share(metric, score["value"]):
                 rows.append((suite, metric))
@@ -220,7 +218,7 @@ def draw_bars(path, suites):
     names = list(dict.fromkeys(name for suite, _ in rows for name in suites[suite]))
     figure = Figure(figsize=(9, 1.5 + 0.14 * len(rows) * (len(names) + 1)), layout="constrained")
     axes = figure.subplots()
-    height = 0.8 / len(names)                              # the bars of a row take 0.8 of it, the rest is a gap
+    height = 0.8 / len(names)  # the bars of a row take 0.8 of it, the rest is a gap
     for i, name in enumerate(names):
         at = []
         values = []
@@ -290,7 +288,7 @@ def main(cfg, command):
         print("\n".join(table_lines(suite, columns)))
     how = {"date": datetime.now().astimezone().isoformat(timespec="seconds"), "command": command.line,
            "commit": runlog.git_commit(), "sandbox": layers, "seed": cfg.seed}
-    report = read_report(path)                             # again: another suite may have ended meanwhile
+    report = read_report(path)  # again: another suite may have ended meanwhile
     merge(report, as_json(results), how)
     files.write_atomic(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
     picture = path.with_suffix(".png")

@@ -49,14 +49,13 @@ def mean_loss(sums, counts):
 
 
 # ---- the suite
-
 def dataset_of(speaker, cfg):
     """The prepared dataset of --dataset, else the one that the run was trained on; None if that is not here."""
     name = cfg.dataset or speaker.loaded.meta.get("dataset", {}).get("path", "")
     if not name:
         return None
     folder = data.folder_of(name)
-    if not folder.is_dir():                                # the run may have come from another machine
+    if not folder.is_dir():  # the run may have come from another machine
         folder = data.folder_of(Path(name).name)
     if not folder.is_dir() and not cfg.dataset:
         return None
@@ -99,8 +98,8 @@ def run(speaker, cfg):
 
     n = int(counts.sum())
     loss, error = mean_loss(sums, counts)
-    bits = n / n_bytes / math.log(2)                       # nats per token -> bits per byte
-    perplexity = math.exp(min(loss, 700))                  # above 709 a float64 overflows
+    bits = n / n_bytes / math.log(2)  # nats per token -> bits per byte
+    perplexity = math.exp(min(loss, 700))  # above 709 a float64 overflows
     found = {
         "bits per byte": (loss * bits, error * bits, n),
         "loss": (loss, error, n),

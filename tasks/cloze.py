@@ -20,7 +20,7 @@ PHRASES = [
 
 
 def run(speaker, cfg):
-    if not isinstance(speaker, Speaker):                   # the other floors have no probabilities
+    if not isinstance(speaker, Speaker):  # the other floors have no probabilities
         return {}
     ranks = np.array([speaker.rank(prompt, word) for prompt, word in PHRASES])
     return {"rank 1": share(ranks == 1), "top 5": share(ranks <= 5), "mean 1/rank": mean(1 / ranks)}

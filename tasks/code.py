@@ -19,7 +19,6 @@ from tasks.problems import share
 from tasks.speaker import Speaker
 
 # ---- the legacy suite: (prompt, texts of which one must occur in the completion)
-
 # The one token that follows must hold the closing bracket, though after "(" that is not even likely.
 SYMBOLS = [("(", (")",)), ("[", ("]",)), ("{", ("}",)), ("def func(", (")",)), ("my_list[", ("]",))]
 # The space at a prompt's end is a fault: most tokenizers have it at the beginning of the next token.
@@ -40,7 +39,6 @@ SNIPPETS = ["def add(a, b):\n    return a + b\n", "for i in range(10):\n    prin
             "class Point:\n    def __init__(self, x, y):\n        self.x = x\n        self.y = y\n"]
 
 # ---- the fair suite
-
 # lines to close so that they parse
 LINES = ["print(len(x", "y = f(a[0", "return_value = max(values[1:", "d = {'a': (1", "names = [n.strip(",
          "if (a and (b", "total = sum(x for x in range(10", "print('%d' % (a + b"]
@@ -66,9 +64,9 @@ OPEN = ["import os\n\n\ndef", "class Stack:\n    def", "def read_lines(path):", 
         "# print the numbers from 1 to 10"]
 
 # tokens of a completion, at most
-TOKENS = {"symbol": 1, "function": 20, "docstring": 30,                                              # legacy
-          "line": 16, "next": 8, "block": 24, "body": 60, "open": 80}                                # fair
-BODY_STOPS = ("\ndef ", "\nclass ", "\nif ", "\nprint", "\n#")       # where a body is over
+TOKENS = {"symbol": 1, "function": 20, "docstring": 30,  # legacy
+          "line": 16, "next": 8, "block": 24, "body": 60, "open": 80}  # fair
+BODY_STOPS = ("\ndef ", "\nclass ", "\nif ", "\nprint", "\n#")  # where a body is over
 
 
 def run(speaker, cfg):
@@ -77,7 +75,7 @@ def run(speaker, cfg):
 
 def legacy(speaker):
     """The old suite's scores, computed as it did: means of means, and points for perplexity."""
-    token = {}                                             # prompt -> the one token after it
+    token = {}  # prompt -> the one token after it
     for prompt in [prompt for prompt, _ in SYMBOLS + KEYWORDS] + HEADERS:
         token[prompt] = speaker.complete(prompt, TOKENS["symbol"])
     brackets = [contains_any(token[prompt], accepted) for prompt, accepted in SYMBOLS]
@@ -108,8 +106,8 @@ def legacy(speaker):
         "legacy docstrings": share(docstrings),
         "legacy generation": (generation, 0.0, n_generation),
     }
-    points = 0.0                                           # by the thresholds of the old suite
-    if isinstance(speaker, Speaker):                       # the other floors have no perplexity
+    points = 0.0  # by the thresholds of the old suite
+    if isinstance(speaker, Speaker):  # the other floors have no perplexity
         perplexity = snippet_perplexity(speaker)
         if perplexity < 50:
             points = 1.0
@@ -127,7 +125,7 @@ def snippet_perplexity(speaker):
     for text in SNIPPETS:
         sums, counts = speaker.text_nats(text)
         loss = float(sums.sum() / counts.sum())
-        perplexities.append(math.exp(min(loss, 700)))      # above 709 a float64 overflows
+        perplexities.append(math.exp(min(loss, 700)))  # above 709 a float64 overflows
     return np.mean(perplexities)
 
 
@@ -148,7 +146,7 @@ def fair(speaker, waive):
         bodies.append(works(program, name, cases, waive))
     compiles = []
     for prompt in OPEN:
-        text = speaker.complete(prompt, TOKENS["open"]).rpartition("\n")[0]          # the last line may be cut off
+        text = speaker.complete(prompt, TOKENS["open"]).rpartition("\n")[0]  # the last line may be cut off
         compiles.append(len(text.split()) > 2 and parses(prompt + text))
     return {
         "close the line": share(lines),
@@ -161,7 +159,6 @@ def fair(speaker, waive):
 
 
 # ---- rules
-
 def contains_any(text, accepted):
     return any(word in text for word in accepted)
 
@@ -172,7 +169,7 @@ def first_line(text):
 
 def parses(code):
     try:
-        with warnings.catch_warnings(action="ignore"):     # about dubious escapes such as "\d"
+        with warnings.catch_warnings(action="ignore"):  # about dubious escapes such as "\d"
             ast.parse(code)
         return True
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -183,7 +180,7 @@ def indents_a_block(prompt, text):
     """Whether the first line after the prompt is indented and parses as the body of the block."""
     line = first_line(text.lstrip("\n"))
     program = f"{prompt}\n{line}"
-    if line.rstrip().endswith(":"):                        # the line opens a block itself, which must not be empty
+    if line.rstrip().endswith(":"):  # the line opens a block itself, which must not be empty
         indent = line[:-len(line.lstrip())]
         program += f"\n{indent}    pass"
     return text.startswith("\n") and line.startswith(" ") and parses(program)

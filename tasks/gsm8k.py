@@ -22,7 +22,7 @@ def run(speaker, cfg):
     sums = []
     right = []
     for record in records:
-        text = speaker.answer(record["question"], cfg.max_new_tokens).replace("\u2212", "-")         # the minus sign
+        text = speaker.answer(record["question"], cfg.max_new_tokens).replace("\u2212", "-")  # the minus sign
         found = SUM.findall(text)
         form.append(bool(found) and "####" in text)
         sums.append(bool(found) and all(agrees(expression, result) for expression, result in found))
@@ -37,7 +37,7 @@ def agrees(expression, result):
     """Whether two texts of numbers and + - * / have one value. Only syntax trees are read, nothing is executed."""
     try:
         left, right = (ast.parse(text.strip(), mode="eval") for text in (expression, result))
-        return abs(value(left.body) - value(right.body)) < 0.01                  # results are written rounded
+        return abs(value(left.body) - value(right.body)) < 0.01  # results are written rounded
     except (SyntaxError, ValueError, ZeroDivisionError, OverflowError, RecursionError, MemoryError):
         return False
 
@@ -49,8 +49,8 @@ def value(node):
             return number
         case ast.UnaryOp(op=ast.USub(), operand=inner):
             return -value(inner)
-        case ast.UnaryOp(op=ast.UAdd(), operand=inner):    # some of GSM8K's own sums begin with +
+        case ast.UnaryOp(op=ast.UAdd(), operand=inner):  # some of GSM8K's own sums begin with +
             return value(inner)
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:   # without **, which could take forever
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:  # without **, which could take forever
             return OPERATORS[type(op)](value(left), value(right))
     raise ValueError("not arithmetic")

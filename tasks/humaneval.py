@@ -41,7 +41,7 @@ def problem_file(cfg):
 def run(speaker, cfg):
     """pass@k for k = 1, 10 and n, as far as n completions of each problem allow. With n = 1 they are greedy."""
     records = problems.read(problem_file(cfg), "--humaneval", cfg.limit, ("prompt", "test", "entry_point"))
-    n = cfg.n if isinstance(speaker, Speaker) else 1       # the floors always write the same
+    n = cfg.n if isinstance(speaker, Speaker) else 1  # the floors always write the same
     jobs = []
     for record in records:
         # The line break at a prompt's end is left to the model: most tokenizers merge it with the spaces that follow,
@@ -58,9 +58,9 @@ def run(speaker, cfg):
         passed, _ = sandbox.grade(*job, waive=cfg.waive)
         return passed
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:       # threads: each only waits for its sandbox
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads: each only waits for its sandbox
         passed = list(pool.map(judge, jobs))
-    correct = [sum(passed[start:start + n]) for start in range(0, len(passed), n)]       # of each problem
+    correct = [sum(passed[start:start + n]) for start in range(0, len(passed), n)]  # of each problem
     scores = {}
     for k in sorted({1, 10, n}):
         if k <= n:

@@ -25,7 +25,7 @@ class Adapter(TemplateLM):
     def __init__(self, speaker, max_new_tokens=256):
         super().__init__()
         self.speaker = speaker
-        self.max_new_tokens = max_new_tokens               # for tasks that set no limit
+        self.max_new_tokens = max_new_tokens  # for tasks that set no limit
 
     @property
     def eot_token_id(self):
@@ -43,7 +43,7 @@ class Adapter(TemplateLM):
         for _, context, continuation in requests:
             # one more id than fits: the last one is only a target
             ids = (context + continuation)[-model.config.block_size - 1:]
-            n = min(len(continuation), len(ids) - 1)       # the first id of all has nothing to be predicted from
+            n = min(len(continuation), len(ids) - 1)  # the first id of all has nothing to be predicted from
             logits, _ = model(torch.tensor([ids[:-1]], device=device))
             logp = logits[0, -n:].log_softmax(-1)          # (n, V)
             targets = torch.tensor(ids[-n:], device=device)
@@ -56,7 +56,7 @@ class Adapter(TemplateLM):
         totals = []
         for request in requests:
             sums, _ = self.speaker.text_nats(request.args[0])
-            totals.append(-float(sums.sum()))              # nats are -log p
+            totals.append(-float(sums.sum()))  # nats are -log p
         return totals
 
     def generate_until(self, requests, disable_tqdm=False):
@@ -73,7 +73,7 @@ class Adapter(TemplateLM):
 
 def run(speaker, cfg):
     """The metrics of each task, as the harness computes them, under "TASK METRIC"."""
-    if not isinstance(speaker, Speaker):                   # the other floors have no probabilities
+    if not isinstance(speaker, Speaker):  # the other floors have no probabilities
         return {}
     tasks = TaskManager(include_path=cfg.include or None)
     unknown = [name for name in cfg.tasks if name not in tasks.all_tasks]

@@ -28,7 +28,7 @@ def share(solved):
     solved = np.asarray(solved, float)
     n = len(solved)
     p = float(solved.mean())
-    center = (p + 1 / (2 * n)) / (1 + 1 / n)               # the formula, with z = 1
+    center = (p + 1 / (2 * n)) / (1 + 1 / n)  # the formula, with z = 1
     half_width = math.sqrt(p * (1 - p) / n + 1 / (4 * n * n)) / (1 + 1 / n)
     return p, half_width + abs(center - p), n
 

@@ -33,12 +33,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tasks.worker import BLOCK, ERROR_LIMIT, decode, encode
 
 LAYERS = ("user", "namespaces", "network", "files", "landlock", "seccomp", "limits")
-OUTPUT_LIMIT = 1 << 16                                     # bytes of output that are read
+OUTPUT_LIMIT = 1 << 16  # bytes of output that are read
 # of one call's value, where it becomes a value of ours. It bounds the time, too: dict keys and set elements that are
 # made to collide take quadratic time, 2.6 s for the 24,000 that fit a message, 0.1 s at most for what fits here
 VALUE_LIMIT = 1 << 16
-MESSAGE_LIMIT = 1 << 20                                    # bytes of one call or answer
-PATIENCE = 60                                              # seconds that a worker may take to start, and to end
+MESSAGE_LIMIT = 1 << 20  # bytes of one call or answer
+PATIENCE = 60  # seconds that a worker may take to start, and to end
 
 
 class SandboxError(ValueError):
@@ -64,7 +64,6 @@ class Result:
 
 
 # ---- the trusted side
-
 class Worker:
     """A sandboxed process. `start` is the first message to it: the code to run, and how.
 
@@ -76,9 +75,9 @@ class Worker:
         if sys.platform != "linux":
             raise SandboxError("the sandbox needs Linux: use a Linux machine, or a virtual one")
         self.limits = limits or Limits()
-        self.end = time.monotonic() + PATIENCE             # of the worker's life
-        self.buffer = b""                                  # received, but not yet returned
-        self.output = tempfile.TemporaryFile()             # its size has a limit; a pipe would have to be drained
+        self.end = time.monotonic() + PATIENCE  # of the worker's life
+        self.buffer = b""  # received, but not yet returned
+        self.output = tempfile.TemporaryFile()  # its size has a limit; a pipe would have to be drained
         # The worker writes through a description of its own: the flags of one that is shared, such as O_DIRECT, would
         # be ours as well, and our reading would fail.
         out = os.open(f"/proc/self/fd/{self.output.fileno()}", os.O_WRONLY | os.O_APPEND)
@@ -100,13 +99,13 @@ class Worker:
             if not hello:
                 raise SandboxError(f"the sandbox did not start: {self.printed().strip()[-ERROR_LIMIT:]}")
             hello = json.loads(hello)
-            self.missing = hello["missing"]                # {layer: why}
-            self.memory = hello["memory"]                  # how much it may have, and who sees to it
+            self.missing = hello["missing"]  # {layer: why}
+            self.memory = hello["memory"]  # how much it may have, and who sees to it
             lacking = [f"{layer} ({why})" for layer, why in self.missing.items() if layer not in waive]
             if lacking:
                 raise SandboxError(f"this machine lacks layers of the sandbox: {', '.join(lacking)}: use another "
                                    f"machine, or waive {','.join(self.missing)} if you trust what is run")
-            self.end = time.monotonic() + self.limits.seconds                  # the program begins
+            self.end = time.monotonic() + self.limits.seconds  # the program begins
         except BaseException:
             self.close()
             raise
@@ -129,10 +128,10 @@ class Worker:
         try:
             while line:
                 _, writable, _ = select.select([], [fd], [], max(0, self.left()))
-                if not writable:                           # out of time; receive will say so
+                if not writable:  # out of time; receive will say so
                     return
                 line = line[os.write(fd, line):]
-        except BrokenPipeError:                            # the worker has ended; receive will say so
+        except BrokenPipeError:  # the worker has ended; receive will say so
             pass
 
     def receive(self):
@@ -153,10 +152,10 @@ class Worker:
 
     def close(self):
         """End all its processes and wait until the last is gone. Safe to call twice."""
-        self.process.stdin.close()                         # the keeper notices, kills, and ends last
+        self.process.stdin.close()  # the keeper notices, kills, and ends last
         try:
             self.process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:                  # the keeper itself is stuck
+        except subprocess.TimeoutExpired:  # the keeper itself is stuck
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
         self.process.stdout.close()
@@ -222,8 +221,8 @@ def grade(prompt, completion, test, entry_point, limits=None, waive=()):
             if not line:
                 return False, tests.how_it_ended()
             try:
-                message = json.loads(line)                 # by our own code, in a process that runs only the tests
-            except (ValueError, RecursionError):           # but the values in it may be the candidate's: too deep
+                message = json.loads(line)  # by our own code, in a process that runs only the tests
+            except (ValueError, RecursionError):  # but the values in it may be the candidate's: too deep
                 return False, "the answer is garbled"
             if "verdict" in message:
                 return message["verdict"] == "passed", message["verdict"]
@@ -241,7 +240,6 @@ def active(waive=LAYERS, deny=()):
 
 
 # ---- the command
-
 def main(arguments):
     if "--help" in arguments or "-h" in arguments:
         print(__doc__.strip())
@@ -254,7 +252,7 @@ def main(arguments):
             for layer, why in worker.missing.items():
                 print(f"missing: {layer} ({why})")
             print("memory:", worker.memory)
-        for program in arguments:                          # one or none
+        for program in arguments:  # one or none
             with open(program, encoding="utf-8") as f:
                 result = run(f.read())
             print(result.output, end="")

@@ -12,11 +12,10 @@ import numpy as np
 from tasks import sandbox
 from tasks.problems import share
 
-SHORT, LONG = 32, 150                                      # tokens of an answer, at most
+SHORT, LONG = 32, 150  # tokens of an answer, at most
 
 
 # ---- rules: answer -> whether it is right
-
 def words(text):
     return re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text.lower())
 
@@ -27,7 +26,7 @@ NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(
 
 def numbers(text):
     """Every number in the text, as a float. A comma belongs to a number only ahead of exactly three digits."""
-    found = NUMBER.findall(text.replace("\u2212", "-"))    # the minus sign of typesetting
+    found = NUMBER.findall(text.replace("\u2212", "-"))  # the minus sign of typesetting
     return [float(number.replace(",", "")) for number in found]
 
 
@@ -57,7 +56,7 @@ def last_number(n, name, given):
     def rule(text):
         text = re.sub(rf"\b{name}\b(?!-)", str(n), asserted(text), flags=re.IGNORECASE)
         if re.search(rf"\b{n} or\b|\bor {n}\b", text):
-            return False                                   # "15 or 16" is a guess
+            return False  # "15 or 16" is a guess
         first_paragraph = text.strip().partition("\n\n")[0]
         if n in (*numbers(text)[-1:], *numbers(first_paragraph)[-1:]):
             return True
@@ -137,7 +136,6 @@ def haiku(text):
 
 
 # ---- rules that run the answer
-
 def code_in(text):
     """The first fenced block, else what stands between single backticks, else the whole text."""
     block = re.search(r"```[^\n]*\n(.*?)(?:```|$)", text, re.DOTALL) or re.search(r"`([^`\n]+)`", text)
@@ -162,11 +160,10 @@ def adds(text, waive=()):
     return value == 5
 
 
-RUNS_CODE = (prints_hello, adds)                           # these take `waive` too
+RUNS_CODE = (prints_hello, adds)  # these take `waive` too
 
 
 # ---- questions
-
 # where a cat may sit; the sentence has no single right end
 PLACES = ("mat", "rug", "carpet", "sofa", "couch", "floor", "bed", "chair", "roof", "table", "wall", "windowsill",
           "fence", "lap", "porch", "bench", "pillow", "shelf", "stairs", "step", "ground", "grass", "cushion", "box")

@@ -37,9 +37,9 @@ class Speaker:
     def untrained(self):
         """The same speaker with its network as it was before the first step of training."""
         config = self.model.config
-        if hasattr(config, "packed"):                      # a packed ternary model cannot be initialised
+        if hasattr(config, "packed"):  # a packed ternary model cannot be initialised
             config = replace(config, packed=False)
-        torch.manual_seed(self.cfg.seed)                   # its initial weights are the same in every evaluation
+        torch.manual_seed(self.cfg.seed)  # its initial weights are the same in every evaluation
         model = deployed(type(self.model)(config))
         twin = copy.copy(self)
         twin.name = "random"
@@ -54,7 +54,7 @@ class Speaker:
 
     def completions(self, prompt, max_new_tokens, stops=(), seeds=(None,)):
         """A continuation for each seed, side by side in one batch: greedy for None, else drawn at cfg.temperature."""
-        ids = self.tokenizer.encode(prompt) or [self.tokenizer.eot]                 # an empty prompt: a new text
+        ids = self.tokenizer.encode(prompt) or [self.tokenizer.eot]  # an empty prompt: a new text
         return self.write(ids, max_new_tokens, stops, seeds)
 
     def answer(self, question, max_new_tokens):
@@ -109,7 +109,6 @@ class Speaker:
 
 
 # ---- floors
-
 class Floor:
     """A speaker without a model: write(prompt, max_new_tokens) -> text."""
 
@@ -133,9 +132,9 @@ def trigram_writer(text):
     seen = counts.any(1)
 
     def write(prompt, max_new_tokens):
-        context = bytearray(b"  " + prompt.encode())       # two spaces, so that an empty prompt has a context too
+        context = bytearray(b"  " + prompt.encode())  # two spaces, so that an empty prompt has a context too
         start = len(context)
-        for _ in range(4 * max_new_tokens):                # a token stands for about four bytes
+        for _ in range(4 * max_new_tokens):  # a token stands for about four bytes
             key = context[-2] << 8 | context[-1]
             context.append(int(likeliest[key]) if seen[key] else ord(" "))
         return context[start:].decode("utf-8", "replace")  # the last character may be cut off

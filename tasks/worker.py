@@ -12,13 +12,12 @@ import stat
 import struct
 import sys
 
-ERROR_LIMIT = 500                                          # characters of an exception that are passed on
-BLOCK = 1 << 16                                            # bytes to read at a time
+ERROR_LIMIT = 500  # characters of an exception that are passed on
+BLOCK = 1 << 16  # bytes to read at a time
 NOBODY = 65534
 
 
 # ---- plain values as JSON
-
 def encode(value):
     """Exact built-in types only: a subclass could bring its own ==."""
     kind = type(value)
@@ -58,7 +57,6 @@ def decode(value):
 
 
 # ---- calls into the kernel
-
 # linux/sched.h, linux/mount.h, linux/prctl.h
 CLONE_NEWNS = 0x20000
 CLONE_NEWUTS = 0x4000000
@@ -82,8 +80,8 @@ REFUSED = {"shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "ptrac
            # of which the host, or its user nobody, has a small number
            "io_setup": (206, 0), "mq_open": (240, 180), "inotify_init": (253, 26), "inotify_init1": (294, 26),
            "fanotify_init": (300, 262)}
-AUDIT_ARCH = (0xC000003E, 0xC00000B7)                      # linux/audit.h: what seccomp calls the two machines
-MACHINE = {"x86_64": 0, "aarch64": 1}.get(os.uname().machine)                    # column of the tables, or None
+AUDIT_ARCH = (0xC000003E, 0xC00000B7)  # linux/audit.h: what seccomp calls the two machines
+MACHINE = {"x86_64": 0, "aarch64": 1}.get(os.uname().machine)  # column of the tables, or None
 
 
 def on_this_machine(numbers):
@@ -115,7 +113,6 @@ def mount(source, target, kind, flags, options=None):
 
 
 # ---- the layers, in the order in which the keeper sets them up
-
 def map_user():
     """A user namespace in which we keep our own ids: what root may do outside, we may do inside."""
     uid = os.geteuid()
@@ -160,16 +157,16 @@ def bind(fd, target):
         os.makedirs(target, exist_ok=True)
     else:
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        os.close(os.open(target, os.O_CREAT, 0o666))       # a file to bind over
+        os.close(os.open(target, os.O_CREAT, 0o666))  # a file to bind over
     mount(f"/proc/self/fd/{fd}", target, None, MS_BIND)
     os.close(fd)
 
 
 def hide_files():
     """A new root: a tmpfs with Python and libraries bound into it, read-only, /dev/null and an empty /tmp as cwd."""
-    library("unshare", CLONE_NEWNS)                        # here: pivot_root would also move the keeper
-    mount(None, "/", None, MS_REC | MS_PRIVATE)            # what is mounted from here on stays in this namespace
-    root = "/tmp"                                          # a place that exists everywhere; only this process sees it
+    library("unshare", CLONE_NEWNS)  # here: pivot_root would also move the keeper
+    mount(None, "/", None, MS_REC | MS_PRIVATE)  # what is mounted from here on stays in this namespace
+    root = "/tmp"  # a place that exists everywhere; only this process sees it
     # opened before the tmpfs covers /tmp, which may be on the way to them, and bound through their descriptors
     paths = {path: os.open(path, os.O_PATH) for path in python_paths()}
     packages = [folder for path in paths for folder in packages_in(path)]
@@ -182,12 +179,12 @@ def hide_files():
         bind(fd, root + path)
         mount(None, root + path, None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV)
     for path in packages:
-        mount("tmpfs", root + path, "tmpfs", MS_RDONLY | MS_NOSUID | MS_NODEV)                 # an empty folder
+        mount("tmpfs", root + path, "tmpfs", MS_RDONLY | MS_NOSUID | MS_NODEV)  # an empty folder
     for path, fd in devices.items():
         bind(fd, root + path)
     mount(None, root, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
     os.chdir(root)
-    system("pivot_root", b".", b".")                       # the old root now lies over the new one
+    system("pivot_root", b".", b".")  # the old root now lies over the new one
     library("umount2", b".", MNT_DETACH)
     os.chdir("/tmp")
 
@@ -197,7 +194,7 @@ def drop_root():
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
-    library("unshare", CLONE_NEWUSER)                      # so that the count of processes is this program's alone
+    library("unshare", CLONE_NEWUSER)  # so that the count of processes is this program's alone
 
 
 def cgroup_beside(name, root="/sys/fs/cgroup", own="/proc/self/cgroup"):
@@ -219,8 +216,8 @@ def cgroup_beside(name, root="/sys/fs/cgroup", own="/proc/self/cgroup"):
 def join_cgroup(folder, memory):
     """Make the cgroup and become its first process; what this process starts, and all they allocate, counts there."""
     os.mkdir(folder)
-    values = {"memory.max": memory, "cgroup.procs": 0}     # 0: whoever writes
-    if os.path.exists(f"{folder}/memory.swap.max"):        # not where the kernel does without swap
+    values = {"memory.max": memory, "cgroup.procs": 0}  # 0: whoever writes
+    if os.path.exists(f"{folder}/memory.swap.max"):  # not where the kernel does without swap
         values = {"memory.swap.max": 0, **values}
     for file, value in values.items():
         with open(f"{folder}/{file}", "w") as f:
@@ -244,7 +241,7 @@ def set_limits(resource, limits):
     for name, value in values.items():
         kind = getattr(resource, f"RLIMIT_{name}")
         _, hard = resource.getrlimit(kind)
-        if hard != resource.RLIM_INFINITY:                 # a hard limit that is lower already cannot be raised
+        if hard != resource.RLIM_INFINITY:  # a hard limit that is lower already cannot be raised
             value = min(value, hard)
         resource.setrlimit(kind, (value, value))
 
@@ -253,8 +250,8 @@ def set_limits(resource, limits):
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1, 2, 4, 8
 MAKE_CHAR, MAKE_SOCK, MAKE_FIFO, MAKE_BLOCK = 1 << 6, 1 << 9, 1 << 10, 1 << 11
 ALL_RIGHTS = (1 << 16) - 1
-ALL_NET = 3                                                # bind and connect TCP
-ALL_SCOPES = 3                                             # abstract Unix sockets, signals
+ALL_NET = 3  # bind and connect TCP
+ALL_SCOPES = 3  # abstract Unix sockets, signals
 CREATE_RULESET_VERSION = 1
 RULE_PATH_BENEATH = 1
 
@@ -265,9 +262,9 @@ def reading_rules(path, packages):
         return []
     if not any(is_below(folder, path) for folder in packages):
         return [(path, EXECUTE | READ_FILE | READ_DIR)]
-    rules = [(path, READ_DIR)]                             # holds for all below, too
+    rules = [(path, READ_DIR)]  # holds for all below, too
     for entry in os.scandir(path):
-        if not entry.is_symlink():                         # Landlock looks at what a link leads to
+        if not entry.is_symlink():  # Landlock looks at what a link leads to
             rules += reading_rules(entry.path, packages)
     return rules
 
@@ -285,7 +282,7 @@ def landlock(workdir, has_own_root):
     ruleset = system("landlock_create_ruleset", handled, len(handled), 0)
     rules = []
     for path in python_paths():
-        packages = [] if has_own_root else packages_in(path)                     # with a root of its own they are empty
+        packages = [] if has_own_root else packages_in(path)  # with a root of its own they are empty
         rules += reading_rules(path, packages)
     rules.append(("/dev/urandom", READ_FILE))
     rules.append(("/dev/null", READ_FILE | WRITE_FILE))
@@ -293,7 +290,7 @@ def landlock(workdir, has_own_root):
     for path, rights in rules:
         fd = os.open(path, os.O_PATH)
         if not stat.S_ISDIR(os.fstat(fd).st_mode):
-            rights &= ~READ_DIR                            # refused for a file
+            rights &= ~READ_DIR  # refused for a file
         system("landlock_add_rule", ruleset, RULE_PATH_BENEATH, struct.pack("=Qi", rights, fd), 0)
         os.close(fd)
     system("landlock_restrict_self", ruleset, 0)
@@ -301,19 +298,19 @@ def landlock(workdir, has_own_root):
 
 
 def drop_capabilities():
-    version_3 = 0x20080522                                 # linux/capability.h; two sets of three words, all zero
+    version_3 = 0x20080522  # linux/capability.h; two sets of three words, all zero
     system("capset", struct.pack("=II", version_3, 0), bytes(24))
 
 
 # An instruction of the filter is (operation, skip if true, skip if false, constant): the skips are how many of the
 # next instructions a test jumps over. linux/bpf_common.h, linux/seccomp.h, seccomp(2).
-LOAD, RETURN = 0x20, 0x06                                  # load a word of struct seccomp_data; the verdict
-EQUAL, AT_LEAST, ANY_BIT = 0x15, 0x35, 0x45                # test the loaded word against the constant
-CALL, ARCH, ARGUMENT_0 = 0, 4, 16                          # offsets in struct seccomp_data, in bytes
+LOAD, RETURN = 0x20, 0x06  # load a word of struct seccomp_data; the verdict
+EQUAL, AT_LEAST, ANY_BIT = 0x15, 0x35, 0x45  # test the loaded word against the constant
+CALL, ARCH, ARGUMENT_0 = 0, 4, 16  # offsets in struct seccomp_data, in bytes
 SECCOMP_MODE_FILTER = 2
 KILL, ALLOW = 0x80000000, 0x7FFF0000
-EPERM, ENOSYS = 0x50000 | 1, 0x50000 | 38                  # SECCOMP_RET_ERRNO | errno
-X32_CALLS = 1 << 30                                        # x86_64: a second set of numbers for the same calls
+EPERM, ENOSYS = 0x50000 | 1, 0x50000 | 38  # SECCOMP_RET_ERRNO | errno
+X32_CALLS = 1 << 30  # x86_64: a second set of numbers for the same calls
 AF_UNIX, AF_INET, AF_INET6 = 1, 2, 10
 
 
@@ -334,7 +331,7 @@ def seccomp_filter():
     the C library falls back on clone.
     """
     program = [(LOAD, 0, 0, ARCH)]
-    program += [(EQUAL, 1, 0, on_this_machine(AUDIT_ARCH)), (RETURN, 0, 0, KILL)]      # numbers of another machine
+    program += [(EQUAL, 1, 0, on_this_machine(AUDIT_ARCH)), (RETURN, 0, 0, KILL)]  # numbers of another machine
     program += [(LOAD, 0, 0, CALL)]
     program += when(EQUAL, on_this_machine(NUMBERS["clone3"]), ENOSYS)
     program += when(AT_LEAST, X32_CALLS, EPERM)
@@ -353,18 +350,17 @@ def seccomp_filter():
 def seccomp():
     program = seccomp_filter()
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in program))
-    pointer = struct.pack("HP", len(program), ctypes.addressof(code))                  # struct sock_fprog
+    pointer = struct.pack("HP", len(program), ctypes.addressof(code))  # struct sock_fprog
     library("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, pointer, 0, 0)
 
 
 # ---- the keeper: sets up the layers, waits, cleans up
-
 class Layers:
     """Sets layers up one by one, and notes which of them this machine lacks."""
 
     def __init__(self, deny):
         self.deny = deny
-        self.missing = {}                                  # {layer: why}
+        self.missing = {}  # {layer: why}
 
     def add(self, name, function, *arguments):
         try:
@@ -384,15 +380,15 @@ def keeper():
     start = json.loads(read_line(requests))
     is_root = os.geteuid() == 0
     layers = Layers(start["deny"])
-    layers.add("limits", library, "prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)         # orphans come to the keeper
+    layers.add("limits", library, "prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans come to the keeper
     layers.add("limits", library, "prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    if not is_root:                                        # what root may do, others may in a user namespace
+    if not is_root:  # what root may do, others may in a user namespace
         layers.add("user", map_user)
     layers.add("namespaces", library, "unshare", CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS)
     layers.add("network", library, "unshare", CLONE_NEWNET)
     name = f"sandbox-{os.urandom(8).hex()}"
-    workdir = f"/tmp/{name}"                               # to work in where the program cannot have a root of its own
-    child = os.fork()                                      # the first process of the PID namespace
+    workdir = f"/tmp/{name}"  # to work in where the program cannot have a root of its own
+    child = os.fork()  # the first process of the PID namespace
     if child == 0:
         limits = start["limits"]
         limits["memory"], how = limit_memory(name, limits)
@@ -408,13 +404,13 @@ def keeper():
             os._exit(0)
     os.close(replies)
     poll = select.poll()
-    poll.register(requests, 0)                             # only its hang-up: the trusted side has closed, or died
-    poll.register(os.pidfd_open(child), select.POLLIN)     # or the program has ended
+    poll.register(requests, 0)  # only its hang-up: the trusted side has closed, or died
+    poll.register(os.pidfd_open(child), select.POLLIN)  # or the program has ended
     poll.poll()
     kill_all(child)
     try:
         os.rmdir(cgroup_beside(name))
-    except OSError:                                        # there is none
+    except OSError:  # there is none
         pass
     if os.path.exists(workdir):
         import shutil  # here, since it takes 9 ms and is hardly ever needed
@@ -436,11 +432,11 @@ def take_pipes():
 def confine(layers, is_root, workdir, resource, limits):
     """The layers of the child alone. Their order matters: each needs what a later one takes away."""
     os.setsid()
-    os.umask(0o022)                                        # of whoever started us it could hide Python from nobody
+    os.umask(0o022)  # of whoever started us it could hide Python from nobody
     layers.add("files", hide_files)
     has_own_root = "files" not in layers.missing
     if not has_own_root:
-        os.mkdir(workdir)                                  # fails if somebody else has made it
+        os.mkdir(workdir)  # fails if somebody else has made it
         os.chmod(workdir, 0o1777)
         os.chdir(workdir)
     if is_root:
@@ -448,7 +444,7 @@ def confine(layers, is_root, workdir, resource, limits):
     layers.add("limits", set_limits, resource, limits)
     layers.add("landlock", landlock, "/tmp" if has_own_root else workdir, has_own_root)
     layers.add("user", drop_capabilities)
-    layers.add("limits", library, "prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)                # nobody may read its memory
+    layers.add("limits", library, "prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)  # nobody may read its memory
     layers.add("limits", library, "prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # it ends with the keeper
     layers.add("seccomp", seccomp)
     os.environ.clear()
@@ -465,12 +461,11 @@ def kill_all(child):
             os.waitpid(-1, 0)
         except ProcessLookupError:
             continue
-        except ChildProcessError:                          # none is left
+        except ChildProcessError:  # none is left
             return
 
 
 # ---- inside the sandbox
-
 def read_line(fd):
     """A line, read through the descriptor: a buffer of Python's could swallow what is meant for the child."""
     line = b""
@@ -501,7 +496,7 @@ def run_program(start, requests, replies):
     try:
         try:
             exec(compile(start["code"], "program.py", "exec"), namespace)
-        except SystemExit as e:                            # sys.exit() is a good end of a main program
+        except SystemExit as e:  # sys.exit() is a good end of a main program
             if e.code or not is_main:
                 raise
         sys.stdout.flush()
@@ -530,9 +525,9 @@ def run_tests(start, requests, replies):
 
     namespace = {"__name__": "tests"}
     try:
-        exec(start["code"], namespace)                     # the prompt: tests use helpers that it defines
+        exec(start["code"], namespace)  # the prompt: tests use helpers that it defines
         exec(start["test"], namespace)
-        namespace[start["entry_point"]] = candidate        # some tests call it by its name
+        namespace[start["entry_point"]] = candidate  # some tests call it by its name
         namespace["check"](candidate)
         verdict = "passed"
     except BaseException as e:

@@ -95,11 +95,11 @@ def catch_signals():
 
     before = {}
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-        number = getattr(signal, name, None)               # Windows lacks the last two
+        number = getattr(signal, name, None)  # Windows lacks the last two
         if number is None:
             continue
         if name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN:
-            continue                                       # started by nohup, a run outlives its terminal
+            continue  # started by nohup, a run outlives its terminal
         before[number] = signal.signal(number, handler)
     try:
         yield caught
