@@ -11,6 +11,33 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the suite is about a CPU, and must give the same anywhere
 
 
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="the counts of bench/reliability.py instead of the quick ones")
+
+
+@pytest.fixture
+def count(request):
+    """`count(quick, full)`: how often a test of the scorecard tries something, in the suite and with --full."""
+    full = request.config.getoption("--full")
+
+    def choose(quick, at_full):
+        return at_full if full else quick
+
+    return choose
+
+
+@pytest.fixture
+def score(record_property):
+    """`score(held, tried, figures="")`: what bench/reliability.py writes into its table for this test; then assert."""
+
+    def record(held, tried, figures=""):
+        record_property("held", held)
+        record_property("tried", tried)
+        record_property("figures", figures)
+
+    return record
+
+
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
     """A small byte-level dataset that a tiny model can learn: sentences from a handful of words."""
