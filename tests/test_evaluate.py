@@ -17,7 +17,7 @@ import evaluate
 from evaluate import Config
 from prepare.text import prepare
 from tasks import bpb, cloze, sandbox
-from tasks.speaker import Speaker
+from tasks.speaker import Floor, Speaker
 from thimble import checkpoint, generate, runlog
 from thimble.files import UserError
 from thimble.tokenizer import byte_tokenizer
@@ -243,7 +243,7 @@ def measured(runs, places, monkeypatch):
             evaluate.main(Config(**given), command=SimpleNamespace(line=""))
         except UserError as e:
             error = str(e)
-        found = {}
+        found = {}  # {path of a report: its scores and how each suite's sandbox was}
         for path in [*places.rglob("evaluation*.json"), *runs.rglob("evaluation*.json")]:
             report = json.loads(path.read_text())
             found[str(path)] = report["suites"], [how["sandbox"] for how in report["made"].values()]
@@ -259,3 +259,22 @@ def test_every_key_changes_the_report_or_what_is_asked(measured, key, value, nee
     assert plain == measured(**needed) and bool(plain[2]) == (key == "compare")
     changed = measured(**needed | {key: value})
     assert changed[:2] != plain[:2] and bool(changed[2]) == (key == "device")
+
+
+@pytest.mark.parametrize("suite, text", [
+    ("code", "\n    return 1"), ("humaneval", "\n    return 1"), ("skills", "def f(a, b):\n    return a")])
+def test_what_is_waived_is_waived_for_every_program(places, monkeypatch, suite, text):
+    """Each of the sandbox's entries is told, and no layer but the one that was named."""
+    told = []
+
+    def entry(result):
+        return lambda *args, waive=(): told.append(waive) or result
+
+    for name, result in (("run", SimpleNamespace(ok=False)), ("call", (None, "x")), ("grade", (False, ""))):
+        monkeypatch.setattr(sandbox, name, entry(result))
+    monkeypatch.setattr(sandbox, "active", lambda waive: told.append(waive) or ([], {}))
+    cfg = Config(suite=suite, humaneval=str(places / "humaneval.jsonl"), waive=("limits",))
+    evaluate.check_sandbox(cfg.waive)
+    importlib.import_module(f"tasks.{suite}").run(Floor("program", lambda prompt, n: text), cfg)
+    assert evaluate.SANDBOXED == {"code", "humaneval", "skills"}
+    assert set(told) == {("limits",)} and len(told) > 2
