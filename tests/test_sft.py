@@ -255,6 +255,7 @@ def test_command_line(tmp_path):
     out = call(f"--input={file}", "--name=x", "--tokenizer=byte", "--show=1", "--template=alpaca")
     assert out.returncode == 0, out.stderr
     assert "\033[2m### Instruction:\nq" in out.stdout and "\033[0ma" in out.stdout
+    assert data.load(tmp_path / "x").meta["template"] == "alpaca"
     good = [f"--input={file}", "--name=x", "--tokenizer=byte"]
     for flag, words in (("--input=", "--input"), (f"--input={tmp_path}/no.json", "no.json"),
                         ("--weights=1,2", "weights"), ("--weights=1e9", "weights"), ("--tokenizer=nosuch", "nosuch"),
