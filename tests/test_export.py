@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-from cases import built, out, send
+from cases import built, loaded, out, send
 
 import export
 from formats.weights import with_weights
@@ -91,8 +91,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 # key: (what it is changed to, further keys that it needs to be changed for it to count)
 KEYS = {
     "checkpoint": ("{root}/other", {}), "which": ("latest", {}), "format": ("onnx", {}), "quant": ("bf16", {}),
-    "out": ("{root}/there", {}), "window": (True, {"format": "onnx"}), "check": (True, {"format": "onnx"}),
-    "prompts": (3, {"format": "onnx", "check": True}), "prompt_tokens": (5, {"format": "onnx", "check": True}),
+    "out": ("{root}/there", {}), "window": (True, {"format": "onnx", "out": "{root}/model.onnx"}),
+    "check": (True, {"format": "onnx"}), "prompts": (3, {"format": "onnx", "check": True}),
+    "prompt_tokens": (5, {"format": "onnx", "check": True}),
 }
 
 
@@ -114,10 +115,12 @@ def places(tmp_path_factory):
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_every_key_changes_what_is_exported(places, tmp_path, monkeypatch, capsys, key):
+def test_every_key_changes_what_is_exported(places, tmp_path, capsys, key):
     """Which files there are, what is in them, and the figures of the check."""
     def result(**settings):
-        given = {"checkpoint": "{root}/first", "check": False, "prompts": 2, "prompt_tokens": 3} | settings
+        # a fixed name: the default one tells the format and the quant
+        given = {"checkpoint": "{root}/first", "out": "{root}/model", "check": False, "prompts": 2, "prompt_tokens": 3}
+        given |= settings
         for name, value in given.items():
             given[name] = value.format(root=tmp_path if name == "out" else places) if type(value) is str else value
         export.main(export.Config(**given))
@@ -128,8 +131,16 @@ def test_every_key_changes_what_is_exported(places, tmp_path, monkeypatch, capsy
         return found, [line for line in capsys.readouterr().out.splitlines() if line.startswith("checked")]
 
     pytest.importorskip("onnxruntime", reason="pip install -r requirements-test.txt")
-    monkeypatch.chdir(tmp_path)
     value, needed = KEYS[key]
     plain = result(**needed)
     assert plain == result(**needed)
     assert result(**needed | {key: value}) != plain
+
+
+@pytest.mark.parametrize("settings, name", [
+    ({}, "mine-hf"), ({"quant": "bf16"}, "mine-hf-bf16"), ({"format": "gguf"}, "mine.gguf"),
+    ({"format": "gguf", "quant": "q8_0"}, "mine-q8_0.gguf"), ({"format": "onnx", "quant": "int4"}, "mine-onnx-int4"),
+    ({"format": "onnx", "window": True}, "mine-window.onnx"),
+    ({"format": "onnx", "window": True, "quant": "int8"}, "mine-window-int8.onnx"), ({"format": "web"}, "mine-web")])
+def test_what_is_exported_is_named_after_its_form(settings, name):
+    assert export.default_name(loaded(*built("tied"), "mine"), export.Config(**settings)) == name
