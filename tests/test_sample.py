@@ -59,7 +59,9 @@ def test_seeds_files_beams_and_several_samples(cli, tmp_path):
     assert cli("--prompt", "abc")[1] == text != cli("--prompt", "abc", "--seed=2")[1]
     (tmp_path / "p.txt").write_text("bad é")
     assert cli(f"--prompt=FILE:{tmp_path / 'p.txt'}", "--beam=3")[1].startswith("bad é")
-    assert cli("--prompt=a", "--num_samples=3")[1].count("-" * 40) == 2
+    _, out, err = cli("--prompt=a", "--num_samples=3")
+    texts = out.removesuffix("\n").split(f"\n{'-' * 40}\n")
+    assert len(texts) == 3 and f"\n{sum(map(len, texts)) - 3} tokens, " in err  # a token is a character here
 
 
 def test_a_stop_text_ends_each_sample(cli):
@@ -84,6 +86,7 @@ def test_empty_and_long_prompts_are_defined(cli):
     assert cli("--prompt=")[0] == 0
     code, _, err = cli("--prompt", "abc de" * 10)
     assert code == 0 and "has 60 tokens, the model sees the last 16" in err
+    assert "sees the last" not in cli("--prompt", "abcd" * 4)[2]
 
 
 @pytest.mark.parametrize("args, reason", [

@@ -442,6 +442,21 @@ def test_the_steps_that_are_timed_are_those_of_the_trial(toy, monkeypatch):
     assert autocast.fast_dtype == torch.bfloat16 and autocast._enabled
 
 
+def test_a_budget_sets_the_steps_and_what_depends_on_them(toy, monkeypatch):
+    taken = []
+
+    def record(cfg, report, command):
+        taken.append((cfg.max_steps, cfg.eval_every, cfg.warmup_steps))
+        raise ValueError("enough")
+    monkeypatch.setattr(train, "train", record)
+    monkeypatch.setattr(search, "fit_steps", lambda cfg, dataset, seconds: round(10 * seconds))
+    for folder, seconds, n_evals in (("a", 2.0, 9), ("b", 4.0, 2), ("c", 0.1, 9)):
+        given = {"n_trials": 1, "max_steps": 100, "warmup_steps": 8, "space": ("lr=0.001..0.01",)}
+        run(config(toy, **given, seconds=seconds, n_evals=n_evals), folder)
+    # a warm-up takes a quarter of the steps at most
+    assert taken == [(20, 3, 5), (40, 20, 8), (1, 1, 0)]
+
+
 # ---- which trial is the best
 def scripted(monkeypatch, *bits):
     """Let the evaluations of all trials find these bits per byte, one after the other."""
