@@ -182,11 +182,12 @@ def test_each_value_reaches_the_decoder_under_its_name(run, monkeypatch):
     sampling = {"temperature": 0.9, "top_k": 3, "top_p": 0.7, "min_p": 0.2, "repetition_penalty": 1.1}
     sample.main(sample.Config(**shared, **sampling, seed=5))
     sample.main(sample.Config(**shared, beam=2, length_penalty=0.6))
+    sample.main(sample.Config(**shared | {"prompt": ""}))
     common = {"ids": [2, 3], "max_new_tokens": 7, "stop_ids": {eot}, "vocab_size": 9}
-    ours, beams = asked
+    ours, beams, empty = asked
     assert {name: ours[name] for name in common} == {name: beams[name] for name in common} == common
     assert ours["sampling"] == sampling and ours["generator"].initial_seed() == 5
-    assert (beams["beam"], beams["length_penalty"]) == (2, 0.6)
+    assert (beams["beam"], beams["length_penalty"]) == (2, 0.6) and empty["ids"] == [eot]
 
 
 # ---- where a text ends
@@ -242,7 +243,7 @@ def test_a_chat_ends_its_answers_and_forgets_on_reset(parrot, monkeypatch, capsy
 
     tokenizer = smollm_like()
     monkeypatch.setattr(sample, "generate", listen)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n/reset\n three \n/quit\nfour\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n /reset \n three \n/quit\nfour\n"))
     sample.main(sample.Config(checkpoint=str(parrot), chat=True, temperature=0, system="S", max_new_tokens=20))
     assert capsys.readouterr().out == "> Yo\n> Yo\n> > Yo\n> "  # neither <|im_end|> nor what would follow it
     begin = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n"

@@ -368,17 +368,21 @@ def test_a_trial_takes_over_every_key_of_the_loop(toy, runs, monkeypatch):
     taken = []
 
     def record(cfg, report, command):
-        taken.append(cfg)
+        taken.append((cfg, command))
         raise ValueError("enough")
     monkeypatch.setattr(train, "train", record)
     given = TAKEN | {"dataset": str(toy), "init_from": str(runs / "byte")}
     cfg = configurator.load(search.Config, **given, space=("n_layer=1..2",), n_trials=1, n_embd=96)
-    run(cfg)
-    got = configurator.flat(taken[0])
+    search.search(cfg, Path("study"), typed(cfg)._replace(files=["recipe.py"]))
+    cfg, command = taken[0]
+    got = configurator.flat(cfg)
     assert {key: got[key] for key in given} == given and (got["n_embd"], got["resume"]) == (96, False)
     defaults = configurator.flat(configurator.load(train.Config, arch="hybrid_ssm"))
     assert not [key for key in given if given[key] == defaults[key] and key != "arch"]
     assert got["out_dir"] == "study/trial_0000" and table("study")[0]["error"] == "enough"
+    # what was asked for are the values of the trial, too; the recipe of a search is none of train.py's
+    assert command.files == [] and not command.given.keys() & search.OURS
+    assert command.given["n_layer"] == cfg.model.n_layer and command.given["n_embd"] == 96
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -455,6 +459,16 @@ def test_a_budget_sets_the_steps_and_what_depends_on_them(toy, monkeypatch):
         run(config(toy, **given, seconds=seconds, n_evals=n_evals), folder)
     # a warm-up takes a quarter of the steps at most
     assert taken == [(20, 3, 5), (40, 20, 8), (1, 1, 0)]
+
+
+def test_a_study_is_named_after_its_last_recipe(toy, monkeypatch):
+    folders = []
+    monkeypatch.setattr(search, "search", lambda cfg, folder, command: folders.append(str(folder)))
+    for names, changes in ((["config/a.py", "config/b.py"], {}), ([], {}), (["config/a.py"], {"out_dir": "mine"})):
+        cfg = config(toy, **changes)
+        with pytest.raises(UserError, match="no trial"):
+            search.main(cfg, typed(cfg)._replace(files=names))
+    assert folders == ["runs/b", "runs/search", "mine"]
 
 
 # ---- which trial is the best
