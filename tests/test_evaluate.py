@@ -278,3 +278,11 @@ def test_what_is_waived_is_waived_for_every_program(places, monkeypatch, suite, 
     importlib.import_module(f"tasks.{suite}").run(Floor("program", lambda prompt, n: text), cfg)
     assert evaluate.SANDBOXED == {"code", "humaneval", "skills"}
     assert set(told) == {("limits",)} and len(told) > 2
+
+
+@pytest.mark.parametrize("metric, score, text", [
+    ("accuracy", (1.0, 0.1, 9), "100.0% +-10.0%"), ("accuracy", (0.5, 0.0, 9), "50.0%"), ("accuracy", None, "-"),
+    ("loss", (0.5, 0.01, 9), "0.5 +-0.01"), ("unigram bits per byte", (1.0, 0.0, 9), "1"),
+    ("accuracy", (math.nan, 0.1, 9), "-"), ("points", (7.5, 0.25, 9), "7.5 +-0.25")])
+def test_a_cell_of_the_table(metric, score, text):
+    assert evaluate.cell(metric, score) == text

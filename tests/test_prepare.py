@@ -605,3 +605,14 @@ def test_every_key_changes_the_dataset(tmp_path, monkeypatch, capsys, script):
             assert result(**needed) == plains[-1][1]
         plain = next(found for more, found in plains if more == needed)
         assert result(**needed | {key: value}) != plain, f"{key} has no effect"
+
+
+def test_the_next_command_fits_the_tokenizer(tmp_path, capsys):
+    """With a tokenizer that exists already there is usually a model to start from."""
+    (tmp_path / "in.txt").write_text(prose(900))
+    (tmp_path / "tokenizer.json").write_text(char_tokenizer(prose(900)).to_json())
+    for tokenizer, recipe in (("char", "tiny_cpu"), (str(tmp_path / "tokenizer.json"), "finetune_own_text")):
+        text.main(text.Config(input=str(tmp_path / "in.txt"), name="ds", tokenizer=tokenizer, data_dir=str(tmp_path)))
+        next_command = capsys.readouterr().out.splitlines()[-1]
+        assert next_command == f"next: python train.py config/{recipe}.py --dataset={tmp_path}/ds"
+        assert (ROOT / "config" / f"{recipe}.py").is_file()
