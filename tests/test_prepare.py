@@ -576,7 +576,10 @@ def test_every_key_is_listed(script):
 
 @pytest.mark.parametrize("script", KEYS, ids=called)
 def test_every_key_changes_the_dataset(tmp_path, monkeypatch, capsys, script):
-    """Its tokens, masks, tokenizer or place: not its meta.json, which repeats the options. Of --show, the lines."""
+    """Its tokens, masks, tokenizer or place, and not only its meta.json, which repeats the options as they are.
+
+    Of --show it is what is printed.
+    """
     def result(**settings):
         given = {"data_dir": "{root}/data"} | BASE[script] | settings
         for name, value in given.items():
@@ -588,6 +591,9 @@ def test_every_key_changes_the_dataset(tmp_path, monkeypatch, capsys, script):
         found = {}
         for folder in [*tmp_path.glob("data/*"), *tmp_path.glob("elsewhere/*")]:
             found |= {str(path): path.read_bytes() for path in folder.iterdir() if path.name != "meta.json"}
+            options = json.loads((folder / "meta.json").read_text())["options"]
+            for name in options.keys() & given.keys():
+                assert options[name] == (list(given[name]) if name == "weights" else given[name])
             shutil.rmtree(folder)
         return found, capsys.readouterr().out.count("-" * 40)
 
