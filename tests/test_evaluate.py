@@ -286,3 +286,11 @@ def test_what_is_waived_is_waived_for_every_program(places, monkeypatch, suite, 
     ("accuracy", (math.nan, 0.1, 9), "-"), ("points", (7.5, 0.25, 9), "7.5 +-0.25")])
 def test_a_cell_of_the_table(metric, score, text):
     assert evaluate.cell(metric, score) == text
+
+
+def test_the_run_in_question_comes_first_and_its_training_text_is_counted(runs):
+    assert evaluate.paths_to_measure(Config(checkpoint="a", baseline="b")) == ["a", "b"]
+    assert evaluate.paths_to_measure(Config(compare=("c", "a", "b"))) == ["c", "a", "b"]
+    text = (runs / "text.txt").read_bytes()
+    counted = evaluate.training_text(Speaker(runs / "byte", Config()), Config())
+    assert text.startswith(counted) and 0.8 < len(counted) / len(text) < 0.95  # the tail is val

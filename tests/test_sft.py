@@ -280,3 +280,15 @@ def test_command_line(tmp_path):
                         ("--block_size=4", "block_size")):
         out = call(*good, flag)
         assert out.returncode == 1 and words in out.stderr.splitlines()[-1] and "Traceback" not in out.stderr
+
+
+def test_what_is_left_out_is_counted(tmp_path, capsys):
+    answers = ["yes"] * 30 + ["a long answer " * 9] * 3 + [" "] * 2
+    records = [{"question": f"{i}?", "answer": answer} for i, answer in enumerate(answers)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, records)))
+    sft.main(sft.Config(input=(str(tmp_path / "in.jsonl"),), name="ds", tokenizer="byte", block_size=48,
+                        val_fraction=0.2, data_dir=str(tmp_path)))
+    out, err = capsys.readouterr()
+    assert "left out: 3 conversations longer than --block_size=48 tokens, 2 without an answer" in err
+    n = data.load(tmp_path / "ds").meta["documents"]
+    assert n["train"] + n["val"] == 30 and f"{n['train']} examples to train on, {n['val']} held out" in out
