@@ -294,3 +294,10 @@ def test_the_run_in_question_comes_first_and_its_training_text_is_counted(runs):
     text = (runs / "text.txt").read_bytes()
     counted = evaluate.training_text(Speaker(runs / "byte", Config()), Config())
     assert text.startswith(counted) and 0.8 < len(counted) / len(text) < 0.95  # the tail is val
+
+
+def test_the_report_names_the_layers_that_were_there(measured):
+    found, _, _ = measured(**HUMANEVAL, waive=("network",))
+    assert [sandboxes for _, sandboxes in found.values()] == [[sorted(set(sandbox.LAYERS) - {"network"})]]
+    found, _, _ = measured(suite="cloze")  # nothing ran there
+    assert [sandboxes for _, sandboxes in found.values()] == [[None]]
