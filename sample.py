@@ -84,7 +84,6 @@ def save_packed(folder, loaded):
     if (Path(folder) / "latest").exists():
         raise UserError(f"--packed={folder} already holds a run: name another folder")
     meta = loaded.meta | {"model_config": asdict(model.config)}
-    meta.pop("sha256", None)  # of the meta.json that it comes from
     path = checkpoint.save(folder, loaded.meta["step"], model.deploy_state(), None, meta,
                            loaded.path / "tokenizer.json", best=True)
     file = path / "model.safetensors"

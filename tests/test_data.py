@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -534,3 +535,32 @@ def test_loading_needs_no_tokenizers_library(tmp_path):
     code = f"import sys; from thimble import data; data.load({str(folder)!r}); "
     code += "assert not {'tokenizers', 'torch'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_what_is_synced_is_all_that_was_written(tmp_path, monkeypatch):
+    """A sync of a file whose end is still in a buffer keeps half of it."""
+    synced = {}  # name -> size of the file when it was synced
+    sync = os.fsync
+
+    def record(descriptor):
+        synced[os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))] = os.fstat(descriptor).st_size
+        sync(descriptor)
+    monkeypatch.setattr(os, "fsync", record)
+    folder = write(tmp_path / "ds", byte_tokenizer(), np.arange(50), np.arange(50), train_mask=np.ones(50))
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert len(sizes) == 5 and {name: synced[name] for name in sizes} == sizes
+
+
+def test_training_refuses_an_id_equal_to_the_vocabulary(tmp_path, monkeypatch):
+    """In the middle of a large file, where loading does not look; one below it is fine."""
+    monkeypatch.setattr(data, "MB", 1000)
+    monkeypatch.setattr(data, "FULL_HASH_LIMIT", 2000)
+    for name in ("train.bin", "val.bin"):
+        folder = write(tmp_path / name, byte_tokenizer(), np.arange(5000) % 256, np.arange(5000) % 256)
+        cfg = configurator.load(train.Config, dataset=str(folder), batch_size=310, max_steps=1, block_size=16,
+                                n_layer=1, n_embd=16, n_head=2, device="cpu", dtype="float32", eval_every=1)
+        edit_middle(folder, name, 256, 2500)
+        assert train.train(replace(cfg, out_dir=str(tmp_path / f"good {name}")))["step"] == 1
+        edit_middle(folder, name, 257, 2500)
+        with pytest.raises(UserError, match=f"{name} holds the id 257 at token 2,500, the vocabulary has 257 ids"):
+            train.train(replace(cfg, out_dir=str(tmp_path / f"bad {name}")))

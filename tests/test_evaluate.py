@@ -7,7 +7,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from datetime import datetime
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +15,9 @@ from conftest import ROOT
 
 import evaluate
 from evaluate import Config
+from prepare.text import prepare
 from tasks import bpb, cloze, sandbox
-from tasks.speaker import Speaker
+from tasks.speaker import Floor, Speaker
 from thimble import checkpoint, generate, runlog
 from thimble.files import UserError
 from thimble.tokenizer import byte_tokenizer
@@ -151,3 +152,152 @@ def test_a_missing_layer_is_told_before_anything_is_written(runs, monkeypatch):
     monkeypatch.setattr(generate, "draw", None)
     with pytest.raises(UserError, match="luck.*--waive"):
         evaluate.main(Config(checkpoint=str(runs / "bpe"), suite="humaneval"), command=None)
+
+
+# ---- every key counts
+# (key, what it is changed to, further keys that it needs to be changed for it to count)
+GSM8K = {"suite": "gsm8k", "gsm8k": "{root}/gsm8k.jsonl", "max_new_tokens": 8}
+HUMANEVAL = {"suite": "humaneval", "humaneval": "{root}/humaneval.jsonl", "max_new_tokens": 8}
+LM_EVAL = {"suite": "lm_eval", "tasks": ("pets",)}
+CASES = [
+    ("checkpoint", "{runs}/byte", {}), ("which", "latest", {}), ("suite", "bpb", {}), ("baseline", "{runs}/byte", {}),
+    ("compare", ("{runs}/byte", "{root}/bpe"), {"checkpoint": ""}), ("all_steps", True, {}),
+    ("dataset", "{root}/other", {"suite": "bpb"}), ("text", "{root}/text.txt", {"suite": "bpb"}),
+    ("gsm8k", "{root}/one.jsonl", GSM8K), ("humaneval", "{root}/one.jsonl", HUMANEVAL),
+    ("tasks", ("pets", "plants"), LM_EVAL), ("include", "mine", LM_EVAL),
+    ("limit", 1, GSM8K), ("limit", 1, HUMANEVAL), ("limit", 1, LM_EVAL),
+    ("n", 2, HUMANEVAL), ("temperature", 0.01, HUMANEVAL | {"n": 2}),
+    ("max_new_tokens", 3, GSM8K), ("max_new_tokens", 3, HUMANEVAL), ("max_new_tokens", 3, HUMANEVAL | {"n": 2}),
+    ("max_new_tokens", 3, LM_EVAL), ("template", "alpaca", GSM8K), ("system", "Be brief.", GSM8K), ("floors", True, {}),
+    ("waive", ("network",), HUMANEVAL), ("seed", 7, HUMANEVAL | {"n": 2}), ("seed", 7, {"floors": True}),
+    ("device", "cuda:99", {}),
+]
+
+
+def test_every_key_is_listed():
+    assert {key for key, _, _ in CASES} == Config.__dataclass_fields__.keys()
+
+
+@pytest.fixture(scope="module")
+def places(runs, tmp_path_factory):
+    """A run whose best and latest checkpoints differ, another dataset, a text and problems."""
+    root = tmp_path_factory.mktemp("places")
+    shutil.copytree(runs / "bpe", root / "bpe", ignore=shutil.ignore_patterns("evaluation*"))
+    (root / "bpe" / "best").write_text("step_000000")
+    (root / "text.txt").write_text("the big cat ran.")
+    text = "the old hen sat on a wet mat. " * 20
+    prepare(lambda: iter([text]), "other", "tests", str(runs / "data" / "bpe" / "tokenizer.json"), data_dir=root)
+    record = {"question": "the cat?", "answer": "#### 2", "prompt": "the cat", "test": "", "entry_point": "f"}
+    other = record | {"question": "a hat?", "prompt": "a hat"}
+    for name, records in (("gsm8k", [record, other]), ("humaneval", [record, other]), ("one", [other])):
+        (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return root
+
+
+@pytest.fixture
+def measured(runs, places, monkeypatch):
+    """A function of settings -> the reports, all that was written for them, and the error.
+
+    The sandbox runs nothing here and says what it was asked; lm_eval is a harness that scores what it was given.
+    """
+    harness = {name: ModuleType(name) for name in ("lm_eval", "lm_eval.api", "lm_eval.api.model", "lm_eval.tasks")}
+    harness["lm_eval"].simple_evaluate = lambda adapter, tasks, task_manager, limit: {
+        "results": {task: {"limit,none": limit or 0, "known,none": len(task_manager.all_tasks),
+                           "length,none": adapter.max_new_tokens} for task in tasks}}
+    harness["lm_eval.api.model"].TemplateLM = object
+    harness["lm_eval.tasks"].TaskManager = lambda include_path: SimpleNamespace(
+        all_tasks=["pets", "plants", *filter(None, [include_path])])
+    for name, module in harness.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "tasks.lm_eval", raising=False)
+
+    said = []
+
+    def grade(prompt, completion, *_, waive):
+        said.append((prompt, completion, waive))
+        return False, ""
+
+    def write_texts(*args):
+        said.append(generate.write_texts(*args))
+        return said[-1]
+
+    monkeypatch.setattr(sandbox, "active", lambda waive: (sorted(set(sandbox.LAYERS) - set(waive)), {}))
+    monkeypatch.setattr(sandbox, "grade", grade)
+    monkeypatch.setattr("tasks.speaker.write_texts", write_texts)
+    monkeypatch.setattr(evaluate, "draw_bars", lambda *_: False)  # matplotlib takes half a second a picture
+    monkeypatch.chdir(places)
+
+    def result(**settings):
+        given = {"checkpoint": "{root}/bpe", "suite": "cloze", "floors": False} | settings
+        for name, value in given.items():
+            if isinstance(value, str):
+                given[name] = value.format(root=places, runs=runs)
+            elif isinstance(value, tuple):
+                given[name] = tuple(part.format(root=places, runs=runs) for part in value)
+        reports = [*places.rglob("evaluation*.json"), *runs.rglob("evaluation*.json")]
+        for path in reports:
+            path.unlink()
+        said.clear()
+        error = ""
+        try:
+            evaluate.main(Config(**given), command=SimpleNamespace(line=""))
+        except UserError as e:
+            error = str(e)
+        found = {}  # {path of a report: its scores and how each suite's sandbox was}
+        for path in [*places.rglob("evaluation*.json"), *runs.rglob("evaluation*.json")]:
+            report = json.loads(path.read_text())
+            found[str(path)] = report["suites"], [how["sandbox"] for how in report["made"].values()]
+        return found, sorted(map(str, said)), error
+
+    yield result
+    sys.modules.pop("tasks.lm_eval", None)
+
+
+@pytest.mark.parametrize("key, value, needed", CASES)
+def test_every_key_changes_the_report_or_what_is_asked(measured, key, value, needed):
+    plain = measured(**needed)
+    assert plain == measured(**needed) and bool(plain[2]) == (key == "compare")
+    changed = measured(**needed | {key: value})
+    assert changed[:2] != plain[:2] and bool(changed[2]) == (key == "device")
+
+
+@pytest.mark.parametrize("suite, text", [
+    ("code", "\n    return 1"), ("humaneval", "\n    return 1"), ("skills", "def f(a, b):\n    return a")])
+def test_what_is_waived_is_waived_for_every_program(places, monkeypatch, suite, text):
+    """Each of the sandbox's entries is told, and no layer but the one that was named."""
+    told = []
+
+    def entry(result):
+        return lambda *args, waive=(): told.append(waive) or result
+
+    for name, result in (("run", SimpleNamespace(ok=False)), ("call", (None, "x")), ("grade", (False, ""))):
+        monkeypatch.setattr(sandbox, name, entry(result))
+    monkeypatch.setattr(sandbox, "active", lambda waive: told.append(waive) or ([], {}))
+    cfg = Config(suite=suite, humaneval=str(places / "humaneval.jsonl"), waive=("limits",))
+    evaluate.check_sandbox(cfg.waive)
+    importlib.import_module(f"tasks.{suite}").run(Floor("program", lambda prompt, n: text), cfg)
+    assert evaluate.SANDBOXED == {"code", "humaneval", "skills"}
+    assert set(told) == {("limits",)} and len(told) > 2
+
+
+@pytest.mark.parametrize("metric, score, text", [
+    ("accuracy", (1.0, 0.1, 9), "100.0% +-10.0%"), ("accuracy", (0.5, 0.0, 9), "50.0%"), ("accuracy", None, "-"),
+    ("loss", (0.5, 0.01, 9), "0.5 +-0.01"), ("unigram bits per byte", (1.0, 0.0, 9), "1"),
+    ("accuracy", (math.nan, 0.1, 9), "-"), ("points", (7.5, 0.25, 9), "7.5 +-0.25")])
+def test_a_cell_of_the_table(metric, score, text):
+    assert evaluate.cell(metric, score) == text
+
+
+def test_the_run_in_question_comes_first_and_its_training_text_is_counted(runs):
+    assert evaluate.paths_to_measure(Config(checkpoint="a", baseline="b")) == ["a", "b"]
+    assert evaluate.paths_to_measure(Config(compare=("c", "a", "b"))) == ["c", "a", "b"]
+    text = (runs / "text.txt").read_bytes()
+    counted = evaluate.training_text(Speaker(runs / "byte", Config()), Config())
+    assert text.startswith(counted) and 0.8 < len(counted) / len(text) < 0.95  # the tail is val
+
+
+def test_the_report_names_the_layers_that_were_there(measured):
+    found, _, _ = measured(**HUMANEVAL, waive=("network",))
+    assert [sandboxes for _, sandboxes in found.values()] == [[sorted(set(sandbox.LAYERS) - {"network"})]]
+    found, _, _ = measured(suite="cloze")  # nothing ran there
+    assert [sandboxes for _, sandboxes in found.values()] == [[None]]

@@ -1,10 +1,11 @@
 """The command: what goes out is what its own program computes, a fork's own Python included."""
 import dataclasses
+import hashlib
 
 import numpy as np
 import pytest
 import torch
-from cases import built, out, send
+from cases import built, loaded, out, send
 
 import export
 from formats.weights import with_weights
@@ -84,3 +85,62 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "x").exists()
     export.main(export.Config(checkpoint="exports/mine-hf", format="onnx", window=True, check=False))
     assert (tmp_path / "exports" / "mine-hf-window.onnx").is_file()
+
+
+# ---- every key counts
+# key: (what it is changed to, further keys that it needs to be changed for it to count)
+KEYS = {
+    "checkpoint": ("{root}/other", {}), "which": ("latest", {}), "format": ("onnx", {}), "quant": ("bf16", {}),
+    "out": ("{root}/there", {}), "window": (True, {"format": "onnx", "out": "{root}/model.onnx"}),
+    "check": (True, {"format": "onnx"}), "prompts": (3, {"format": "onnx", "check": True}),
+    "prompt_tokens": (5, {"format": "onnx", "check": True}),
+}
+
+
+def test_every_key_is_listed():
+    assert KEYS.keys() == export.Config.__dataclass_fields__.keys()
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A run whose best and latest checkpoints differ, and another run of the same shape."""
+    root = tmp_path_factory.mktemp("keys")
+    first, words = built("tied")
+    (root / "t.json").write_text(words.to_json())
+    meta = {"arch": "model", "model_config": dataclasses.asdict(first.config)}
+    for seed, (name, step) in enumerate((("first", 1), ("first", 2), ("other", 1))):
+        state = {key: w + 0.1 * seed for key, w in first.state_dict().items()}
+        checkpoint.save(root / name, step, state, None, meta, root / "t.json", best=step == 1)
+    return root
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_key_changes_what_is_exported(places, tmp_path, capsys, key):
+    """Which files there are, what is in them, and the figures of the check."""
+    def result(**settings):
+        # a fixed name: the default one tells the format and the quant
+        given = {"checkpoint": "{root}/first", "out": "{root}/model", "check": False, "prompts": 2, "prompt_tokens": 3}
+        given |= settings
+        for name, value in given.items():
+            given[name] = value.format(root=tmp_path if name == "out" else places) if type(value) is str else value
+        export.main(export.Config(**given))
+        written = [path for path in tmp_path.rglob("*") if path.is_file()]
+        found = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in written}
+        for path in tmp_path.iterdir():
+            files.remove(path)
+        return found, [line for line in capsys.readouterr().out.splitlines() if line.startswith("checked")]
+
+    pytest.importorskip("onnxruntime", reason="pip install -r requirements-test.txt")
+    value, needed = KEYS[key]
+    plain = result(**needed)
+    assert plain == result(**needed)
+    assert result(**needed | {key: value}) != plain
+
+
+@pytest.mark.parametrize("settings, name", [
+    ({}, "mine-hf"), ({"quant": "bf16"}, "mine-hf-bf16"), ({"format": "gguf"}, "mine.gguf"),
+    ({"format": "gguf", "quant": "q8_0"}, "mine-q8_0.gguf"), ({"format": "onnx", "quant": "int4"}, "mine-onnx-int4"),
+    ({"format": "onnx", "window": True}, "mine-window.onnx"),
+    ({"format": "onnx", "window": True, "quant": "int8"}, "mine-window-int8.onnx"), ({"format": "web"}, "mine-web")])
+def test_what_is_exported_is_named_after_its_form(settings, name):
+    assert export.default_name(loaded(*built("tied"), "mine"), export.Config(**settings)) == name

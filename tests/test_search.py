@@ -1,6 +1,7 @@
 """search.py: what it reports is true, its trials repeat, and no trial is lost or run twice, whatever is killed."""
 import csv
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -10,13 +11,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
 import train
-from thimble import checkpoint, configurator, data
+from thimble import checkpoint, configurator, data, files
 from thimble.files import UserError
 
 optuna = pytest.importorskip("optuna", reason="needs optuna: pip install -r requirements-search.txt")
@@ -334,3 +336,193 @@ def test_killed_workers_lose_nothing(toy, kills):
     process.join(300)
     assert process.exitcode == 0
     check_whole(cfg.n_trials, died=kills)
+
+
+# ---- every key counts
+# key: (what it is changed to, further keys that it needs to be changed for it to count)
+KEYS = {
+    "space": (("lr=0.0001..0.1 log", "n_layer=1..2"), {}), "n_trials": (3, {}),
+    "objectives": (("parameters",), {}), "sampler": ("random", {"n_trials": 14}),  # the first ten of both are alike
+    "prune": (False, {"n_trials": 5}), "seconds": (0.6, {}), "n_evals": (2, {"seconds": 0.6}),
+    "storage": ("sqlite:///{root}/study.db", {}),
+}
+# what a trial takes over from the command, each with a value that is not its default. A search has a folder of its own
+# for each trial, and no --resume.
+TAKEN = {
+    "lora_rank": 2, "seed": 7, "prepare": "x.py", "batch_size": 6, "micro_batch_size": 3, "arch": "hybrid_ssm",
+    "optimizer": "adamw", "lr": 0.011, "rest_optimizer": "lion", "rest_lr": 0.012, "weight_decay": 0.13,
+    "betas": [0.8, 0.9], "momentum": 0.7, "grad_clip": 0.3, "schedule": "wsd", "max_steps": 8, "warmup_steps": 2,
+    "min_lr": 0.2, "decay_frac": 0.3, "restart_steps": 5, "restart_mul": 2.0, "restart_decay": 0.6, "eval_every": 3,
+    "patience": 4, "prompts": ["a"], "prompt_tokens": 9, "log_every": 6, "tracker": "tensorboard", "save_every": 2,
+    "keep_last": 1, "device": "meta", "dtype": "bfloat16", "compile": True,
+}
+
+
+def test_every_key_is_listed():
+    assert KEYS.keys() == search.OURS
+    loop = {f.name for f in fields(train.Config)}
+    assert TAKEN.keys() | {"dataset", "init_from"} == loop - {"model", "out_dir", "resume"}
+
+
+def test_a_trial_takes_over_every_key_of_the_loop(toy, runs, monkeypatch):
+    taken = []
+
+    def record(cfg, report, command):
+        taken.append((cfg, command))
+        raise ValueError("enough")
+    monkeypatch.setattr(train, "train", record)
+    given = TAKEN | {"dataset": str(toy), "init_from": str(runs / "byte")}
+    cfg = configurator.load(search.Config, **given, space=("n_layer=1..2",), n_trials=1, n_embd=96)
+    search.search(cfg, Path("study"), typed(cfg)._replace(files=["recipe.py"]))
+    cfg, command = taken[0]
+    got = configurator.flat(cfg)
+    assert {key: got[key] for key in given} == given and (got["n_embd"], got["resume"]) == (96, False)
+    defaults = configurator.flat(configurator.load(train.Config, arch="hybrid_ssm"))
+    assert not [key for key in given if given[key] == defaults[key] and key != "arch"]
+    assert got["out_dir"] == "study/trial_0000" and table("study")[0]["error"] == "enough"
+    # what was asked for are the values of the trial, too; the recipe of a search is none of train.py's
+    assert command.files == [] and not command.given.keys() & search.OURS
+    assert command.given["n_layer"] == cfg.model.n_layer and command.given["n_embd"] == 96
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_key_changes_the_study(toy, tmp_path, monkeypatch, key):
+    """The trials and what was told to Optuna of each, their configs, and which files there are; no times."""
+    trained = []  # (Config, the last evaluation) of each trial
+    studies = []
+
+    def quick_train(cfg, report, command):
+        for step in range(cfg.eval_every, cfg.max_steps + 1, cfg.eval_every):
+            record = {"step": step, "val_bpb": abs(cfg.lr - 0.03) + cfg.model.n_layer + 1 / step}
+            if report(record):
+                break
+        trained.append((cfg, record))
+
+    def measure(folder):
+        cfg, record = trained[-1]
+        return record | {"parameters": cfg.model.n_embd, "ms_per_token": 1.0, "steps": record["step"]}
+
+    def result(**settings):
+        given = {"n_trials": 2, "max_steps": 2, "space": ("lr=0.0001..0.1 log",)} | settings
+        if "storage" in given:
+            given["storage"] = given["storage"].format(root=tmp_path)
+        trained.clear()
+        run(config(toy, **given))
+        rows = [{name: row[name] for name in row.keys() - {"worker", "seconds"}} for row in table("study")]
+        told = [trial.values for trial in studies[-1].get_trials()]
+        names = sorted(path.name for path in [*Path().iterdir(), *Path("study").iterdir()])
+        for path in tmp_path.iterdir():
+            files.remove(path)
+        return rows, told, [cfg for cfg, _ in trained], names
+
+    create = optuna.create_study
+    monkeypatch.setattr(optuna, "create_study", lambda **options: studies.append(create(**options)) or studies[-1])
+    monkeypatch.setattr(train, "train", quick_train)
+    monkeypatch.setattr(search, "measure", measure)
+    monkeypatch.setattr(search, "plot_search", lambda *_: None)  # takes half a second
+    monkeypatch.setattr(search, "fit_steps", lambda cfg, dataset, seconds: round(10 * seconds))  # has a test of its own
+    value, needed = KEYS[key]
+    plain = result(**needed)
+    assert plain == result(**needed)
+    assert result(**needed | {key: value}) != plain
+
+
+def test_the_steps_that_are_timed_are_those_of_the_trial(toy, monkeypatch):
+    """Each value in its place: of a swapped pair only the time would tell."""
+    made = []
+    stepped = []
+    make = search.optim.Optimizer
+    step = train.training_step
+    monkeypatch.setattr(search.optim, "Optimizer", lambda *args: made.append(args) or make(*args))
+    monkeypatch.setattr(train, "training_step", lambda *args: stepped.append(args) or step(*args))
+    cfg = config(toy, lr=0.011, rest_lr=0.012, weight_decay=0.13, betas=(0.8, 0.9), momentum=0.7, grad_clip=0.3,
+                 rest_optimizer="lion", micro_batch_size=4, dtype="bfloat16")
+    assert search.fit_steps(cfg, data.load(toy), 0.0) == 1
+    assert made[0][1:] == ("muon", 0.011, "lion", 0.012, 0.13, (0.8, 0.9), 0.7) and len(stepped) == 4
+    forward, learner, _, x, y, micro_batch_size, autocast, grad_clip, scale = stepped[2]
+    first, targets = train.next_batch(cfg, data.load(toy), 2, "cpu")
+    assert torch.equal(x, first) and torch.equal(y, targets)
+    assert forward is learner is made[0][0] and (micro_batch_size, grad_clip, scale) == (4, 0.3, 1.0)
+    assert autocast.fast_dtype == torch.bfloat16 and autocast._enabled
+
+
+def test_a_budget_sets_the_steps_and_what_depends_on_them(toy, monkeypatch):
+    taken = []
+
+    def record(cfg, report, command):
+        taken.append((cfg.max_steps, cfg.eval_every, cfg.warmup_steps))
+        raise ValueError("enough")
+    monkeypatch.setattr(train, "train", record)
+    monkeypatch.setattr(search, "fit_steps", lambda cfg, dataset, seconds: round(10 * seconds))
+    for folder, seconds, n_evals in (("a", 2.0, 9), ("b", 4.0, 2), ("c", 0.1, 9)):
+        given = {"n_trials": 1, "max_steps": 100, "warmup_steps": 8, "space": ("lr=0.001..0.01",)}
+        run(config(toy, **given, seconds=seconds, n_evals=n_evals), folder)
+    # a warm-up takes a quarter of the steps at most
+    assert taken == [(20, 3, 5), (40, 20, 8), (1, 1, 0)]
+
+
+def test_a_study_is_named_after_its_last_recipe(toy, monkeypatch):
+    folders = []
+    monkeypatch.setattr(search, "search", lambda cfg, folder, command: folders.append(str(folder)))
+    for names, changes in ((["config/a.py", "config/b.py"], {}), ([], {}), (["config/a.py"], {"out_dir": "mine"})):
+        cfg = config(toy, **changes)
+        with pytest.raises(UserError, match="no trial"):
+            search.main(cfg, typed(cfg)._replace(files=names))
+    assert folders == ["runs/b", "runs/search", "mine"]
+
+
+# ---- which trial is the best
+def scripted(monkeypatch, *bits):
+    """Let the evaluations of all trials find these bits per byte, one after the other."""
+    evaluate = train.evaluate
+    coming = iter(bits)
+
+    def found(*args):
+        bpb = next(coming)
+        return evaluate(*args) | {"val_bpb": bpb, "val_loss": bpb * math.log(2)}
+    monkeypatch.setattr(train, "evaluate", found)
+
+
+def test_a_trial_counts_by_its_best_checkpoint_and_not_by_its_latest(toy, monkeypatch, capsys):
+    scripted(monkeypatch, 3.0, 1.0, 9.0, 2.0, 2.0, 2.0)
+    cfg = config(toy, n_trials=2, max_steps=3, prune=False, out_dir="study", space=("lr=0.001..0.01",))
+    search.main(cfg, typed(cfg))
+    rows = table("study")
+    assert [(row["val_bpb"], row["best_step"], row["steps"]) for row in rows] == [("1.0", "2", "3"), ("2.0", "1", "3")]
+    assert os.readlink("study/best") == "trial_0000"
+    study = optuna.load_study(study_name="study", storage=optuna.storages.JournalStorage(
+        optuna.storages.journal.JournalFileBackend("study/journal.log")))
+    assert [trial.value for trial in study.trials] == [1.0, 2.0]
+    assert "best: trial 0, 1.0000 bits per byte" in capsys.readouterr().out
+
+
+def test_a_trial_that_was_stopped_early_is_never_the_best(toy, monkeypatch, capsys):
+    """One evaluation may be a stroke of luck: it says nothing about where the trial would have ended."""
+    scripted(monkeypatch, 3.0, 2.5, 0.5, 2.0, 1.0)
+    monkeypatch.setattr(optuna.Trial, "should_prune", lambda trial: trial.number == 1)
+    drawn = []  # the line of the best so far
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    monkeypatch.setattr(axes, "step", lambda self, numbers, best, **_: drawn.append((numbers, best)))
+    cfg = config(toy, n_trials=3, max_steps=2, out_dir="study", space=("lr=0.001..0.01",))
+    search.main(cfg, typed(cfg))
+    assert [(row["state"], row["val_bpb"]) for row in table("study")] == [
+        ("COMPLETE", "2.5"), ("PRUNED", "0.5"), ("COMPLETE", "1.0")]
+    assert os.readlink("study/best") == "trial_0002" and drawn[-1] == ([0, 2], [2.5, 1.0])
+    out = capsys.readouterr().out
+    assert "best: trial 2, 1.0000 bits per byte" in out and out.count("stopped early") == 1
+
+
+def test_where_all_were_stopped_early_there_is_no_best(toy, monkeypatch):
+    scripted(monkeypatch, 1.0)
+    monkeypatch.setattr(optuna.Trial, "should_prune", lambda trial: True)
+    cfg = config(toy, n_trials=1, max_steps=2, out_dir="study", space=("lr=0.001..0.01",))
+    with pytest.raises(UserError, match="no trial of study has succeeded"):
+        search.main(cfg, typed(cfg))
+    assert not os.path.lexists("study/best")
+
+
+def test_a_trial_at_its_last_step_is_complete_whatever_the_others_reached(toy, monkeypatch):
+    scripted(monkeypatch, 1.0)
+    monkeypatch.setattr(optuna.Trial, "should_prune", lambda trial: True)
+    assert run(config(toy, n_trials=1, max_steps=1, space=("lr=0.001..0.01",))).number == 0
+    assert table("study")[0]["state"] == "COMPLETE"

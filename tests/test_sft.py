@@ -144,6 +144,24 @@ def test_rows(rows):
     assert dataset.bytes_per_token("val") == n_bytes / dataset.val_mask.sum()
 
 
+def test_the_seed_says_what_is_held_out_and_in_which_order(tmp_path, monkeypatch):
+    records = [{"question": f"{i}?", "answer": f"Number {i}."} for i in range(40)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, records)))
+
+    def rows_of(seed, split):
+        sft.main(sft.Config(input=(str(tmp_path / "in.jsonl"),), name="ds", tokenizer="byte", block_size=48,
+                            val_fraction=0.2, data_dir=str(tmp_path), seed=seed))
+        tokens = getattr(data.load(tmp_path / "ds"), split)[:-1].reshape(-1, 48)
+        return [byte_tokenizer().decode(row) for row in tokens]
+
+    assert set(rows_of(1, "val")) != set(rows_of(2, "val"))
+    monkeypatch.setattr(sft, "is_held_out", lambda messages, fraction, seed: "7" in messages[0]["content"])
+    for split in data.SPLITS:
+        first = rows_of(1, split)
+        other = rows_of(2, split)
+        assert sorted(first) == sorted(other) and first != other
+
+
 def test_bits_per_byte_of_answers_by_hand(tmp_path):
     """All logits equal: a token in the loss costs log2(257) bits. " ab", a newline and the end are 5, for 2 bytes."""
     records = [{"question": f"A question of {i} tokens that are not in the loss?", "answer": "ab"} for i in range(40)]
@@ -255,9 +273,22 @@ def test_command_line(tmp_path):
     out = call(f"--input={file}", "--name=x", "--tokenizer=byte", "--show=1", "--template=alpaca")
     assert out.returncode == 0, out.stderr
     assert "\033[2m### Instruction:\nq" in out.stdout and "\033[0ma" in out.stdout
+    assert data.load(tmp_path / "x").meta["template"] == "alpaca"
     good = [f"--input={file}", "--name=x", "--tokenizer=byte"]
     for flag, words in (("--input=", "--input"), (f"--input={tmp_path}/no.json", "no.json"),
                         ("--weights=1,2", "weights"), ("--weights=1e9", "weights"), ("--tokenizer=nosuch", "nosuch"),
                         ("--block_size=4", "block_size")):
         out = call(*good, flag)
         assert out.returncode == 1 and words in out.stderr.splitlines()[-1] and "Traceback" not in out.stderr
+
+
+def test_what_is_left_out_is_counted(tmp_path, capsys):
+    answers = ["yes"] * 30 + ["a long answer " * 9] * 3 + [" "] * 2
+    records = [{"question": f"{i}?", "answer": answer} for i, answer in enumerate(answers)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, records)))
+    sft.main(sft.Config(input=(str(tmp_path / "in.jsonl"),), name="ds", tokenizer="byte", block_size=48,
+                        val_fraction=0.2, data_dir=str(tmp_path)))
+    out, err = capsys.readouterr()
+    assert "left out: 3 conversations longer than --block_size=48 tokens, 2 without an answer" in err
+    n = data.load(tmp_path / "ds").meta["documents"]
+    assert n["train"] + n["val"] == 30 and f"{n['train']} examples to train on, {n['val']} held out" in out

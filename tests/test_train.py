@@ -1055,3 +1055,17 @@ def test_what_the_keys_say_reaches_the_optimizer_as_it_is(toy, monkeypatch):
              "restart_decay")
     assert list(inspect.signature(scale).parameters) == list(names)
     assert scales[-1] == (3, "restarts", 3, 2, 0.2, 0.3, 5, 2.0, 0.6)
+
+
+# ---- patience
+def test_patience_counts_the_evaluations_from_before_a_resume(toy, monkeypatch, capsys):
+    evaluate, losses = train.evaluate, iter([1.0, 1.1, 1.2, 0.9, 1.0, 1.0])
+    monkeypatch.setattr(train, "evaluate", lambda *args: evaluate(*args) | {"val_loss": next(losses)})
+    cfg = config(toy, max_steps=4, eval_every=2, patience=2, schedule="constant")
+    assert train.train(cfg)["step"] == 4  # one without improvement
+    again = train.train(replace(cfg, max_steps=20, resume=True))
+    assert (again["step"], again["best_step"]) == (6, 2)  # and the second
+    assert "stopped: no better validation loss in 2 evaluations" in capsys.readouterr().out
+    # an improvement starts the count anew
+    more = train.train(replace(cfg, max_steps=20, resume=True))
+    assert (more["step"], more["best_step"]) == (12, 8)
