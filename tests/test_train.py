@@ -410,81 +410,17 @@ def test_a_run_is_never_overwritten(toy):
 
 
 # ---- it survives
-SLOW_SAVES = {"n_embd": 128, "n_layer": 2, "max_steps": 40, "eval_every": 10, "save_every": 2, "keep_last": 2}
-
-
-def command(toy, out, **changes):
-    flags = TINY | SLOW_SAVES | {"dataset": toy, "out_dir": out} | changes
-    return [sys.executable, str(ROOT / "train.py"), *(f"--{k}={v}" for k, v in flags.items())]
-
-
-def killed_and_resumed(toy, out, kills, rng):
-    """Kill a run `kills` times, every other time inside a save, and let it end -> its digest, kills inside a save."""
-    def saving():
-        return os.path.isdir(out) and any(name.endswith(".tmp") for name in os.listdir(out))
-
-    inside = 0
-    for kill in range(kills + 1):
-        resume = os.path.exists(f"{out}/latest")
-        if not resume:
-            shutil.rmtree(out, ignore_errors=True)
-        before = last_line(out)
-        with open("stderr.txt", "w") as err:
-            p = subprocess.Popen(command(toy, out, resume=resume), stdout=subprocess.DEVNULL, stderr=err)
-        if kill == kills:
-            assert p.wait() == 0, Path("stderr.txt").read_text()
-            return digest(out), inside
-        while p.poll() is None and last_line(out) == before:
-            time.sleep(0.002)  # until it works
-        if kill % 2:
-            time.sleep(rng.uniform(0, 0.3))
-        else:
-            for _ in range(rng.randrange(1, 4)):  # in the n-th save from here
-                while p.poll() is None and saving():
-                    pass
-                while p.poll() is None and not saving():
-                    pass
-            time.sleep(rng.uniform(0, 0.003))
-        p.kill()
-        p.wait()
-        inside += saving()
-
-
-def last_line(out):
-    try:
-        return lines(out)[-1]
-    except (ValueError, IndexError, OSError):
-        return None
-
-
-def check_kills(toy, kills, seed):
-    train.train(configurator.load(train.Config, **(TINY | SLOW_SAVES | {"dataset": str(toy), "out_dir": "whole"})))
-    got, inside = killed_and_resumed(toy, "killed", kills, random.Random(seed))
-    print(f"{kills} kills, {inside} of them inside a save")
-    assert got == digest("whole")
-
-
-def test_killed_three_times_it_ends_with_the_same_bits(toy):
-    check_kills(toy, 3, seed=0)
-
-
-@pytest.mark.slow
-def test_killed_twenty_times_it_ends_with_the_same_bits(toy):
-    for seed in range(4):
-        shutil.rmtree("whole", ignore_errors=True)
-        shutil.rmtree("killed", ignore_errors=True)
-        check_kills(toy, 5, seed)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
-def test_a_signal_saves_and_says_how_to_go_on(toy, number):
-    endless = command(toy, "runs/x", max_steps=100_000, eval_every=50_000, save_every=0, schedule="constant")
-    p = subprocess.Popen(endless, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_a_signal_saves_and_says_how_to_go_on(toy):
+    """As a whole command; all signals and moments are in test_kills.py."""
+    flags = TINY | {"dataset": toy, "out_dir": "runs/x", "max_steps": 100_000, "eval_every": 50_000,
+                    "schedule": "constant"}
+    command = [sys.executable, str(ROOT / "train.py"), *(f"--{k}={v}" for k, v in flags.items())]
+    p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while p.poll() is None and not (os.path.exists("runs/x/metrics.jsonl") and len(lines("runs/x")) > 3):
         time.sleep(0.02)
-    p.send_signal(number)
+    p.send_signal(signal.SIGTERM)
     out, err = p.communicate(timeout=30)
-    assert p.returncode == 128 + number and "Traceback" not in err
+    assert p.returncode == 128 + signal.SIGTERM and "Traceback" not in err
     saved = checkpoint.load("runs/x", optimizer=True).meta["step"]
     assert saved > 0 and f"saved at step {saved}" in out and "python train.py --resume" in out
     again = subprocess.run([sys.executable, ROOT / "train.py", "--resume", f"--max_steps={saved + 2}"],
