@@ -48,6 +48,7 @@ def life(flags, before=lambda: None):
         sys.stdout = os.fdopen(1, "w", buffering=1)
         sys.stderr = os.fdopen(2, "w", buffering=1)
         torch.set_num_threads(1)  # the threads of a pool do not survive a fork
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored
         before()
         sys.argv = ["train.py", *(f"--{key}={value}" for key, value in flags.items())]
         configurator.run(train.main, train.Config, with_command=True)
