@@ -650,6 +650,13 @@ def test_retention_under_random_histories(capsys, count, score):
     score(n, n, "12 events each")
 
 
+def test_what_a_killed_run_was_writing_is_cleaned_up(tmp_path):
+    for name in (".config.tmp-7.json", ".metrics.tmp-7.jsonl", ".loss.tmp-7.png", ".best.tmp-7", ".notes.tmp-7.txt"):
+        (tmp_path / name).write_text("half")
+    put(tmp_path, 1)
+    assert hidden(tmp_path) == [".notes.tmp-7.txt"]  # which is not ours
+
+
 def test_best_is_kept_for_ever(tmp_path):
     put(tmp_path, 1, best=True, keep_last=2)
     for step in range(2, 8):
