@@ -38,18 +38,18 @@ ROWS = {
            "files are flushed before their folder is renamed, that before its parent is flushed, pointers last"),
     "A4": ("resuming with each of 32 combinations of optimizer, precision, dropout, micro-batches, threads",
            "the same bits"),
-    "A5": ("resuming at each of 20 steps across three epochs", "the same windows of text in the same order"),
+    "A5": ("resuming at each of 20 steps, among them three ends of an epoch", "the same windows of text in the same order"),
     "A6": ("SIGTERM, SIGINT, SIGHUP and SIGUSR1, once and twice, also inside a save",
            "a whole checkpoint, exit code 128 + signal, not more than a step late"),
     "A7": ("NaN and Inf in loss, gradient, weight, moment and evaluation",
            "no such update is made; no such state becomes latest or best"),
-    "A8": ("poisoned batches at three places of a run",
+    "A8": ("poisoned batches at three places of a run of 400 steps",
            "it goes back and passes over them, ends within 1 % of a clean run, and repeats to the bit"),
     "A9": ("a disk that is full, at each of 8 places of a save; another one that is; one passing error",
            "the last checkpoint loads, the message gives the bytes, one retry"),
     "A10": ("a folder that may not be written, a file or a link in its place, a name that is taken",
             "one clear line and a failing exit code"),
-    "A11": ("the newest checkpoint damaged in 40 ways",
+    "A11": ("the newest checkpoint damaged in 52 ways",
             "each is noticed and the one before is used; if all are damaged, an error"),
     "A12": ("10,000 random histories of saves, evaluations, NaN, crashes and resumptions",
             "the best is never deleted, one whole checkpoint always there, no half one counted"),
@@ -190,8 +190,9 @@ def here():
     if Path("/proc/cpuinfo").exists():
         names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
         cpu = names[0] if names else cpu
+    release = platform.release().partition("-")[0]  # without the distribution's own suffix
     return {"date": str(datetime.date.today()), "commit": runlog.git_commit(),
-            "machine": f"{os.cpu_count()} cores of {cpu}, {platform.system()} {platform.release()}",
+            "machine": f"{os.cpu_count()} cores of {cpu}, {platform.system()} {release}",
             "versions": f"Python {platform.python_version()}, torch {version('torch')}"}
 
 
