@@ -38,7 +38,7 @@ ROWS = {
            "files are flushed before their folder is renamed, that before its parent is flushed, pointers last"),
     "A4": ("resuming with each of 32 combinations of optimizer, precision, dropout, micro-batches, threads",
            "the same bits"),
-    "A5": ("resuming at each of 20 steps, among them three ends of an epoch", "the same windows of text in the same order"),
+    "A5": ("resuming at each of 20 steps, among them three ends of an epoch", "the same windows in the same order"),
     "A6": ("SIGTERM, SIGINT, SIGHUP and SIGUSR1, once and twice, also inside a save",
            "a whole checkpoint, exit code 128 + signal, not more than a step late"),
     "A7": ("NaN and Inf in loss, gradient, weight, moment and evaluation",
