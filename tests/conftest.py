@@ -13,6 +13,16 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the suite is about a CPU, a
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="the counts of bench/reliability.py instead of the quick ones")
+    parser.addoption("--score", help="only the tests of this row of the scorecard, e.g. A1")
+
+
+def pytest_collection_modifyitems(config, items):
+    row = config.getoption("--score")
+    if row is None:
+        return
+    chosen = [item for item in items if any(row in mark.args for mark in item.iter_markers("score"))]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
 
 
 @pytest.fixture

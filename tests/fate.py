@@ -1,6 +1,7 @@
 """A disk that fails, or a process that dies, at a chosen one of the calls that change the disk."""
 import builtins
 import os
+import signal
 
 from thimble import files
 
@@ -12,7 +13,8 @@ class Killed(BaseException):
 class Fate:
     """Counts the calls that change the disk; at number `at`, `strike` happens instead (from then on if `lasting`).
 
-    `strike` is Killed or an error number. A write counts once, in the middle: half of the data is in the file by then.
+    `strike` is Killed, an error number, or a signal that the process sends itself. A write counts once, in the middle:
+    half of the data is in the file by then.
     """
 
     def __init__(self, monkeypatch, at=None, strike=Killed, lasting=True):
@@ -38,7 +40,12 @@ class Fate:
         now = len(self.calls) - 1
         if self.at is not None and (now == self.at or (self.lasting and now > self.at)):
             self.struck = True
-            raise self.strike() if self.strike is Killed else OSError(self.strike, os.strerror(self.strike))
+            if self.strike is Killed:
+                raise Killed
+            if isinstance(self.strike, signal.Signals):
+                os.kill(os.getpid(), self.strike)
+                return
+            raise OSError(self.strike, os.strerror(self.strike))
 
     def open(self, path, mode="r"):
         if "w" not in mode:

@@ -133,6 +133,7 @@ def test_large_vocabulary_takes_uint32(tmp_path):
     assert data.Writer(tmp_path / "x", tokenizer(65_536), "").dtype.itemsize == 4
 
 
+@pytest.mark.score("A16")
 @pytest.mark.parametrize("bad", [257, 70_000, -1, 2**16])
 def test_ids_never_wrap(tmp_path, bad):
     with pytest.raises(UserError, match="outside the vocabulary"):
@@ -425,6 +426,7 @@ def edit_middle(folder, name, value, at):
     (folder / "meta.json").write_text(json.dumps(content))
 
 
+@pytest.mark.score("A16")
 def test_an_id_equal_to_the_vocabulary_is_refused(tmp_path):
     folder = write(tmp_path / "ds", byte_tokenizer(), np.arange(100), np.arange(100))
     edit_middle(folder, "val.bin", 256, 50)

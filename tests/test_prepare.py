@@ -20,7 +20,7 @@ from conftest import ROOT, prose
 from prepare import bible, download, python_code, sft, shakespeare, synthetic_code, text
 from prepare import documents as reading
 from prepare.make_tokenizer import train_bpe
-from thimble import data
+from thimble import configurator, data
 from thimble.files import UserError
 from thimble.tokenizer import EOT, PRETOKENIZERS, char_tokenizer, load_tokenizer
 
@@ -267,6 +267,7 @@ def test_known_figures_of_tinyshakespeare(tmp_path):
     assert "First Citizen" in done.stdout and "next: python train.py" in done.stdout
 
 
+@pytest.mark.score("A16")
 def test_overlap_is_warned_of(tmp_path, capsys):
     same = prose(300, seed=1)
     documents = [f"{i} {prose(20, seed=i)} {same}" for i in range(60)]
@@ -297,6 +298,7 @@ BAD_FILES = {
 }
 
 
+@pytest.mark.score("A16")
 @pytest.mark.parametrize("case", BAD_FILES)
 def test_bad_files_are_named(tmp_path, case):
     content, reason = BAD_FILES[case]
@@ -400,25 +402,48 @@ def test_command_line(tmp_path):
 
 
 # ---- killed
+def forked(*flags):
+    """Fork a process that does what `python prepare/text.py FLAGS` does -> its number."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.argv = ["text.py", *flags]
+        configurator.run(text.main, text.Config)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def exit_code(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.score("A16")
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGKILL")
-def test_killed_at_any_time_leaves_the_old_dataset_or_the_new(tmp_path):
+def test_killed_at_any_time_leaves_the_old_dataset_or_the_new(tmp_path, count, score):
     (tmp_path / "in.txt").write_text(EOT.join(prose(6000, seed=i) for i in range(30)))
-    command = [sys.executable, str(ROOT / "prepare" / "text.py"), f"--input={tmp_path / 'in.txt'}", "--name=ds"]
-    command += ["--tokenizer=byte", f"--data_dir={tmp_path}"]
+    flags = [f"--input={tmp_path / 'in.txt'}", "--name=ds", "--tokenizer=byte", f"--data_dir={tmp_path}"]
     start = time.perf_counter()
-    subprocess.run([*command, "--seed=1"], check=True, capture_output=True)
+    assert exit_code(forked(*flags, "--seed=1")) == 0
     whole = time.perf_counter() - start
     kept = data.load(tmp_path / "ds").meta
-    rng, killed = random.Random(6), 0
-    for i in range(10):
-        seed = i + 2
-        fresh = i % 2  # without an old dataset there is none at all, or the new one
+    n = count(6, 20)
+    rng = random.Random(6)
+    killed = 0
+    seed = 1
+    while killed < n:
+        seed += 1
+        assert seed < 20 * n, "it is always done before it is killed"
+        fresh = seed % 2  # without an old dataset there is none at all, or the new one
         if fresh:
             text.shutil.rmtree(tmp_path / "ds", ignore_errors=True)
-        process = subprocess.Popen([*command, f"--seed={seed}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(whole * rng.uniform(0.3, 1.0))
-        process.send_signal(signal.SIGKILL)
-        if process.wait() == -signal.SIGKILL:
+        pid = forked(*flags, f"--seed={seed}")
+        time.sleep(whole * rng.random())
+        os.kill(pid, signal.SIGKILL)
+        if exit_code(pid) == -signal.SIGKILL:
             killed += 1
         else:  # it was done already: the machine is faster now than when the whole was measured
             whole *= 0.7
@@ -429,9 +454,9 @@ def test_killed_at_any_time_leaves_the_old_dataset_or_the_new(tmp_path):
         else:
             assert fresh or kept is None
             kept = None
-    assert killed > 3
-    subprocess.run(command, check=True, capture_output=True)
+    assert exit_code(forked(*flags)) == 0
     assert sorted(item.name for item in tmp_path.iterdir()) == ["ds", "in.txt"]  # no leftovers either
+    score(n, n, f"{n} of them kills")
 
 
 # ---- Shakespeare

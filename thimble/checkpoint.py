@@ -33,8 +33,8 @@ FORMAT_VERSION = 1
 HERE = Path(__file__).resolve().parent.parent  # where the model files are
 # six digits, or more without a leading zero; .trash- marks a folder that is about to be deleted
 STEP = re.compile(r"(\.trash-)?step_([0-9]{6}|[1-9][0-9]{6,17})")
-# what a killed save leaves behind
-JUNK = re.compile(r"\.step_[0-9]+\.tmp|\.trash-step_[0-9]+|\.(latest|best)\.tmp(-[0-9]+)?")
+# what a process that was killed leaves behind: of a save, and of the files of a run that are replaced as a whole
+JUNK = re.compile(r"\.step_[0-9]+\.tmp|\.trash-step_[0-9]+|\.(latest|best|config|metrics|loss)\.tmp[-.a-z0-9]*")
 TABLE_LIMIT = 2**32  # bytes of a model's buffers (position tables and such); a config that asks for more is broken
 
 
