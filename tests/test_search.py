@@ -337,6 +337,42 @@ def test_killed_workers_lose_nothing(toy, count, score):
     process.join(300)
     assert process.exitcode == 0
     check_whole(cfg.n_trials, died=kills)
+    score(kills, kills, f"{cfg.n_trials} trials finished")
+
+
+@pytest.mark.score("A17")
+def test_a_worker_killed_while_it_trains_has_its_trial_run_again(toy, monkeypatch, count, score):
+    monkeypatch.setattr(search, "plot_search", lambda *_: None)
+    kills = count(1, 5)
+    cfg = config(toy, n_trials=kills + 2, prune=False, eval_every=3)
+    rng = random.Random(0)
+    for _ in range(kills):
+        known = set(Path(".").glob("study/trial_*"))
+        process = multiprocessing.get_context("fork").Process(target=trainer, args=(cfg,))
+        process.start()
+        while not any((folder / "latest").exists() for folder in set(Path(".").glob("study/trial_*")) - known):
+            assert process.is_alive()
+            time.sleep(0.001)
+        time.sleep(0.05 * rng.random())
+        process.kill()
+        process.join()
+    best = run(cfg)
+    rows = table("study")
+    done = {row["trial"]: float(row["val_bpb"]) for row in rows if row["state"] == "COMPLETE"}
+    died = {row["trial"]: row["lr"] for row in rows if row["state"] == "DIED"}
+    again = {row["again"]: row["lr"] for row in rows if row["again"]}
+    assert len(done) == cfg.n_trials and again == died and best.number == int(min(done, key=done.get))
+    for number, bpb in done.items():  # a finished trial is one whose checkpoint says the same
+        record = checkpoint.load(f"study/trial_{int(number):04d}", which="best").meta["state"]["record"]
+        assert record["val_bpb"] == bpb
+    score(kills, kills, f"{len(died)} trials were broken off by it")
+
+
+def trainer(cfg):
+    torch.set_num_threads(1)
+    with open(os.devnull, "w") as sys.stdout:
+        run(cfg)
+    os._exit(0)
 
 
 # ---- every key counts
@@ -527,41 +563,3 @@ def test_a_trial_at_its_last_step_is_complete_whatever_the_others_reached(toy, m
     monkeypatch.setattr(optuna.Trial, "should_prune", lambda trial: True)
     assert run(config(toy, n_trials=1, max_steps=1, space=("lr=0.001..0.01",))).number == 0
     assert table("study")[0]["state"] == "COMPLETE"
-
-
-    score(kills, kills, f"{cfg.n_trials} trials finished")
-
-
-@pytest.mark.score("A17")
-def test_a_worker_killed_while_it_trains_has_its_trial_run_again(toy, monkeypatch, count, score):
-    monkeypatch.setattr(search, "plot_search", lambda *_: None)
-    kills = count(1, 5)
-    cfg = config(toy, n_trials=kills + 2, prune=False, eval_every=3)
-    rng = random.Random(0)
-    for _ in range(kills):
-        known = set(Path(".").glob("study/trial_*"))
-        process = multiprocessing.get_context("fork").Process(target=trainer, args=(cfg,))
-        process.start()
-        while not any((folder / "latest").exists() for folder in set(Path(".").glob("study/trial_*")) - known):
-            assert process.is_alive()
-            time.sleep(0.001)
-        time.sleep(0.05 * rng.random())
-        process.kill()
-        process.join()
-    best = run(cfg)
-    rows = table("study")
-    done = {row["trial"]: float(row["val_bpb"]) for row in rows if row["state"] == "COMPLETE"}
-    died = {row["trial"]: row["lr"] for row in rows if row["state"] == "DIED"}
-    again = {row["again"]: row["lr"] for row in rows if row["again"]}
-    assert len(done) == cfg.n_trials and again == died and best.number == int(min(done, key=done.get))
-    for number, bpb in done.items():  # a finished trial is one whose checkpoint says the same
-        record = checkpoint.load(f"study/trial_{int(number):04d}", which="best").meta["state"]["record"]
-        assert record["val_bpb"] == bpb
-    score(kills, kills, f"{len(died)} trials were broken off by it")
-
-
-def trainer(cfg):
-    torch.set_num_threads(1)
-    with open(os.devnull, "w") as sys.stdout:
-        run(cfg)
-    os._exit(0)
