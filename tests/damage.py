@@ -1,9 +1,10 @@
 """Damaged files of every kind that Thimble reads, and a process that loads them one by one.
 
-    python tests/damage.py files FOLDER SEED EVERY N   # row B1: each EVERYth known case, N mutations of each file
-    python tests/damage.py mutate KIND FOLDER SEED N   # row B2: N mutations of what a loader of this kind reads
+    export PYTHONPATH=.
+    python tests/damage.py files FOLDER SEED EVERY N    # row B1: each EVERYth known case, N mutations of each file
+    python tests/damage.py mutate LOADER FOLDER SEED N  # row B2: N mutations of what one loader reads
 
-Each file of the first kind is loaded in a process of its own, forked from this one, since importing torch a thousand
+For `files` each one is loaded in a process of its own, forked from this one, since importing torch a thousand
 times would take an hour. One line of JSON for each load, or for all of them, is what it prints.
 """
 import contextlib
@@ -18,17 +19,16 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 import numpy as np
 import onnx
-import torch
-
-import model
 import test_checkpoint
 import test_data
 import test_gguf
 import test_hf
 import test_tokenizer
+import torch
+
+import model
 from formats import check
 from thimble import checkpoint, data, load
 from thimble.files import UserError
@@ -37,7 +37,7 @@ from thimble.tokenizer import byte_tokenizer
 V1 = Path(__file__).resolve().parent / "fixtures" / "v1"
 CPU_SECONDS = 5  # after which a load counts as a hang
 MEMORY = 2 << 30  # bytes that a load may add
-SAMPLE = "some text, 1234 times: naïve café 🎉" + "a" * 60
+SAMPLE = "some text, 1234 times: naïve café 🎉" + "a" * 60 + "!"
 
 
 # ---- what is whole
@@ -223,7 +223,8 @@ def harmless_tokenizers():
     template = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "[CLS]", "type_id": 0}}], "pair": [],
                 "special_tokens": {}}
     cut = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 3}
-    return {"a template of a missing token": good | {"post_processor": template}, "truncation": good | {"truncation": cut}}
+    return {"a template of a missing token": good | {"post_processor": template},
+            "truncation": good | {"truncation": cut}}
 
 
 def external(location, offset=None, length=None, before=None):
@@ -330,7 +331,7 @@ def forked(kind, path, whole):
 
 
 def outcome(kind, path, whole):
-    """Load and use what lies at the path; `whole` is what must come of it if anything does, None where it may differ."""
+    """Load and use what lies at the path. `whole` is what must come of it if anything does; None: it may differ."""
     try:
         got = USE[kind](path)
     except UserError as error:
