@@ -240,13 +240,13 @@ def installed(tmp_path_factory):
         script = f"import sys; sys.path.append({str(ROOT)!r}); from tasks import sandbox; {code}"
         return subprocess.run([python, "-c", script], capture_output=True, text=True)
 
-    return answers, run
+    return answers, run, python
 
 
 @pytest.mark.parametrize("off", [(), ("landlock",), ("files", "user")])
 def test_installed_packages_are_hidden(off, installed):
     """HumanEval's own answers, in a Python below /tmp that is in no venv, by both layers and by each alone."""
-    answers, run = installed
+    answers, run, _ = installed
     program = f"import json, sqlite3, zoneinfo; print('started'); print(open({str(answers)!r}).read())"
     out = run(f"print(sandbox.run({program!r}, waive={off}, deny={off}))")
     assert out.returncode == 0 and "started" in out.stdout, out.stderr
@@ -499,7 +499,7 @@ def test_cheats(name, count, score):
 # ---- other users, and the cost
 BATTERY = """
 import json, os, sys
-sys.path[:0] = [sys.argv[1], os.path.join(sys.argv[1], "tests")]
+sys.path[:0] = [sys.argv[1]]
 if sys.argv[2] != "root":
     os.setgroups([])
     os.setgid(65534)
@@ -516,16 +516,18 @@ print(json.dumps([os.getuid(), sandbox.active()[0], found]))
 
 @pytest.mark.score("C5")
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can try both")
-def test_the_same_as_root_and_as_nobody(outside, count, score):
-    if not reachable(sys.executable) or not reachable(ROOT / "tasks" / "sandbox.py"):
-        pytest.skip("another user may not read this Python or this checkout")
+def test_the_same_as_root_and_as_nobody(installed, outside, count, score):
+    """By a Python and a copy of tasks/ that any user may read, which root's own may be not."""
+    python = installed[2]
+    root = Path(python).parent.parent
+    shutil.copytree(ROOT / "tasks", root / "tasks", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     names = outside[2]
     programs = {name: names + code for name, code in (HOSTILE | BOMBS).items()}
-    programs = dict(list(programs.items())[::count(9, 1)])
+    programs = dict(list(programs.items())[:count(6, None)])
     results = {}
     for user in ("root", "nobody"):
         given = json.dumps([programs, {"seconds": 1.2, "cpu": 1}])
-        done = subprocess.run([sys.executable, "-B", "-c", BATTERY, ROOT, user], input=given, text=True, cwd="/",
+        done = subprocess.run([python, "-B", "-c", BATTERY, root, user], input=given, text=True, cwd="/",
                               capture_output=True)
         assert done.returncode == 0, done.stderr[-1000:]
         uid, layers, results[user] = json.loads(done.stdout)
@@ -535,12 +537,6 @@ def test_the_same_as_root_and_as_nobody(outside, count, score):
     differ = {name: [results[user][name] for user in results] for name in programs if name not in same}
     assert not differ, differ
     assert not any(escaped or not in_time for _, escaped, in_time in results["nobody"].values())
-
-
-def reachable(path):
-    """Whether any user may read a file: all folders above it are open."""
-    path = Path(os.path.realpath(path))
-    return all(folder.stat().st_mode & 0o001 for folder in path.parents) and path.stat().st_mode & 0o004
 
 
 @pytest.mark.score("C7")
