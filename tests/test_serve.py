@@ -23,7 +23,7 @@ import pytest
 import torch
 from conftest import ROOT
 from test_engine import KINDS, TOKENIZER, prompts, tiny
-from tries import tries, trying
+from tries import tries
 
 import serve
 from thimble import chat, checkpoint
@@ -376,8 +376,8 @@ def test_penalties_and_bias_by_hand():
 # ---- text
 @pytest.mark.score("D8")
 @pytest.mark.parametrize("stream", [False, True])
-def test_characters_and_stop_texts_across_tokens(stream, score):
-    with trying(score), running(Script("a🎉b né STOPPED")) as (port, _):
+def test_characters_and_stop_texts_across_tokens(stream):
+    with running(Script("a🎉b né STOPPED")) as (port, _):
         def text(**how):
             body = {"prompt": "x", "max_tokens": 100, "stream": stream, **how}
             answer = ask(port, "/v1/completions", body)[1]
@@ -514,8 +514,8 @@ def test_hostile_requests_are_refused_at_once_and_leave_nothing(served, count, s
 
 
 @pytest.mark.score("D8")
-def test_errors_are_typed(served, score):
-    with trying(score), pytest.raises(openai.BadRequestError, match="context") as e:
+def test_errors_are_typed(served):
+    with pytest.raises(openai.BadRequestError, match="context") as e:
         served.api.completions.create(model="tiny", prompt="a" * 97)
     assert e.value.code == "context_length_exceeded" and e.value.param == "prompt"
     for call in (lambda: served.api.completions.create(model="other", prompt="a"),
@@ -741,7 +741,7 @@ FORGED = ["/x\n12:00:00 forged\x1b[31m", "/\r\n12:00:00 forged", "/\x1b]0;title\
 
 @pytest.mark.score("D6")
 @pytest.mark.parametrize("path", FORGED, ids=lambda path: repr(path)[:30])
-def test_the_log_has_no_prompt_and_cannot_be_forged(capfd, path, score):
+def test_the_log_has_no_prompt_and_cannot_be_forged(capfd, path):
     cfg = serve.Config(port=0)
     ours = serve.Server(cfg, loaded(tiny()))
 
@@ -754,11 +754,10 @@ def test_the_log_has_no_prompt_and_cannot_be_forged(capfd, path, score):
         async def receive():
             return {"type": "http.request", "body": b'{"prompt": "secret"}', "more_body": False}
         await ours.app(scope, receive, send)
-    with trying(score):
-        asyncio.run(drive())
-        lines = capfd.readouterr().err.splitlines()
-        assert len(lines) == 1 and "secret" not in lines[0] and " 404 " in lines[0]
-        assert re.fullmatch(r'[ -~]+', lines[0]) and len(lines[0]) < 700
+    asyncio.run(drive())
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and "secret" not in lines[0] and " 404 " in lines[0]
+    assert re.fullmatch(r'[ -~]+', lines[0]) and len(lines[0]) < 700
 
 
 SCRIPTS = ["<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</script><script>alert(1)//",
@@ -767,16 +766,15 @@ SCRIPTS = ["<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</scrip
 
 @pytest.mark.score("D6")
 @pytest.mark.parametrize("text", SCRIPTS)
-def test_no_script_comes_back_as_one(served, text, score):
+def test_no_script_comes_back_as_one(served, text):
     """Whatever is sent comes back as JSON only, and the page puts text in as text, under a policy without 'unsafe'."""
-    with trying(score):
-        for path, body in (("/v1/completions", {"prompt": "a", "model": text}), ("/v1/completions", {text: 1}),
-                           ("/detokenize", {"tokens": TOKENIZER.encode(text)}), ("/v1/models/" + quote(text), None)):
-            headers = ask(served.port, path, body)[2]
-            assert headers["content-type"] == "application/json"
-        page, policy = served.server.page, served.server.policy
-        assert "unsafe" not in policy and "default-src 'none'" in policy
-        assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|new Function", page)
+    for path, body in (("/v1/completions", {"prompt": "a", "model": text}), ("/v1/completions", {text: 1}),
+                       ("/detokenize", {"tokens": TOKENIZER.encode(text)}), ("/v1/models/" + quote(text), None)):
+        headers = ask(served.port, path, body)[2]
+        assert headers["content-type"] == "application/json"
+    page, policy = served.server.page, served.server.policy
+    assert "unsafe" not in policy and "default-src 'none'" in policy
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|new Function", page)
 
 
 def test_small_routes(served):

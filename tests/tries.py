@@ -1,16 +1,4 @@
-"""What tests of the scorecard share: one try of a row, and many of them with the names of those that failed."""
-import contextlib
-
-
-@contextlib.contextmanager
-def trying(score):
-    """One try of a row: the block asserts what must hold."""
-    held = 0
-    try:
-        yield
-        held = 1
-    finally:
-        score(held, 1)
+"""What tests of the scorecard share: many tries of a row in one test, with the names of those that failed."""
 
 
 def tries(score, cases, attempt, figures=""):
