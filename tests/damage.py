@@ -1,8 +1,8 @@
 """Damaged files of every kind that Thimble reads, and a process that loads them one by one.
 
     export PYTHONPATH=.
-    python tests/damage.py files FOLDER SEED EVERY N    # row B1: each EVERYth known case, N mutations of each file
-    python tests/damage.py mutate LOADER FOLDER SEED N  # row B2: N mutations of what one loader reads
+    python tests/damage.py files FOLDER SEED N           # row B1: every known case, and N mutations of each file
+    python tests/damage.py mutate LOADER FOLDER SEED N   # row B2: N mutations of what one loader reads
 
 For `files` each one is loaded in a process of its own, forked from this one, since importing torch a thousand
 times would take an hour. One line of JSON for each load, or for all of them, is what it prints.
@@ -355,7 +355,7 @@ def report(kind, name, found):
     print(json.dumps({"kind": kind, "case": name, **found}), flush=True)
 
 
-def files(folder, seed, every, n):
+def files(folder, seed, n):
     torch.set_num_threads(1)  # a fork has no other threads
     with torch.device("meta"):  # a load must not pay for what is imported here
         model.Model(model.Config(n_layer=1, vocab_size=9))
@@ -366,7 +366,7 @@ def files(folder, seed, every, n):
         whole = whole if kind in HASHED else None
         found = forked(kind, path, whole)
         assert found["outcome"] == "accepted", (kind, found)
-        for name, damage in list(cases.items())[::every]:
+        for name, damage in cases.items():
             path = fresh(kind, folder / kind)
             damage(path)
             report(kind, f"known: {name}", forked(kind, path, whole))

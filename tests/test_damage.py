@@ -23,7 +23,10 @@ def run(*arguments):
 @pytest.mark.score("B1")
 def test_every_damaged_file_ends_in_one_clear_line(tmp_path, count, score):
     """Each in a process of its own with 2 GB and 5 s. A mutation may pass where it left a file that can be used."""
-    loads = run("files", tmp_path, 7, count(25, 1), count(0, 100))
+    n = count(0, 100)  # mutations of each file
+    if not n:
+        pytest.skip("a process for each of 2,000 files: run with --full; other tests load the known ones in this one")
+    loads = run("files", tmp_path, 7, n)
     wrong = []
     for load in loads:
         may_pass = not load["case"].startswith("known: ") or load["case"].startswith("known: harmless")

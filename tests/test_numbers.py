@@ -347,14 +347,16 @@ def compare(found, recorded, score, what):
 @pytest.mark.score("E3")
 @pytest.mark.parametrize("arch", MORE)
 def test_losses_are_those_that_were_recorded(arch, tmp_path, one_thread, count, score):
-    if arch != "model" and not count(False, True):
+    if not count(False, True):
         pytest.skip("seconds of training: run with --full")
     compare(trained(arch, tmp_path), json.loads(GOLDEN.read_text())["trained"][arch], score, f"{arch}.py")
 
 
 @pytest.mark.score("E3")
 @pytest.mark.parametrize("arch", ["model", "ternary"])
-def test_checkpoints_of_earlier_versions_go_on_as_recorded(arch, tmp_path, one_thread, score):
+def test_checkpoints_of_earlier_versions_go_on_as_recorded(arch, tmp_path, one_thread, count, score):
+    if arch != "model" and not count(False, True):
+        pytest.skip("seconds of training: run with --full")
     recorded = json.loads(GOLDEN.read_text())["resumed"][arch]
     assert len(recorded) == 20
     compare(resumed(arch, tmp_path), recorded, score, f"{arch}.py from the checkpoint of v1")

@@ -514,12 +514,13 @@ print(json.dumps([os.getuid(), sandbox.active()[0], found]))
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can try both")
 def test_the_same_as_root_and_as_nobody(installed, outside, count, score):
     """By a Python and a copy of tasks/ that any user may read, which root's own may be not."""
+    if not count(False, True):
+        pytest.skip("runs everything twice: run with --full")
     python = installed[2]
     root = Path(python).parent.parent
     shutil.copytree(ROOT / "tasks", root / "tasks", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     names = outside[2]
     programs = {name: names + code for name, code in (HOSTILE | BOMBS).items()}
-    programs = dict(list(programs.items())[:count(6, None)])
     results = {}
     for user in ("root", "nobody"):
         given = json.dumps([programs, {"seconds": 1.2, "cpu": 1}])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-# In a child: import a command, and print what the files of this project import for that from outside of it.
+# In a child: import the commands, and print what the files of this project import for each from outside of it.
 CHILD = """
 import builtins, json, os, sys
 root = os.getcwd() + os.sep
@@ -25,17 +25,21 @@ def watched(name, globals=None, locals=None, fromlist=(), level=0):
     return real(name, globals, locals, fromlist, level)
 
 builtins.__import__ = watched
-real(sys.argv[1])
-print(json.dumps(sorted(found - own - set(sys.stdlib_module_names))))
+for command in sys.argv[1:]:  # each with what those before it have imported
+    real(command)
+    print(json.dumps(sorted(found - own - set(sys.stdlib_module_names))))
 """
 KNOWN_PTH = {"distutils-precedence.pth", "_virtualenv.pth"}  # of setuptools and of virtualenv
 
 
-def imports(command):
+@pytest.fixture(scope="module")
+def imports():
+    """{command: packages}; the server's with those of train.py."""
     env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-c", CHILD, command], cwd=ROOT, env=env, capture_output=True, text=True)
+    commands = ["train", "serve"]
+    done = subprocess.run([sys.executable, "-c", CHILD, *commands], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-1000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return dict(zip(commands, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
 def pinned(file):
@@ -51,15 +55,15 @@ def pinned(file):
 
 
 @pytest.mark.score("F3")
-def test_training_imports_three_packages(score):
-    found = imports("train")
+def test_training_imports_three_packages(imports, score):
+    found = imports["train"]
     score(1 if len(found) <= 3 else 0, 1, f"train.py: {', '.join(found)}")
     assert set(found) <= pinned("requirements.txt").keys() and len(found) <= 3, found
 
 
 @pytest.mark.score("F3")
-def test_the_server_imports_pinned_packages_only(score):
-    found = imports("serve")
+def test_the_server_imports_pinned_packages_only(imports, score):
+    found = imports["serve"]
     names = {"pydantic_core": "pydantic", "h11": "uvicorn"}  # which pin these themselves, or are made of them
     held = [name for name in found if names.get(name, name) in pinned("requirements-serve.txt")]
     score(len(held), len(found), f"serve.py: {', '.join(found)}")
