@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tries import tries
+from tries import busy, tries
 
 from tasks import sandbox, worker
 from tasks.sandbox import Limits
@@ -557,7 +557,7 @@ def test_what_it_costs(count, score):
         passed = sum(pool.map(lambda p: grade(p, p["canonical_solution"])[0], problems()))
     seconds = time.perf_counter() - begun
     score((more <= 0.025) + (passed == 164 and seconds <= 15), 2, f"{1000 * more:.0f} ms more than bare Python (median "
-          f"of {n}); 164 problems by 2 workers in {seconds:.1f} s")
+          f"of {n}); 164 problems by 2 workers in {seconds:.1f} s; {busy()}")
     assert passed == 164 and more <= 0.025 and seconds <= 15
 
 

@@ -23,7 +23,7 @@ import pytest
 import torch
 from conftest import ROOT
 from test_engine import KINDS, TOKENIZER, prompts, tiny
-from tries import tries
+from tries import busy, tries
 
 import serve
 from thimble import chat, checkpoint
@@ -508,7 +508,8 @@ def test_hostile_requests_are_refused_at_once_and_leave_nothing(served, count, s
         if status not in (*range(400, 500), 501) or seconds > most_seconds or answer and "error" not in answer:
             bad.append((i, status, seconds))
     grown = (resident() - before) / 1e6
-    score(len(requests) - len(bad), len(requests), f"slowest {1000 * slowest:.0f} ms; {grown:+.1f} MB")
+    score(len(requests) - len(bad), len(requests), f"slowest {1000 * slowest:.0f} ms; {grown:+.1f} MB; "
+          f"{busy()}")
     assert not bad and len(requests) > 80 and grown < 50
     assert ask(served.port, "/health")[0] == 200
 

@@ -19,7 +19,7 @@ import pytest
 from conftest import ROOT
 from test_engine import TOKENIZER, prompts, tiny
 from test_serve import Script, ask, post, resident, running, until
-from tries import tries
+from tries import busy, tries
 
 from bench import serve as bench
 from thimble import checkpoint
@@ -111,7 +111,8 @@ def test_every_request_of_a_crowd_has_one_outcome(run, count, score):
     wrong = [i for i in done if answers[i][1] != alone[i % 20]]
     late = [seconds for seconds in refused if seconds > count(5.0, 0.1)]
     score(len(done) + len(refused) - len(wrong) - len(late), n, f"{clients} clients: {len(done)} complete, "
-          f"{len(refused)} times 429 after at most {1000 * max(refused, default=0):.0f} ms")
+          f"{len(refused)} times 429 after p50 {1000 * bench.quantile(refused, 0.5):.0f} ms, at most "
+          f"{1000 * max(refused, default=0):.0f} ms; {busy()}")
     assert len(done) + len(refused) == n, [end for end in ends if end not in ("complete", "refused")][:3]
     assert not wrong
     counted = {status: after.get(status, 0) - before.get(status, 0) for status in (200, 429)}
@@ -137,7 +138,7 @@ def test_overload_takes_nothing_from_what_it_can_do(tmp_path, count, score):
     bound = (64 + 2 * 16) / found["capacity"]  # the queue, and two batches: the one that runs and its own
     share = found["goodput"] / found["capacity"]
     score(found["told"], found["requests"], f"capacity {found['capacity']:.1f}/s, goodput {share:.0%} of it; first "
-          f"token p99 {found['first_p99']:.1f} s, bound {bound:.1f} s")
+          f"token p99 {found['first_p99']:.1f} s, bound {bound:.1f} s; {busy()}")
     assert found["told"] == found["requests"]
     assert share >= 0.9 and found["first_p99"] <= bound
 
@@ -167,7 +168,7 @@ def test_a_disconnect_costs_two_tokens_at_most(count, score):
         tries(lambda *_: None, {i: i for i in range(n)}, lambda i: found.append(leave(port, ours.engine, i)))
     held = [seconds <= count(5.0, 0.5) and extra <= count(20, 2) for seconds, extra in found]
     most, extra = (max(values) for values in zip(*found, strict=True))
-    score(sum(held), n, f"free after {1000 * most:.0f} ms at most, {extra} more tokens at most")
+    score(sum(held), n, f"free after {1000 * most:.0f} ms at most, {extra} more tokens at most; {busy()}")
     assert sum(held) == n
 
 
@@ -198,7 +199,8 @@ def test_slow_connections_are_closed_and_nobody_waits_for_them(run, count, score
         lives, waits = asyncio.run(drive(port))
     in_time = sum(life <= limit + count(5.0, 2.0) for life in lives)
     p99 = bench.quantile(waits, 0.99)
-    score(in_time, n, f"closed after {max(lives):.1f} s at most; /health of others p99 {1000 * p99:.0f} ms")
+    score(in_time, n, f"closed after {max(lives):.1f} s at most; /health of others p99 {1000 * p99:.0f} ms; "
+          f"{busy()}")
     assert in_time == n and p99 <= count(5.0, 0.2)
 
 
@@ -254,7 +256,8 @@ def test_signals_under_eight_streams_end_cleanly_and_the_port_is_free(run, count
 
     figures = {}
     tries(lambda *found: figures.update(found=found[:2]), {i: i for i in range(n)}, attempt)
-    score(*figures["found"], f"the same port each time; SIGTERM took {max(seconds):.1f} s at most")
+    score(*figures["found"], f"the same port each time; SIGTERM took {max(seconds):.1f} s at most; "
+          f"{busy()}")
 
 
 # ---- while it generates
@@ -272,7 +275,8 @@ def test_health_does_not_wait_for_the_model(run, count, score):
             response.close()
     p99 = bench.quantile(waits, 0.99)
     held = sum(wait <= count(5.0, 0.05) for wait in waits)
-    score(held, n, f"/health during 8 streams: p50 {1000 * bench.quantile(waits, 0.5):.0f} ms, p99 {1000 * p99:.0f} ms")
+    p50 = bench.quantile(waits, 0.5)
+    score(held, n, f"/health during 8 streams: p50 {1000 * p50:.0f} ms, p99 {1000 * p99:.0f} ms; {busy()}")
     assert p99 <= count(5.0, 0.05)
 
 

@@ -1,4 +1,10 @@
-"""What tests of the scorecard share: many tries of a row in one test, with the names of those that failed."""
+"""What tests of the scorecard share: many tries of a row in one test, and how busy the machine was meanwhile."""
+import os
+
+
+def busy():
+    """The load, for figures of time: processes that wanted a core in the last minute."""
+    return f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
 
 
 def tries(score, cases, attempt, figures=""):
