@@ -542,7 +542,8 @@ def test_what_it_costs(count, score):
     n = count(0, 40)
     if not n:
         pytest.skip("a measurement, which needs a quiet machine: run with --full")
-    bare, inside = [], []
+    bare = []
+    inside = []
     flags = ["-s", "-S", "-P", "-B", "-X", "utf8", "-c", "print(1)"]
     for _ in range(n):  # in turn, so that a busy moment is shared
         begun = time.perf_counter()

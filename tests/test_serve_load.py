@@ -328,5 +328,6 @@ def test_nothing_grows_in_a_long_mixture(run, count, score):
 
 
 def covariance(a, b):
-    mean_a, mean_b = sum(a) / len(a), sum(b) / len(b)
+    mean_a = sum(a) / len(a)
+    mean_b = sum(b) / len(b)
     return sum((x - mean_a) * (y - mean_b) for x, y in zip(a, b, strict=True))
