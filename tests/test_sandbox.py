@@ -486,8 +486,8 @@ def test_humaneval_without_an_answer(count, score):
 def test_cheats(name, count, score):
     some = problems()[count(1, 0)::count(80, 1)]
 
-    def attempt(problem):
-        assert not grade(problem, CHEATS[name], limits=QUICK)[0]
+    def attempt(problem):  # with time enough, so that it is not a busy machine that refuses them
+        assert not grade(problem, CHEATS[name], limits=PATIENT)[0]
 
     tries(score, {problem["task_id"]: problem for problem in some}, attempt, name)
 
