@@ -352,7 +352,7 @@ def restore(model, lora, optimizer, state, saved):
         optimizer.load_state_dict(optimizer_tensors)
     except (ValueError, RuntimeError) as e:
         raise UserError(f"{saved.path} does not fit this model and optimizer: {e}") from None
-    checkpoint.set_random_state(saved.optimizer)
+    checkpoint.set_random_state(saved.optimizer, saved.path)
     state.clear()
     state.update(new_state() | saved.meta["state"])  # older checkpoints lack some keys
     # `best` may name a step after this one: the run will come by there again, and another model may take its place

@@ -296,6 +296,8 @@ async def slow(port, cfg, pid):
 async def overload(port, cfg, pid):
     """Requests at twice the rate that the server can answer, sent on time whatever became of those before (an open
     loop): does it still do all it can, and how soon does it refuse the rest?
+
+    -> figures: requests a second that it can and that it did answer, how many were broken, seconds to first tokens.
     """
     def body(i):
         return {"prompt": f"{i} A little prompt to go on from", "max_tokens": cfg.tokens, "temperature": 0,
@@ -323,6 +325,8 @@ async def overload(port, cfg, pid):
           f"({len(done) / seconds:.1f}/s), {len(refused)} times 429, {len(told) - len(done) - len(refused)} others, "
           f"{len(broken)} broken; first token p50 {quantile(first, 0.5):.2f} s, p99 {quantile(first, 0.99):.2f} s; "
           f"429 after p50 {1000 * quantile(waits, 0.5):.0f} ms, p99 {1000 * quantile(waits, 0.99):.0f} ms", flush=True)
+    return {"capacity": capacity, "goodput": len(done) / seconds, "requests": len(tasks),
+            "told": len(done) + len(refused), "first_p99": quantile(first, 0.99)}
 
 
 async def soak(port, cfg, pid):

@@ -77,6 +77,7 @@ def other_graph(path):
     return path / "other.onnx"
 
 
+@pytest.mark.score("B4")
 @pytest.mark.parametrize("name", SABOTAGE)
 def test_the_check_sees(tmp_path, monkeypatch, name):
     case, form, damage = SABOTAGE[name]
@@ -99,6 +100,7 @@ BUGS = {  # of the exporter itself: what is in the file is what was meant, but i
 }
 
 
+@pytest.mark.score("B4")
 @pytest.mark.parametrize("name", BUGS)
 def test_the_check_sees_a_bug_of_the_exporter(tmp_path, monkeypatch, name):
     case, form, attribute, value = BUGS[name]

@@ -70,6 +70,7 @@ def test_target_minus_one_is_ignored(model):
     assert abs(loss - by_hand) < 1e-5
 
 
+@pytest.mark.score("E4")
 @pytest.mark.parametrize("chop", [[40], [1] * 40, [20, 20], [7, 1, 1, 13, 18], [39, 1], [1, 39]])
 @torch.no_grad()
 def test_step_on_any_chopping_equals_forward(model, chop):
@@ -84,6 +85,7 @@ def test_step_on_any_chopping_equals_forward(model, chop):
     assert end == 40
 
 
+@pytest.mark.score("E4")
 @torch.no_grad()
 def test_rows_of_different_lengths_share_a_step(model):
     """cache["pos"] of shape (B,): what serve.py batches. A row alone gives the same."""
@@ -109,6 +111,7 @@ def copy_row(cache, alone, row):
             cache[key][row] = part[0]
 
 
+@pytest.mark.score("E4")
 @torch.no_grad()
 def test_a_changed_token_never_changes_earlier_logits(model):
     model, idx = shaken(model), ids(2, 40)
@@ -121,6 +124,7 @@ def test_a_changed_token_never_changes_earlier_logits(model):
         assert not torch.equal(logits[:, t], whole[:, t])
 
 
+@pytest.mark.score("E4")
 @torch.no_grad()
 def test_rows_of_a_batch_do_not_mix(model):
     model, idx = shaken(model), ids(4, 30)
@@ -137,6 +141,7 @@ def test_every_parameter_gets_a_gradient_and_one_role(model):
     assert set(model.param_groups()) <= set(optim.ROLES)
 
 
+@pytest.mark.score("E4")
 def test_loss_at_step_0_is_ln_v(model):
     _, loss = model(ids(8, 48), ids(8, 48, seed=1))
     assert abs(loss.item() - math.log(50)) < 0.02 * math.log(50)
@@ -156,6 +161,7 @@ def test_same_seed_same_bits(model):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True))
 
 
+@pytest.mark.score("E4")
 def test_it_can_overfit_one_batch(model):
     idx = ids(2, 16)
     optimizer = optim.Optimizer(model, "adamw", lr=1e-2)

@@ -51,13 +51,18 @@ def by_hand(logits, seen=(), temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, rep
     {"temperature": 1.5, "top_k": 6, "top_p": 0.8, "min_p": 0.1, "repetition_penalty": 1.3},
     {"top_p": 0.01}, {"top_k": 1}, {"top_k": 99},
 ])
-def test_filters_equal_their_definitions(how):
+@pytest.mark.score("E6")
+def test_filters_equal_their_definitions(how, count, score):
     rng = np.random.default_rng(0)
-    for _ in range(50):
+    n = count(50, 2000)
+    held = 0
+    for _ in range(n):
         logits = rng.normal(size=8) * 3
         seen = rng.integers(8, size=4).tolist() * 3        # repeats: the penalty counts once per distinct token
         got = filter_logits(torch.tensor(logits), seen, **how).softmax(-1).tolist()
-        assert np.allclose(got, by_hand(logits.tolist(), seen, **how), atol=1e-6)
+        held += np.allclose(got, by_hand(logits.tolist(), seen, **how), atol=1e-6)
+    score(held, n, f"the sampler with {how or 'no filter'}")
+    assert held == n
 
 
 def test_top_p_keeps_the_token_that_crosses_it():

@@ -15,10 +15,17 @@ HUMANEVAL = ROOT.parent / "shared" / "data" / "HumanEval.jsonl.gz"
 LACKS = sandbox.active()[1] if sys.platform == "linux" else {"everything": "this is no Linux"}
 
 
-def test_pass_at_k_by_counting():
-    for n, c, k in ((5, 2, 1), (5, 2, 3), (6, 0, 2), (4, 4, 4), (5, 3, 3)):
-        draws = list(itertools.combinations([True] * c + [False] * (n - c), k))
-        assert humaneval.pass_at_k(n, c, k) == pytest.approx(np.mean([any(d) for d in draws]))
+@pytest.mark.score("E6")
+def test_pass_at_k_by_counting(count, score):
+    """The share of all draws of k of n completions in which one passes, for every c and k up to some n."""
+    most = count(6, 12)
+    cases = [(n, c, k) for n in range(1, most + 1) for c in range(n + 1) for k in range(1, n + 1)]
+    held = 0
+    for n, c, k in cases:
+        draws = itertools.combinations([True] * c + [False] * (n - c), k)
+        held += humaneval.pass_at_k(n, c, k) == pytest.approx(np.mean([any(draw) for draw in draws]), abs=1e-12)
+    score(held, len(cases), f"pass@k of every n up to {most}")
+    assert held == len(cases)
 
 
 def test_pass_at_k_of_problems_by_hand(monkeypatch, tmp_path):

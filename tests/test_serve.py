@@ -16,12 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import quote
 
 import openai
 import pytest
 import torch
 from conftest import ROOT
 from test_engine import KINDS, TOKENIZER, prompts, tiny
+from tries import busy, tries
 
 import serve
 from thimble import chat, checkpoint
@@ -144,43 +146,55 @@ def events(text):
     return [json.loads(part.removeprefix("data: ")) for part in parts[:-2]]
 
 
-def test_streamed_is_not_streamed(served):
-    for k, ids in enumerate(prompts(30)):
-        how = {"model": "tiny", "max_tokens": 12, "seed": k, "temperature": k % 3 / 2, "logprobs": k % 2 or None}
-        whole = served.api.completions.create(prompt=TOKENIZER.decode(ids), **how)
-        parts = list(served.api.completions.create(prompt=TOKENIZER.decode(ids), stream=True, **how,
-                                                   stream_options={"include_usage": True}))
-        choices = [part.choices[0] for part in parts if part.choices]
-        assert "".join(c.text for c in choices) == whole.choices[0].text
-        assert [c.finish_reason for c in choices][-1] == whole.choices[0].finish_reason
-        assert parts[-1].usage == whole.usage and whole.usage.prompt_tokens == len(ids)
-        assert not parts[-1].choices and all(part.usage is None for part in parts[:-1])
-        if k % 2:
-            streamed = [p for c in choices for p in c.logprobs.token_logprobs]
-            assert streamed == pytest.approx(whole.choices[0].logprobs.token_logprobs, abs=1e-5)
-            assert len(whole.choices[0].logprobs.tokens) == whole.usage.completion_tokens
+@pytest.mark.score("D8")
+def test_streamed_is_not_streamed(served, count, score):
+    cases = enumerate(prompts(count(20, 150)))
+    tries(score, {case[0]: case for case in cases}, lambda case: completion_streams_as_it_is(served, *case))
 
 
-def test_chat_streamed_is_not_streamed(served):
-    messages = [{"role": "system", "content": "Be."}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
-    for seed in range(10):
-        how = {"model": "tiny", "messages": messages, "max_completion_tokens": 9, "seed": seed, "logprobs": True,
-               "top_logprobs": 2}
-        whole = served.api.chat.completions.create(**how)
-        parts = list(served.api.chat.completions.create(stream=True, stream_options={"include_usage": True}, **how))
-        assert parts[0].choices[0].delta.role == "assistant" and whole.choices[0].message.role == "assistant"
-        deltas = [part.choices[0] for part in parts if part.choices]
-        assert "".join(c.delta.content or "" for c in deltas) == whole.choices[0].message.content
-        entries = [entry for c in deltas if c.logprobs for entry in c.logprobs.content]
-        expected = whole.choices[0].logprobs.content
-        assert [e.token for e in entries] == [e.token for e in expected]
-        assert len(entries) == whole.usage.completion_tokens
-        assert [e.logprob for e in entries] == pytest.approx([e.logprob for e in expected], abs=1e-5)
-        assert all(len(e.top_logprobs) == 2 for e in entries)
-        assert parts[-1].usage == whole.usage and deltas[-1].finish_reason == whole.choices[0].finish_reason
+def completion_streams_as_it_is(served, k, ids):
+    how = {"model": "tiny", "max_tokens": 12, "seed": k, "temperature": k % 3 / 2, "logprobs": k % 2 or None}
+    whole = served.api.completions.create(prompt=TOKENIZER.decode(ids), **how)
+    parts = list(served.api.completions.create(prompt=TOKENIZER.decode(ids), stream=True, **how,
+                                               stream_options={"include_usage": True}))
+    choices = [part.choices[0] for part in parts if part.choices]
+    assert "".join(c.text for c in choices) == whole.choices[0].text
+    assert [c.finish_reason for c in choices][-1] == whole.choices[0].finish_reason
+    assert parts[-1].usage == whole.usage and whole.usage.prompt_tokens == len(ids)
+    assert not parts[-1].choices and all(part.usage is None for part in parts[:-1])
+    if k % 2:
+        streamed = [p for c in choices for p in c.logprobs.token_logprobs]
+        assert streamed == pytest.approx(whole.choices[0].logprobs.token_logprobs, abs=1e-5)
+        assert len(whole.choices[0].logprobs.tokens) == whole.usage.completion_tokens
+
+
+@pytest.mark.score("D8")
+def test_chat_streamed_is_not_streamed(served, count, score):
+    seeds = range(count(8, 50))
+    tries(score, {seed: seed for seed in seeds}, lambda seed: chat_streams_as_it_is(served, seed))
     prompt, _ = chat.encode(TOKENIZER, [{"role": "system", "content": "Be."}, {"role": "user", "content": "Hi"}],
                             "elite", reply=True)
-    assert whole.usage.prompt_tokens == len(prompt)
+    assert chat_streams_as_it_is(served, 0).prompt_tokens == len(prompt)
+
+
+def chat_streams_as_it_is(served, seed):
+    """-> the usage that the answer reports."""
+    messages = [{"role": "system", "content": "Be."}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    how = {"model": "tiny", "messages": messages, "max_completion_tokens": 9, "seed": seed, "logprobs": True,
+           "top_logprobs": 2}
+    whole = served.api.chat.completions.create(**how)
+    parts = list(served.api.chat.completions.create(stream=True, stream_options={"include_usage": True}, **how))
+    assert parts[0].choices[0].delta.role == "assistant" and whole.choices[0].message.role == "assistant"
+    deltas = [part.choices[0] for part in parts if part.choices]
+    assert "".join(c.delta.content or "" for c in deltas) == whole.choices[0].message.content
+    entries = [entry for c in deltas if c.logprobs for entry in c.logprobs.content]
+    expected = whole.choices[0].logprobs.content
+    assert [e.token for e in entries] == [e.token for e in expected]
+    assert len(entries) == whole.usage.completion_tokens
+    assert [e.logprob for e in entries] == pytest.approx([e.logprob for e in expected], abs=1e-5)
+    assert all(len(e.top_logprobs) == 2 for e in entries)
+    assert parts[-1].usage == whole.usage and deltas[-1].finish_reason == whole.choices[0].finish_reason
+    return whole.usage
 
 
 # ---- the official clients
@@ -360,6 +374,7 @@ def test_penalties_and_bias_by_hand():
 
 
 # ---- text
+@pytest.mark.score("D8")
 @pytest.mark.parametrize("stream", [False, True])
 def test_characters_and_stop_texts_across_tokens(stream):
     with running(Script("a🎉b né STOPPED")) as (port, _):
@@ -426,11 +441,12 @@ HOSTILE_CHAT = [
 ]
 
 
-@pytest.mark.parametrize("path, body", [("/v1/completions", b) for b in HOSTILE] +
-                         [("/v1/chat/completions", b) for b in HOSTILE_CHAT] +
-                         [("/tokenize", {}), ("/tokenize", {"prompt": "\ud800"}), ("/detokenize", {"tokens": [999]}),
-                          ("/detokenize", {"tokens": "a"}), ("/detokenize", {"tokens": [-1]})],
-                         ids=lambda b: str(b)[:40])
+REQUESTS = [("/v1/completions", b) for b in HOSTILE] + [("/v1/chat/completions", b) for b in HOSTILE_CHAT]
+REQUESTS += [("/tokenize", {}), ("/tokenize", {"prompt": "\ud800"}), ("/detokenize", {"tokens": [999]}),
+             ("/detokenize", {"tokens": "a"}), ("/detokenize", {"tokens": [-1]})]
+
+
+@pytest.mark.parametrize("path, body", REQUESTS, ids=lambda b: str(b)[:40])
 def test_a_hostile_request_gets_a_clear_error(served, path, body):
     status, answer, _ = ask(served.port, path, body)
     other_model = isinstance(body, dict) and body.get("model") == "b"
@@ -439,15 +455,20 @@ def test_a_hostile_request_gets_a_clear_error(served, path, body):
     assert answer["error"]["type"] == "invalid_request_error" and answer["error"]["message"]
 
 
-def test_hostile_http(served):
-    host = f"Host: 127.0.0.1:{served.port}\r\n".encode()
+def hostile_http(port):
+    """Bytes that are not the HTTP of any honest client."""
+    host = f"Host: 127.0.0.1:{port}\r\n".encode()
     post = b"POST /v1/completions HTTP/1.1\r\n" + host + b"Content-Type: application/json\r\n"
-    for sent in (b"\r\n\r\nx\x00y\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01" * 20 + b"\r\n\r\n",
-                 b"GET / HTTP/1.1\r\n" + host + host + b"\r\n", b"GET / HTTP/1.1\r\n" + host + b"a: " + b"b" * 70_000,
-                 b"GET / HTTP/1.1\r\n" + host + b"a: b\r\n" * 20_000, b"GET /" + b"a" * 70_000,
-                 post + b"Content-Length: -5\r\n\r\n", post + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n",
-                 post + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n\r\n",
-                 post + b"Content-Length: 3\r\nTransfer-Encoding: gzip\r\n\r\nabc"):
+    return [b"\r\n\r\nx\x00y\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01" * 20 + b"\r\n\r\n",
+            b"GET / HTTP/1.1\r\n" + host + host + b"\r\n", b"GET / HTTP/1.1\r\n" + host + b"a: " + b"b" * 70_000,
+            b"GET / HTTP/1.1\r\n" + host + b"a: b\r\n" * 20_000, b"GET /" + b"a" * 70_000,
+            post + b"Content-Length: -5\r\n\r\n", post + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n",
+            post + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n\r\n",
+            post + b"Content-Length: 3\r\nTransfer-Encoding: gzip\r\n\r\nabc"]
+
+
+def test_hostile_http(served):
+    for sent in hostile_http(served.port):
         try:
             answer = raw(served.port, sent)
         except ConnectionError:  # closed while we were still sending
@@ -460,6 +481,40 @@ def test_hostile_http(served):
     assert ask(served.port, "/health")[1] == {"status": "ok"}
 
 
+def resident(pid="self"):
+    """Memory of a process in bytes."""
+    return 1024 * int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
+
+
+@pytest.mark.score("D5")
+def test_hostile_requests_are_refused_at_once_and_leave_nothing(served, count, score):
+    """400 to 499 in JSON within 100 ms each (under --full), and no memory that is not given back."""
+    requests = [lambda b=b, path=path: ask(served.port, path, b)[:2] for path, b in REQUESTS]
+    requests += [lambda b=b: (int(raw(served.port, b)[9:12]), None) for b in hostile_http(served.port)[7:]]
+    for how in ({"Content_Type": "text/plain"}, {"Host": "evil.example"}, {"Origin": "http://evil.example"},
+                {"X": "b" * 17_000}):
+        requests.append(lambda how=how: ask(served.port, "/v1/completions", b'{"prompt": "a"}', **how)[:2])
+    most_seconds = count(5.0, 0.1)
+    for request in requests:  # what the first round allocates is kept for the next
+        request()
+    before = resident()
+    bad = []
+    slowest = 0.0
+    for i, request in enumerate(requests):
+        begun = time.perf_counter()
+        status, answer = request()
+        seconds = time.perf_counter() - begun
+        slowest = max(slowest, seconds)
+        if status not in (*range(400, 500), 501) or seconds > most_seconds or answer and "error" not in answer:
+            bad.append((i, status, seconds))
+    grown = (resident() - before) / 1e6
+    score(len(requests) - len(bad), len(requests), f"slowest {1000 * slowest:.0f} ms; {grown:+.1f} MB; "
+          f"{busy()}")
+    assert not bad and len(requests) > 80 and grown < 50
+    assert ask(served.port, "/health")[0] == 200
+
+
+@pytest.mark.score("D8")
 def test_errors_are_typed(served):
     with pytest.raises(openai.BadRequestError, match="context") as e:
         served.api.completions.create(model="tiny", prompt="a" * 97)
@@ -484,19 +539,25 @@ def test_errors_name_the_place_in_the_body(served, path, body, message):
     assert "[" not in answer["error"]["message"].replace("[0-9]", "") and answer["error"]["param"] in body
 
 
-def test_only_the_health_and_the_page_need_no_key(monkeypatch):
+@pytest.mark.score("D6")
+def test_only_the_health_and_the_page_need_no_key(monkeypatch, score):
     monkeypatch.setenv("THIMBLE_API_KEY", "schlüssel")
     with running(tiny()) as (port, ours):
-        for path in (path.replace("{id:path}", "tiny") for path in ours.paths):
-            for given in (None, "Bearer", "Bearer wrong", "Basic schlüssel", "Bearer schlüssel"):
-                headers = {} if given is None else {"Authorization": given.encode()}
-                status = ask(port, path, **headers)[0]
-                if path in ("/health", "/"):
-                    assert status == 200
-                elif given == "Bearer schlüssel":
-                    assert status in (200, 405)
-                else:
-                    assert status == 401
+        def attempt(case):
+            path, given = case
+            headers = {} if given is None else {"Authorization": given.encode()}
+            status = ask(port, path, **headers)[0]
+            if path in ("/health", "/"):
+                assert status == 200
+            elif given == "Bearer schlüssel":
+                assert status in (200, 405)
+            else:
+                assert status == 401
+
+        paths = [path.replace("{id:path}", "tiny") for path in ours.paths]
+        keys = (None, "Bearer", "Bearer wrong", "Basic schlüssel", "Bearer schlüssel")
+        cases = [(path, given) for path in paths for given in keys]
+        tries(score, dict(enumerate(cases)), attempt, f"{len(paths)} routes")
         with client(port, "nix") as api, pytest.raises(openai.AuthenticationError):
             api.models.list()
     with pytest.raises(UserError, match="API key"):
@@ -563,14 +624,22 @@ def test_histograms_of_the_times_to_tokens():
         assert float(re.search(rf"thimble_{name}_seconds_sum (\S+)", text)[1]) >= count * least
 
 
-def test_other_names_and_other_pages_are_refused(served):
-    def status(**headers):
-        return ask(served.port, "/v1/models", **headers)[0]
+@pytest.mark.score("D6")
+def test_other_names_and_other_pages_are_refused(served, score):
     here = f"127.0.0.1:{served.port}"
-    assert status(Host=here) == status(Host="localhost") == status(Host="[::1]:80") == 200
-    assert status(Host="evil.example") == status(Host="127.0.0.1.evil.example") == status(Host="") == 403
-    assert status(Origin=f"http://{here}") == 200
-    assert status(Origin="http://evil.example") == status(Origin="null") == status(Origin=f"http://{here}.evil") == 403
+    cases = [({"Host": host}, 200) for host in (here, "localhost", "[::1]:80")]
+    cases += [({"Host": host}, 403) for host in ("evil.example", "127.0.0.1.evil.example", "", "localhost.evil")]
+    cases += [({"Origin": f"http://{here}"}, 200)]
+    cases += [({"Origin": origin}, 403) for origin in ("http://evil.example", "null", f"http://{here}.evil", "file://")]
+
+    def attempt(case):
+        headers, wanted = case
+        assert ask(served.port, "/v1/models", **headers)[0] == wanted
+        if wanted == 403:  # a page of another origin may send a plain form without asking first
+            assert ask(served.port, "/v1/completions", b'{"prompt": "a"}', **headers)[0] == wanted
+
+    tries(score, dict(enumerate(cases)), attempt)
+    assert ask(served.port, "/v1/completions", b'{"prompt": "a"}', Content_Type="text/plain")[0] == 415
     assert "access-control-allow-origin" not in ask(served.port, "/v1/models", Origin=f"http://{here}")[2]
 
 
@@ -666,13 +735,20 @@ def test_a_failure_of_the_model_is_reported_and_over(capfd):
     assert "IndexError" in capfd.readouterr().err
 
 
-def test_the_log_has_no_prompt_and_cannot_be_forged(capfd):
+FORGED = ["/x\n12:00:00 forged\x1b[31m", "/\r\n12:00:00 forged", "/\x1b]0;title\x07", "/\x1b[2J",
+          "/\u202egnp.exe", "/\u2028forged", "/\x85forged", "/\x00", "/%0aforged", '/" 200 0 ms', "/\\n",
+          "/" + "a" * 9000]
+
+
+@pytest.mark.score("D6")
+@pytest.mark.parametrize("path", FORGED, ids=lambda path: repr(path)[:30])
+def test_the_log_has_no_prompt_and_cannot_be_forged(capfd, path):
     cfg = serve.Config(port=0)
     ours = serve.Server(cfg, loaded(tiny()))
 
     async def drive():
         ours.engine.start(asyncio.get_running_loop())
-        scope = {"type": "http", "method": "POST", "path": "/x\n12:00:00 forged\x1b[31m", "headers": [
+        scope = {"type": "http", "method": "POST", "path": path, "headers": [
             (b"host", b"localhost")], "query_string": b"", "client": ("1.2.3.4", 5)}
         async def send(message):
             pass
@@ -681,7 +757,25 @@ def test_the_log_has_no_prompt_and_cannot_be_forged(capfd):
         await ours.app(scope, receive, send)
     asyncio.run(drive())
     lines = capfd.readouterr().err.splitlines()
-    assert len(lines) == 1 and "\x1b" not in lines[0] and "secret" not in lines[0] and " 404 " in lines[0]
+    assert len(lines) == 1 and "secret" not in lines[0] and " 404 " in lines[0]
+    assert re.fullmatch(r'[ -~]+', lines[0]) and len(lines[0]) < 700
+
+
+SCRIPTS = ["<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</script><script>alert(1)//",
+           "javascript:alert(1)", "{{7*7}}", "<svg/onload=alert(1)>", "&lt;script&gt;", "'\"><b>"]
+
+
+@pytest.mark.score("D6")
+@pytest.mark.parametrize("text", SCRIPTS)
+def test_no_script_comes_back_as_one(served, text):
+    """Whatever is sent comes back as JSON only, and the page puts text in as text, under a policy without 'unsafe'."""
+    for path, body in (("/v1/completions", {"prompt": "a", "model": text}), ("/v1/completions", {text: 1}),
+                       ("/detokenize", {"tokens": TOKENIZER.encode(text)}), ("/v1/models/" + quote(text), None)):
+        headers = ask(served.port, path, body)[2]
+        assert headers["content-type"] == "application/json"
+    page, policy = served.server.page, served.server.policy
+    assert "unsafe" not in policy and "default-src 'none'" in policy
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|new Function", page)
 
 
 def test_small_routes(served):

@@ -128,6 +128,7 @@ def test_forward_equals_a_float64_twin(kind):
     assert np.abs(m(idx)[0].double().numpy() - theirs).max() < 1e-4  # rope's table is float32
 
 
+@pytest.mark.score("E2")
 @pytest.mark.parametrize("group_size", [0, 16])
 def test_gradients_pass_the_roundings_unchanged(group_size):
     """The same straight-through estimator, written with detach and left to autograd, in float64."""

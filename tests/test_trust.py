@@ -1,4 +1,5 @@
 """Nothing that is loaded is executed: hostile text in every string of every format, watched by an audit hook."""
+import ast
 import json
 import os
 import shutil
@@ -47,7 +48,7 @@ def hook(event, args):
     elif event == "subprocess.Popen" and list(args[1][:2]) != ["git", "describe"]:
         seen.append((event, str(args[1])))
     elif event in ("os.system", "os.exec", "os.posix_spawn", "os.fork", "pty.spawn", "socket.connect",
-                   "socket.getaddrinfo", "webbrowser.open"):
+                   "socket.getaddrinfo", "webbrowser.open", "pickle.find_class"):
         seen.append((event, str(args)))
 
 
@@ -150,13 +151,15 @@ def things(toy, tmp_path_factory):
     return work
 
 
+@pytest.mark.score("B3")
 @pytest.mark.parametrize("kind", ["run", "resume", "data", "hf", "gguf"])
-def test_nothing_loaded_is_executed(things, kind):
+def test_nothing_loaded_is_executed(things, kind, score):
     env = os.environ | {"PYTHONPATH": str(things / "evil"), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-c", CHILD, str(ROOT), str(things), kind], cwd=things, env=env,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
+    score(found["n"] - len(found["seen"]), found["n"], f"{kind}: {len(found['seen'])} events")
     assert found["seen"] == [] and found["n"] > 5
     assert not (things / "pwned").exists()
 
@@ -168,3 +171,43 @@ def test_a_model_file_is_beside_train_py(tmp_path, monkeypatch):
         with pytest.raises(checkpoint.UserError, match=f"needs {arch}.py, which is not here"):
             checkpoint.model_file(tmp_path, arch)
     assert checkpoint.model_file(tmp_path, "model").Model
+
+
+# ---- what could execute something is in no file
+LOADERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "torch.jit.load", "torch.save", "os.system", "os.popen",
+         "yaml.load", "pickle.load", "pickle.loads", "np.load", "numpy.load"}
+KNOWN = {("tasks/worker.py", "exec"), ("tasks/worker.py", "compile")}  # inside the sandbox
+SOURCES = [path for path in sorted(ROOT.rglob("*.py")) if path.parts[len(ROOT.parts)] not in ("tests", "data", "runs")]
+
+
+def dangerous(path):
+    """Imports and calls of one file that could run what it reads."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", "") or ""]
+            found += [name for name in names if name.partition(".")[0] in LOADERS]
+        elif isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            found += [name] * (name in CALLS)
+            found += [keyword.arg for keyword in node.keywords if keyword.arg == "shell" or
+                      keyword.arg in ("allow_pickle", "weights_only")]
+    where = str(path.relative_to(ROOT))
+    return [name for name in found if (where, name) not in KNOWN]
+
+
+@pytest.mark.score("B3")
+def test_no_source_file_could_unpickle_or_evaluate(score):
+    found = {str(path.relative_to(ROOT)): dangerous(path) for path in SOURCES}
+    found = {path: names for path, names in found.items() if names}
+    score(len(SOURCES) - len(found), len(SOURCES), "source files")
+    assert not found and len(SOURCES) > 40
+
+
+@pytest.mark.parametrize("code", ["import pickle", "from pickle import loads", "torch.load(f)", "eval(x)",
+                                  "import dill", "np.load(f, allow_pickle=True)", "run(x, shell=True)"])
+def test_the_check_notices_what_could(code):
+    path = ROOT / "tests" / "no_such_file.py"
+    fake = type("Fake", (), {"read_text": lambda self: code, "relative_to": lambda self, root: path})()
+    assert dangerous(fake)

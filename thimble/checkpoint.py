@@ -497,8 +497,9 @@ def random_state():
     return tensors
 
 
-def set_random_state(tensors):
-    """Go back to a random_state(). Other keys are ignored; UserError if one is missing or has the wrong length.
+def set_random_state(tensors, path="the checkpoint"):
+    """Go back to a random_state() that was read at `path`. Other keys are ignored; UserError if one is missing or has
+    the wrong length.
 
     Older checkpoints also hold the states of Python's and numpy's generators, from which training draws nothing.
     """
@@ -513,4 +514,4 @@ def set_random_state(tensors):
             else:
                 warn(f"{name} was saved, but this machine has no such device: the run continues, but not bit for bit")
         except Exception as error:  # each generator raises its own
-            raise UserError(f"{name} is missing or damaged ({short(error)}); use another checkpoint") from error
+            raise UserError(f"{path}: {name} is missing or damaged ({short(error)}); use another one") from error

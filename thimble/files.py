@@ -49,7 +49,8 @@ def need(package, what):
 # ---- locking
 @contextlib.contextmanager
 def locked(path):
-    """Hold the lock file `path` for the `with` block. UserError with the host and pid of the process that holds it.
+    """Hold the lock file `path` for the `with` block. UserError with the host and pid of the process that holds it, or
+    if the path is a link.
 
     The kernel releases the lock however the process ends, so that of a dead process never has to be cleared: only the
     file stays. On NFS the server keeps it for all hosts, unless the mount has nolock or local_lock: then each host sees
@@ -58,6 +59,8 @@ def locked(path):
     if fcntl is None:
         yield
         return
+    if os.path.islink(path):  # a run from elsewhere could have it point to any file, which would lose its content
+        raise UserError(f"{path} is a link, which a lock file never is: delete it")
     with open(path, "a+") as file:  # "a": opening must not erase what the holder wrote
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

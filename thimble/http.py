@@ -171,6 +171,8 @@ class StrictConnection(h11.Connection):
 
     def check(self, head, request):
         """RemoteProtocolError where RFC 9112 allows a server to refuse what h11 accepts."""
+        if len(head) > HEAD_BYTES:  # h11 applies its limit only to a head of which a part is still missing
+            raise h11.RemoteProtocolError("the head of the request is too long", error_status_hint=431)
         names = [name for name, _ in request.headers]
         if b"transfer-encoding" in names and b"content-length" in names:  # section 6.1
             raise h11.RemoteProtocolError("Content-Length and Transfer-Encoding in the same request")
