@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from formats import names
+from formats import families, names
 from formats.weights import plain, ternary_parts, weights, with_weights
 from thimble.files import UserError, need, short
 from thimble.tokenizer import (
@@ -196,11 +196,6 @@ def same_split(one, other):
 
 
 # ---- in
-KEYS = {"vocab_size": "llama.vocab_size", "n_layer": "llama.block_count", "n_head": "llama.attention.head_count",
-        "n_kv_head": "llama.attention.head_count_kv", "n_embd": "llama.embedding_length",
-        "n_hidden": "llama.feed_forward_length", "block_size": "llama.context_length",
-        "norm_eps": "llama.attention.layer_norm_rms_epsilon"}
-TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")  # of tensors
 MAX_STRINGS = 2**20  # in one list; Llama 3 has 280,000 merges
 
 
@@ -256,44 +251,40 @@ def parts(path):
     return dict(values), arrays, reader
 
 
+def is_gguf(path):
+    """Whether the file at `path` begins like a GGUF file, whatever its name is: Ollama's have none."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"GGUF"
+
+
 def read(path):
-    """The Checkpoint (arch "model") of a GGUF file of architecture llama. UserError for any other file."""
+    """The Checkpoint of a GGUF file with a model of the Llama family. UserError for any other file."""
     path = Path(path)
-    if path.suffix != ".gguf":
-        raise UserError(f"{path} is not a checkpoint folder, Hugging Face folder or .gguf file; pickles (.bin, .pt, "
+    if not is_gguf(path):
+        raise UserError(f"{path} is not a checkpoint folder, Hugging Face folder or GGUF file; pickles (.bin, .pt, "
                         ".pth) can run code and are never read: convert it to safetensors")
-    values, arrays, reader = parts(path)
-    check_readable(path, values, reader)
-    # older files leave it to the list of tokens
-    values.setdefault("llama.vocab_size", len(values.get("tokenizer.ggml.tokens", ())))
-    theta = values.get("llama.rope.freq_base", 10000.0)
-    config = names.shape(path, values, KEYS, theta, values.get("llama.rope.dimension_count"))
-    config["tie_embeddings"] = "output.weight" not in arrays
+    values, arrays, _ = parts(path)
+    family, config = families.from_gguf(path, values, arrays)
+    arrays.pop("rope_freqs.weight", None)
+    heads = {}  # llama.cpp's Llama turns other pairs than we do
+    if family == "llama":
+        heads = {"attn_q": config["n_head"], "attn_k": config["n_kv_head"]}
     tensors = {}
     for name, array in arrays.items():
-        tensor = torch.from_numpy(np.array(array(), np.float32))  # a copy: the file is mapped, and read-only
-        for stem, heads in (("attn_q.", config["n_head"]), ("attn_k.", config["n_kv_head"])):
-            # of another shape it is refused later, with a better message
-            if stem in name and tensor.dim() == 2 and tensor.size(0) % (2 * heads) == 0:
-                tensor = names.permute(tensor, heads, back=True)
-        tensors[names.rename(name, names.LLAMA_CPP, names.OURS)] = tensor.contiguous()
-    return names.as_checkpoint(path, config, tensors, read_meta(values, config["vocab_size"]))
-
-
-def check_readable(path, values, reader):
-    """UserError unless the file holds a plain Llama in number formats that we know."""
-    arch = values.get("general.architecture")
-    if arch != "llama":
-        raise UserError(f"{path} is of architecture {str(arch)[:40]!r}: only llama can be read")
-    for key in ("llama.rope.scaling.type", "llama.expert_count"):
-        if values.get(key) not in (None, 0, "none"):
-            raise UserError(f"{path} has {key}={str(values[key])[:40]}, which model.py does not support")
-    for tensor in reader.tensors:
-        if tensor.tensor_type.name not in TYPES:
-            raise UserError(f"{path}: tensor {tensor.name} is {tensor.tensor_type.name}, which cannot be read: only "
-                            + ", ".join(TYPES))
-        if names.rename(tensor.name, names.LLAMA_CPP, names.OURS) is None:
-            raise UserError(f"{path}: tensor {tensor.name} is not one of a plain Llama")
+        ours = names.rename(name, names.LLAMA_CPP, names.OURS)
+        if ours is None:
+            raise UserError(f"{path}: tensor {name} is not one of a plain Llama")
+        try:
+            tensor = torch.from_numpy(np.array(array(), np.float32))  # a copy: the file is mapped, and read-only
+        except NotImplementedError:  # the package's
+            raise UserError(f"{path}: tensor {name} is of a type that the gguf package cannot read: use another file "
+                            "of this model") from None
+        n_head = heads.get(name.split(".")[-2])
+        # of another shape it is refused later, with a better message
+        if n_head and tensor.size(0) % (2 * n_head) == 0:
+            tensor = names.permute(tensor, n_head, back=True)
+        tensors[ours] = tensor.contiguous()
+    return families.as_checkpoint(path, config, tensors, read_meta(values, config["vocab_size"]))
 
 
 def read_meta(values, vocab_size):

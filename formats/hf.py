@@ -14,7 +14,7 @@ from pathlib import Path
 import safetensors
 import torch
 
-from formats import names
+from formats import families, names
 from formats.weights import plain, ternary_parts, weights, with_weights
 from thimble import checkpoint
 from thimble.files import UserError, short
@@ -162,46 +162,31 @@ def write_json(path, value):
 
 
 # ---- in
-KEYS = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
-        "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size", "n_hidden": "intermediate_size",
-        "block_size": "max_position_embeddings", "norm_eps": "rms_norm_eps"}
-# all else in config.json that changes what a Llama computes, with the values that model.py can express
-PLAIN = {"model_type": ("llama",), "hidden_act": ("silu",), "attention_bias": (False, None), "mlp_bias": (False, None),
-         "quantization_config": (None,)}
-
-
 def read(folder):
-    """The Checkpoint (arch "model") of a folder with a LlamaForCausalLM in safetensors. UserError for any other."""
+    """The Checkpoint of a folder with a model of the Llama family in safetensors. UserError for any other."""
     folder = Path(folder)
     about = read_json(folder / "config.json")
-    config = read_config(folder / "config.json", about)
+    _, config = families.from_hf(folder / "config.json", about)
     tensors = {}
     for file in safetensors_files(folder):
         for name, tensor in read_safetensors(file):
-            ours = names.rename(name, names.HUGGING_FACE, names.OURS)
-            tied_copy = ours == "head.weight" and config["tie_embeddings"]
-            if tied_copy or name.endswith("rotary_emb.inv_freq"):  # which older files hold, though it can be computed
+            if name.endswith("rotary_emb.inv_freq"):  # which older files hold, though it can be computed
                 continue
+            ours = names.rename(name, names.HUGGING_FACE, names.OURS)
             if ours is None or ours in tensors:
                 raise UserError(f"{file}: tensor {name} is {'stored twice' if ours else 'not one of a plain Llama'}")
             tensors[ours] = tensor
-    return names.as_checkpoint(folder, config, tensors, read_meta(folder, about, config["vocab_size"]))
+    drop_tied_copy(folder, config, tensors)
+    return families.as_checkpoint(folder, config, tensors, read_meta(folder, about, config["vocab_size"]))
 
 
-def read_config(path, about):
-    """Settings of model.Config from what config.json at `path` says."""
-    for key, values in PLAIN.items():
-        if about.get(key) not in values:
-            raise UserError(f"{path} has {key}={str(about.get(key))[:80]}, which cannot be read: "
-                            f"only Llama with {key}={values[0]}")
-    # transformers 5 has rope_parameters; before it there was rope_theta and, only for scaled RoPE, rope_scaling
-    rope = about.get("rope_parameters") or about.get("rope_scaling") or {}
-    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise UserError(f"{path} has scaled RoPE ({str(rope)[:80]}), which model.py does not support")
-    theta = rope.get("rope_theta", about.get("rope_theta", 10000.0))
-    config = names.shape(path, about, KEYS, theta, about.get("head_dim"))
-    config["tie_embeddings"] = about.get("tie_word_embeddings") is True
-    return config
+def drop_tied_copy(path, config, tensors):
+    """Drop a head that is stored although it is the embedding; UserError if it is not."""
+    if not config["tie_embeddings"] or "head.weight" not in tensors:
+        return
+    if not torch.equal(tensors.pop("head.weight"), tensors["embed.weight"]):
+        raise UserError(f"{path} stores a head other than the embedding, although its config.json says "
+                        "tie_word_embeddings=true: which of the two counts is not clear")
 
 
 def read_meta(folder, about, vocab_size):
@@ -262,8 +247,12 @@ def read_safetensors(file):
             for name in tensors.keys():  # noqa: SIM118 (it is not a dict)
                 tensor = tensors.get_tensor(name)
                 if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-                    raise ValueError(f"tensor {name} is {tensor.dtype}, not float32, float16 or bfloat16")
+                    kind = str(tensor.dtype).removeprefix("torch.")
+                    raise UserError(f"{file}: tensor {name} is {kind}, which cannot be read: convert it to float32, "
+                                    "float16 or bfloat16")
                 yield name, tensor.float()
+    except UserError:
+        raise
     except Exception as error:  # the library's errors share no base class
         raise UserError(f"{file} is not a valid safetensors file ({short(error, 200)}): download it again") from None
 

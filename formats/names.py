@@ -3,13 +3,8 @@
     >>> rename("blocks.0.mlp.up_proj.weight", OURS, LLAMA_CPP)
     'blk.0.ffn_up.weight'
 """
-import importlib
 import math
 import re
-from dataclasses import asdict
-
-from thimble import checkpoint, configurator
-from thimble.files import UserError
 
 # how the numbers of each format may be stored; the first is the default
 QUANTS = {
@@ -32,6 +27,8 @@ NAMES = [  # Llama, and BitNet with its two more norms
     ("*.attn.q_proj", "*.self_attn.q_proj", "*.attn_q"),
     ("*.attn.k_proj", "*.self_attn.k_proj", "*.attn_k"),
     ("*.attn.v_proj", "*.self_attn.v_proj", "*.attn_v"),
+    ("*.attn.q_norm", "*.self_attn.q_norm", "*.attn_q_norm"),
+    ("*.attn.k_norm", "*.self_attn.k_norm", "*.attn_k_norm"),
     ("*.attn.sub_norm", "*.self_attn.attn_sub_norm", "*.attn_sub_norm"),
     ("*.attn.o_proj", "*.self_attn.o_proj", "*.attn_output"),
     ("*.mlp_norm", "*.post_attention_layernorm", "*.ffn_norm"),
@@ -84,10 +81,10 @@ def rename(name, source, target, stock="llama"):
 
 
 def permute(w, n_head, back=False):
-    """Rows of q or k, (heads * D, C), from half-split RoPE pairs (i, i + D/2) to llama.cpp's (2i, 2i + 1), or back."""
+    """Rows of q or k, (heads * D, ...), from half-split RoPE pairs (i, i + D/2) to llama.cpp's (2i, 2i + 1) or back."""
     pairs = w.shape[0] // n_head // 2  # of a head
     shape = (n_head, pairs, 2) if back else (n_head, 2, pairs)
-    split = w.reshape(*shape, w.shape[1])
+    split = w.reshape(*shape, *w.shape[1:])
     return split.swapaxes(1, 2).reshape(w.shape)
 
 
@@ -136,41 +133,3 @@ def hf_config(model, stock):
                   "rope_theta": config.rope_theta, "rope_scaling": None,
                   "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
     return about
-
-
-# ---- settings, on the way in
-def shape(where, about, keys, rope_theta, head_dim):
-    """Settings of model.Config from a foreign description `about`; UserError if one is missing or out of range.
-
-    keys: {setting of ours: key of theirs}, of all but the base of RoPE and the width of a head, which are handed over.
-    """
-    def number(name, value, kind=int, limit=2**20):
-        if type(value) not in (int, kind) or not 0 < value < limit:
-            raise UserError(f"{where}: {name} is {str(value)[:40]!r}, not a number in its range")
-        return value
-
-    # far beyond any model that exists; without them a damaged file could ask for any amount of memory
-    limits = {"n_layer": 1000, "vocab_size": 2**24, "block_size": 2**28}
-    config = {}
-    for ours, theirs in keys.items():
-        value = about.get(theirs)
-        if ours == "n_kv_head":  # may be left out: then as many as queries
-            value = value or config["n_head"]
-        kind = float if ours == "norm_eps" else int
-        config[ours] = number(theirs, value, kind, limits.get(ours, 2**20))
-    config["norm_eps"] = float(f"{config['norm_eps']:.7g}")  # a float32 in GGUF: 9.99999974e-06
-    config["rope_theta"] = float(number("the base of RoPE", rope_theta, float, 2**60))
-    if head_dim not in (None, config["n_embd"] // config["n_head"]):
-        raise UserError(f"{where}: heads of {str(head_dim)[:40]} are not {keys['n_embd']} / {keys['n_head']}, which "
-                        "model.py needs")
-    return config
-
-
-def as_checkpoint(path, config, tensors, meta):
-    """The Checkpoint of a Llama made elsewhere, which model.py can be. UserError if it cannot."""
-    try:
-        config = configurator.from_flat(importlib.import_module("model").Config, config)
-    except ValueError as error:
-        raise UserError(f"{path}: model.py cannot express what it describes ({error})") from None
-    meta = {"arch": "model", "model_config": asdict(config), "step": 0, "name": path.stem} | meta
-    return checkpoint.Checkpoint(path, meta, tensors, None)

@@ -80,9 +80,10 @@ def read(path=None, which="latest"):
 
 def read_tokenizer(path):
     """The Tokenizer of a tokenizer.json, of the folder (dataset, checkpoint) that holds one, or of a GGUF file."""
-    if Path(path).suffix == ".gguf":
+    if Path(path).is_file() and Path(path).suffix != ".json":
         from formats import gguf
-        return gguf.read_tokenizer(Path(path))
+        if gguf.is_gguf(path):
+            return gguf.read_tokenizer(Path(path))
     return load_tokenizer(path)
 
 
