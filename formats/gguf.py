@@ -254,7 +254,11 @@ def parts(path):
 def is_gguf(path):
     """Whether the file at `path` begins like a GGUF file, whatever its name is: Ollama's have none."""
     with open(path, "rb") as file:
-        return file.read(4) == b"GGUF"
+        start = file.read(8)
+    if start[:7] == b"GGUF\0\0\0":  # the version, 4 bytes, begins with zeros
+        raise UserError(f"{path} is a big-endian GGUF file: convert it with gguf-convert-endian, which comes with the "
+                        "gguf package")
+    return start[:4] == b"GGUF"
 
 
 def read(path):
@@ -263,7 +267,8 @@ def read(path):
     if not is_gguf(path):
         raise UserError(f"{path} is not a checkpoint folder, Hugging Face folder or GGUF file; pickles (.bin, .pt, "
                         ".pth) can run code and are never read: convert it to safetensors")
-    values, arrays, _ = parts(path)
+    values, arrays, reader = parts(path)
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     family, config = families.from_gguf(path, values, arrays)
     arrays.pop("rope_freqs.weight", None)
     heads = {}  # llama.cpp's Llama turns other pairs than we do
@@ -277,8 +282,8 @@ def read(path):
         try:
             tensor = torch.from_numpy(np.array(array(), np.float32))  # a copy: the file is mapped, and read-only
         except NotImplementedError:  # the package's
-            raise UserError(f"{path}: tensor {name} is of a type that the gguf package cannot read: use another file "
-                            "of this model") from None
+            raise UserError(f"{path}: tensor {name} is {kinds[name]}, which cannot be read: use another file of this "
+                            "model") from None
         n_head = heads.get(name.split(".")[-2])
         # of another shape it is refused later, with a better message
         if n_head and tensor.size(0) % (2 * n_head) == 0:
