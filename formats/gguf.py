@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,18 @@ from thimble.tokenizer import (
     pre_tokenizer_of,
 )
 
-PRETOKENIZER_OF = {"gpt-2": "gpt2", "smollm": "smollm", "llama-bpe": "llama3"}  # llama.cpp's name: ours
+# of Qwen2 and later, and of Mistral Nemo and later, as llama.cpp has them: to the second, capitals are A to Z only
+QWEN2_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+TEKKEN_PATTERN = (r"[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))*((?=[\p{L}])([^A-Z]))+"
+                  r"|[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))+((?=[\p{L}])([^A-Z]))*|\p{N}"
+                  r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+# llama.cpp's name: ours, or a pattern
+PRETOKENIZER_OF = {"gpt-2": "gpt2", "smollm": "smollm", "llama-bpe": "llama3", "llama3": "llama3", "llama-v3": "llama3",
+                   "qwen2": QWEN2_PATTERN, "tekken": TEKKEN_PATTERN}
+WHOLE_TOKENS_FIRST = ("llama-bpe", "llama3", "llama-v3", "tekken")  # a word that is a token is that token, unmerged
 NO_MERGE = "ÿ ÿ"  # bytes FF FF, which no text holds: llama.cpp wants at least one merge
-NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6  # types of tokens
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of tokens
 
 
 # ---- out
@@ -156,17 +166,62 @@ def add_tokenizer(gguf, writer, tokenizer, vocab_size, meta):
             # tokenizer.json may hold either form: "a b" or ["a", "b"]
             merges.append(merge if isinstance(merge, str) else " ".join(merge))
     merges = list(dict.fromkeys(merges))  # characters share merges of their bytes
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pretokenizer_name(tokenizer, hf))
+    prefix = sentencepiece_prefix(hf)
+    if prefix is None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pretokenizer_name(tokenizer, hf))
+        writer.add_token_merges(merges or [NO_MERGE])
+    else:
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores(sentencepiece_scores(tokens, types, merges))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges(merges or [NO_MERGE])
     writer.add_bos_token_id(meta.get("bos", tokenizer.eot))  # without these two llama.cpp ends every text at id 11
     writer.add_eos_token_id(meta.get("eos", tokenizer.eot))
     writer.add_add_bos_token(False)  # a prompt is what was typed, as in sample.py
-    writer.add_add_space_prefix(False)
+    writer.add_add_space_prefix(bool(prefix))
     if meta.get("chat_template"):
         writer.add_chat_template(meta["chat_template"])
+
+
+def sentencepiece_prefix(hf):
+    """Whether SentencePiece's BPE puts a space in front of a text; None where a tokenizer.json holds another kind."""
+    if not hf["model"].get("byte_fallback") or hf["pre_tokenizer"]:
+        return None
+    for prefix in (True, False):
+        if json.loads(sentencepiece_steps(prefix)[0].__getstate__()) == hf["normalizer"]:
+            return prefix
+    return None
+
+
+def sentencepiece_scores(tokens, types, merges):
+    """The score of each token: the earlier a merge makes it, the higher. Marks what is not ordinary in `types`, too."""
+    scores = [0.0] * len(tokens)
+    ids = {token: i for i, token in enumerate(tokens)}
+    for rank, merge in enumerate(merges):
+        i = ids[merge.replace(" ", "")]
+        if scores[i] == 0:
+            scores[i] = -1.0 - rank
+    for i, token in enumerate(tokens):
+        if types[i] == NORMAL and re.fullmatch("<0x[0-9A-F]{2}>", token):
+            types[i] = BYTE
+        elif types[i] == CONTROL and token == "<unk>":
+            types[i] = UNKNOWN
+    return scores
+
+
+def sentencepiece_steps(prefix):
+    """The normalizer and the decoder of the tokenizers library; prefix: whether a text gets a space in front."""
+    import tokenizers
+    normalizers = tokenizers.normalizers
+    decoders = tokenizers.decoders
+    there = [normalizers.Replace(" ", "\u2581")]
+    back = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if prefix:
+        there.insert(0, normalizers.Prepend("\u2581"))
+        back.append(decoders.Strip(" ", 1, 0))
+    return normalizers.Sequence(there), decoders.Sequence(back)
 
 
 def pretokenizer_name(tokenizer, hf):
@@ -313,15 +368,58 @@ def read_tokenizer(path):
     pre = values.get("tokenizer.ggml.pre")
     tokens = values.get("tokenizer.ggml.tokens")
     types = values.get("tokenizer.ggml.token_type")
-    merges = values.get("tokenizer.ggml.merges")
-    if model != "gpt2" or pre not in PRETOKENIZER_OF:
-        raise UserError(f"{path}: its tokenizer ({str(model)[:20]}, {str(pre)[:20]}) cannot be read: only byte-level "
-                        f"BPE (gpt2) with {', '.join(PRETOKENIZER_OF)}; use the Hugging Face folder of this model")
-    sound = all(isinstance(part, list) for part in (tokens, types, merges))
+    if model == "llama":  # SentencePiece, where scores stand for merges
+        ranks = values.get("tokenizer.ggml.scores")
+        options = {"prefix": values.get("tokenizer.ggml.add_space_prefix", True)}
+        make = build_sentencepiece
+    elif model == "gpt2" and pre in PRETOKENIZER_OF:
+        ranks = values.get("tokenizer.ggml.merges")
+        options = {"pre": pre}
+        make = build_tokenizer
+    else:
+        raise UserError(f"{path}: its tokenizer ({str(model)[:20]}, {str(pre)[:20]}) cannot be read: only "
+                        f"SentencePiece (llama) and byte-level BPE (gpt2) with {', '.join(PRETOKENIZER_OF)}; use the "
+                        "Hugging Face folder of this model")
+    sound = all(isinstance(part, list) for part in (tokens, types, ranks))
     if not sound or len(tokens) != len(types) or len(set(tokens)) < len(tokens):
         raise UserError(f"{path}: its tokenizer is damaged: download it again")
-    build = functools.partial(build_tokenizer, tokens, types, merges, pre, name=str(path))
+    build = functools.partial(make, tokens, types, ranks, **options, name=str(path))
     return guard(f"{path}: its tokenizer is damaged", build)
+
+
+def build_sentencepiece(tokens, types, scores, prefix, name):
+    """SentencePiece's BPE: of two neighbours that make a token, those with the highest score are merged first.
+
+    A space is "\u2581"; a character that is not a token becomes its bytes. prefix: whether a text gets a space first.
+    """
+    import tokenizers
+    vocab = {token: i for i, token in enumerate(tokens)}
+    ordinary = {token for token, i in vocab.items() if types[i] in (NORMAL, USER_DEFINED)}
+    merges = []
+    for token in ordinary:
+        for n in range(1, len(token)):
+            left = token[:n]
+            right = token[n:]
+            if left in ordinary and right in ordinary:
+                merges.append((-scores[vocab[token]], vocab[left], vocab[right]))
+    merges = [(tokens[left], tokens[right]) for _, left, right in sorted(merges)]
+    unknown = next((token for token, i in vocab.items() if types[i] == UNKNOWN), None)
+    bpe = tokenizers.models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    hf = tokenizers.Tokenizer(bpe)
+    hf.normalizer, hf.decoder = sentencepiece_steps(prefix)
+    add_special(hf, tokens, types)
+    return Tokenizer(hf, name=name)
+
+
+def add_special(hf, tokens, types):
+    """Mark the tokens that are not ordinary, in the order of their ids; ValueError where a new one gets another id."""
+    for i, token in enumerate(tokens):
+        if types[i] not in (UNKNOWN, CONTROL, USER_DEFINED):
+            continue
+        if hf.token_to_id(token) is None and hf.get_vocab_size() != i:
+            raise ValueError(f"token {token!r} has id {i}, out of order")
+        add = hf.add_tokens if types[i] == USER_DEFINED else hf.add_special_tokens
+        add([token])
 
 
 def build_tokenizer(tokens, types, merges, pre, name):
@@ -329,7 +427,11 @@ def build_tokenizer(tokens, types, merges, pre, name):
     normal = {token: i for i, token in enumerate(tokens) if types[i] in (NORMAL, BYTE)}
     # a special token before the last normal one is part of the vocabulary; behind it, it is added by its order
     last = max(normal.values(), default=0)
-    inside = {token: i for i, token in enumerate(tokens[:last]) if types[i] in (CONTROL, USER_DEFINED)}
+    special = {token: i for i, token in enumerate(tokens) if types[i] in (CONTROL, USER_DEFINED)}
+    behind = [i for i in special.values() if i > last]
+    if behind != list(range(last + 1, last + 1 + len(behind))):
+        last = len(tokens)  # unused ids between them: no order would give them theirs
+    inside = {token: i for token, i in special.items() if i <= last}
     pairs = []
     for merge in merges:
         left, _, right = merge.partition(" ")
@@ -349,12 +451,6 @@ def build_tokenizer(tokens, types, merges, pre, name):
             split = pre_tokenizer_of(PRETOKENIZER_OF[pre])
         else:
             split = byte_tokenizer().hf.pre_tokenizer
-        hf = byte_level(normal | inside, pairs, split, ignore_merges=pre == "llama-bpe")
-    for kind, add in ((USER_DEFINED, hf.add_tokens), (CONTROL, hf.add_special_tokens)):
-        for i, token in enumerate(tokens):
-            if types[i] != kind:
-                continue
-            if hf.token_to_id(token) is None and hf.get_vocab_size() != i:
-                raise ValueError(f"token {token!r} has id {i}, out of order")
-            add([token])
+        hf = byte_level(normal | inside, pairs, split, ignore_merges=pre in WHOLE_TOKENS_FIRST)
+    add_special(hf, tokens, types)
     return Tokenizer(hf, name=name)

@@ -45,9 +45,10 @@ def tensors_of(about, seed=0):
     C, F = about["embedding_length"], about["feed_forward_length"]
     D = about.get("attention.key_length", C // about["attention.head_count"])
     q, kv = about["attention.head_count"] * D, about["attention.head_count_kv"] * D
-    shapes = {"token_embd.weight": (V, C), "output_norm.weight": (C,)}
+    n = about["vocab_size"]
+    shapes = {"token_embd.weight": (n, C), "output_norm.weight": (C,)}
     if about.get("head", True):
-        shapes["output.weight"] = (V, C)
+        shapes["output.weight"] = (n, C)
     for i in range(about["block_count"]):
         layer = {"attn_norm.weight": (C,), "attn_q.weight": (q, C), "attn_k.weight": (kv, C), "attn_v.weight": (kv, C),
                  "attn_output.weight": (C, q), "ffn_norm.weight": (C,), "ffn_gate.weight": (F, C),
