@@ -36,6 +36,8 @@ TEKKEN_PATTERN = (r"[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))*((?=[\p{L}])([^A-Z])
 PRETOKENIZER_OF = {"gpt-2": "gpt2", "smollm": "smollm", "llama-bpe": "llama3", "llama3": "llama3", "llama-v3": "llama3",
                    "qwen2": QWEN2_PATTERN, "tekken": TEKKEN_PATTERN}
 WHOLE_TOKENS_FIRST = ("llama-bpe", "llama3", "llama-v3", "tekken")  # a word that is a token is that token, unmerged
+ARCHITECTURES = {"granitemoehybrid": "granitehybrid"}  # llama.cpp's names, where they are others
+HYBRIDS = ("jamba", "granitemoehybrid")
 NO_MERGE = "ÿ ÿ"  # bytes FF FF, which no text holds: llama.cpp wants at least one merge
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of tokens
 
@@ -44,19 +46,23 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types
 def write(path, model, stock, tokenizer, quant, name, meta):
     """Write a GGUF file -> (the model whose logits it must give, {tensor name: float32 array} as stored).
 
-    stock: the architecture that the model is ("llama", "bitnet", "jamba"); name: what programs show. UserError where
+    stock: the architecture that the model is (a key of names.CLASSES); name: what programs show. UserError where
     llama.cpp does not compute what this model does.
     """
     gguf = need("gguf", "--format=gguf")
     config = model.config
     if quant.startswith("tq") and stock != "bitnet":
         raise UserError(f"--quant={quant} holds -1, 0, 1 and a scale for each matrix: use --quant=q8_0 or q4_0 here")
-    if getattr(config, "act", "silu") != "silu":
+    if stock == "bitnet" and config.act != "silu":
         raise UserError(f"llama.cpp computes SiLU in every BitNet, this model has act={config.act}: use --format=hf, "
                         "or train with --act=silu")
-    if stock == "jamba" and config.expand != 2:
-        raise UserError(f"llama.cpp reads Jamba with expand=2 only, this model has {config.expand}: use --format=hf")
-    writer = gguf.GGUFWriter(path, stock)
+    act = names.activation(config)
+    if stock == "arcee" and act != "relu2":
+        raise UserError(f"llama.cpp computes ReLU^2 in every MLP without a gate, this model has {act}: "
+                        "use --format=hf, or train with --mlp=swiglu")
+    if stock in HYBRIDS and config.expand != 2:
+        raise UserError(f"llama.cpp reads hybrids with expand=2 only, this model has {config.expand}: use --format=hf")
+    writer = gguf.GGUFWriter(path, ARCHITECTURES.get(stock, stock))
     kind = "ALL_F32" if quant == "f32" else f"MOSTLY_{quant.upper()}"
     writer.add_file_type(gguf.LlamaFileType[kind])
     writer.add_name(name)
@@ -82,12 +88,17 @@ def sizes(model, stock):
              "block_count": config.n_layer, "feed_forward_length": names.n_hidden(model),
              "head_count": config.n_head, "head_count_kv": names.n_kv_head(config),
              "layer_norm_rms_eps": config.norm_eps}
-    if stock == "jamba":
+    if stock in HYBRIDS:
         # for each layer, and 0 says that it is Mamba
         found["head_count_kv"] = [getattr(block.mixer, "n_kv_head", 0) for block in model.blocks]
-        found |= {"ssm_conv_kernel": config.d_conv, "ssm_inner_size": config.expand * config.n_embd,
-                  "ssm_state_size": names.d_state(config), "ssm_time_step_rank": names.dt_rank(config)}
-    else:
+        found |= {"ssm_conv_kernel": config.d_conv, "ssm_inner_size": config.expand * config.n_embd}
+    if stock == "jamba":
+        found |= {"ssm_state_size": names.d_state(config), "ssm_time_step_rank": names.dt_rank(config)}
+    elif stock == "granitemoehybrid":
+        mixer = model.blocks[names.is_attention(model).index(False)].mixer
+        found |= {"ssm_state_size": mixer.n_state, "ssm_time_step_rank": mixer.n_head, "ssm_group_count": 1,
+                  "rope_scaling_finetuned": config.rope}  # whether there is RoPE at all: Granite's use of this key
+    if getattr(config, "rope", True):
         found |= {"rope_dimension_count": config.n_embd // config.n_head, "rope_freq_base": config.rope_theta}
     return found
 
@@ -106,8 +117,8 @@ def tensor_type(gguf, name, tensor, quant, is_ternary):
 def add_tensors(gguf, writer, model, twin, stock, quant):
     """Add the weights -> ({name there: float32 array} as stored, {our name: what the stored tensor stands for})."""
     parts = ternary_parts(model)
-    rotated = {}  # llama.cpp's Llama turns other pairs than we do
-    if stock == "llama":
+    rotated = {}  # llama.cpp turns other pairs than we do in these
+    if stock in ("llama", "arcee", "granitemoehybrid") and getattr(model.config, "rope", True):
         rotated = {"q_proj": model.config.n_head, "k_proj": names.n_kv_head(model.config)}
     stored = {}
     values = {}
@@ -122,6 +133,8 @@ def add_tensors(gguf, writer, model, twin, stock, quant):
             w = -w.exp()  # llama.cpp stores A itself
         elif w.dim() == 3:
             w = w.flatten(1)  # a convolution's (E, 1, k)
+        if stock == "granitemoehybrid" and name.endswith(("A_log", "mixer.D")):
+            w = w[:, None]
         # of a ternary matrix -1, 0 and 1 are stored, which every type holds exactly, and the scale beside it
         raw = gguf.quantize(w.contiguous().numpy(), kind)
         writer.add_tensor(there, raw, raw_dtype=kind)
@@ -129,7 +142,7 @@ def add_tensors(gguf, writer, model, twin, stock, quant):
         value = torch.from_numpy(stored[there])
         if heads:
             value = names.permute(value, heads, back=True)
-        elif name.endswith(("A_log", "conv1d.weight")):
+        elif name.endswith(("A_log", "mixer.D", "conv1d.weight")):
             value = tensor  # in float32 always, but of another form there
         if scale is not None:
             factor = there.replace(".weight", ".scale")

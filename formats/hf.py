@@ -67,7 +67,7 @@ class ThimbleForCausalLM(PreTrainedModel, GenerationMixin):
 def write(folder, model, stock, tokenizer, quant, meta):
     """Write a folder for transformers -> (the model whose logits it must give, {tensor name: tensor} as stored).
 
-    stock: the architecture that the model is ("llama", "bitnet", "jamba"), or "" to send its own code along.
+    stock: the architecture that the model is (a key of names.CLASSES), or "" to send its own code along.
     """
     if getattr(model.config, "packed", False) and (quant == "online" or not stock):
         remedy = "use --quant=packed or plain" if stock else "export the run it was packed from"
@@ -87,7 +87,7 @@ def write(folder, model, stock, tokenizer, quant, meta):
         tensors = weights(twin)
         if quant == "packed":
             tensors = pack_bitnet(model, tensors)
-        tensors = {names.rename(name, names.OURS, names.HUGGING_FACE, stock): t for name, t in tensors.items()}
+        tensors = names.to_hugging_face(tensors, stock)
         about |= names.hf_config(model, stock)
         if quant in ("online", "packed"):
             # autobitlinear multiplies by weight_scale; the other class, bitlinear, would divide by it

@@ -1,10 +1,12 @@
-"""What a model's tensors and settings are called elsewhere: in Hugging Face's Llama, BitNet and Jamba, in llama.cpp.
+"""What a model's tensors and settings are called elsewhere: in the stock architectures of Hugging Face and llama.cpp.
 
     >>> rename("blocks.0.mlp.up_proj.weight", OURS, LLAMA_CPP)
     'blk.0.ffn_up.weight'
 """
 import math
 import re
+
+import torch
 
 # how the numbers of each format may be stored; the first is the default
 QUANTS = {
@@ -19,7 +21,7 @@ QUANTS = {
 # ---- tensors
 OURS, HUGGING_FACE, LLAMA_CPP = range(3)  # columns of the tables
 PREFIXES = ("blocks", "model.layers", "blk")  # "*" stands for one of these and the number of the layer
-NAMES = [  # Llama, and BitNet with its two more norms
+NAMES = [  # Llama; BitNet has the sub_norms, Qwen3 q_norm and k_norm, and Arcee lacks the gate
     ("embed", "model.embed_tokens", "token_embd"),
     ("norm", "model.norm", "output_norm"),
     ("head", "lm_head", "output"),
@@ -62,22 +64,59 @@ JAMBA = [
     ("*.mlp.down_proj", "*.feed_forward.down_proj", "*.ffn_down"),
 ]
 
+GRANITE = [  # GraniteMoeHybrid without experts: Mamba-2 and some attention
+    ("embed", "model.embed_tokens", "token_embd"),
+    ("norm", "model.norm", "output_norm"),
+    ("head", "lm_head", "output"),
+    ("*.mixer_norm", "*.input_layernorm", "*.attn_norm"),
+    ("*.mlp_norm", "*.post_attention_layernorm", "*.ffn_norm"),
+    ("*.mixer.q_proj", "*.self_attn.q_proj", "*.attn_q"),
+    ("*.mixer.k_proj", "*.self_attn.k_proj", "*.attn_k"),
+    ("*.mixer.v_proj", "*.self_attn.v_proj", "*.attn_v"),
+    ("*.mixer.o_proj", "*.self_attn.o_proj", "*.attn_output"),
+    ("*.mixer.in_proj", "*.mamba.in_proj", "*.ssm_in"),
+    ("*.mixer.conv1d", "*.mamba.conv1d", "*.ssm_conv1d"),
+    ("*.mixer.dt_bias", "*.mamba.dt_bias", "*.ssm_dt.bias"),
+    ("*.mixer.A_log", "*.mamba.A_log", "*.ssm_a"),
+    ("*.mixer.D", "*.mamba.D", "*.ssm_d"),
+    ("*.mixer.norm", "*.mamba.norm", "*.ssm_norm"),
+    ("*.mixer.out_proj", "*.mamba.out_proj", "*.ssm_out"),
+    ("*.mlp.gate_proj", "*.shared_mlp.input_linear", "*.ffn_gate"),  # there one matrix, the gate's rows first
+    ("*.mlp.up_proj", "*.shared_mlp.input_linear", "*.ffn_up"),
+    ("*.mlp.down_proj", "*.shared_mlp.output_linear", "*.ffn_down"),
+]
+TABLES = {"jamba": JAMBA, "granitemoehybrid": GRANITE}  # NAMES: all others
+KINDS = ("", ".weight", ".bias", ".weight_scale")  # "": A_log and D are parameters, not modules
+
 
 def rename(name, source, target, stock="llama"):
     """A tensor's name in the column `target`, given that in the column `source`; None if the table lacks it."""
-    stem, dot, kind = name.rpartition(".")
-    if kind not in ("weight", "bias", "weight_scale"):  # A_log and D are parameters, not modules
-        stem, dot, kind = name, "", ""
-    match = re.fullmatch(re.escape(PREFIXES[source]) + r"\.(\d{1,4})\.(.+)", stem)
-    pattern = f"*.{match[2]}" if match else stem
-    for row in JAMBA if stock == "jamba" else NAMES:
-        if row[source] == pattern:
-            there = row[target]
-            if match:
-                layer = f"{PREFIXES[target]}.{match[1]}."
-                there = layer + there.removeprefix("*.")
-            return there + dot + kind
+    match = re.fullmatch(re.escape(PREFIXES[source]) + r"\.(\d{1,4})\.(.+)", name)
+    pattern = f"*.{match[2]}" if match else name
+    for row in TABLES.get(stock, NAMES):
+        kind = pattern.removeprefix(row[source])
+        if kind == pattern or kind not in KINDS:
+            continue
+        there = row[target] + kind
+        if match:
+            there = f"{PREFIXES[target]}.{match[1]}.{there.removeprefix('*.')}"
+        return there
     return None
+
+
+def to_hugging_face(tensors, stock):
+    """{our name: tensor} -> {name in Hugging Face: tensor}; KeyError with our name of one that has none there."""
+    parts = {}  # {name there: {our name: tensor}}
+    for name, tensor in tensors.items():
+        there = rename(name, OURS, HUGGING_FACE, stock)
+        if there is None:
+            raise KeyError(name)
+        parts.setdefault(there, {})[name] = tensor
+    found = {}
+    for there, named in parts.items():
+        rows = [named[name] for name in sorted(named)]  # gate_proj, then up_proj
+        found[there] = rows[0] if len(rows) == 1 else torch.cat(rows)
+    return found
 
 
 def permute(w, n_head, back=False):
@@ -89,7 +128,9 @@ def permute(w, n_head, back=False):
 
 
 # ---- settings, on the way out
-CLASSES = {"llama": "LlamaForCausalLM", "bitnet": "BitNetForCausalLM", "jamba": "JambaForCausalLM"}
+CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "arcee": "ArceeForCausalLM",
+           "bitnet": "BitNetForCausalLM", "jamba": "JambaForCausalLM",
+           "granitemoehybrid": "GraniteMoeHybridForCausalLM"}  # {model_type: class in transformers}
 
 
 def n_kv_head(config):
@@ -110,16 +151,28 @@ def dt_rank(config):
     return config.dt_rank or math.ceil(config.n_embd / 16)
 
 
+def activation(config):
+    """The MLP's activation, as Hugging Face calls it: `act` of ternary.py, `mlp` of model.py where that has no gate."""
+    act = getattr(config, "act", getattr(config, "mlp", "swiglu"))
+    return "silu" if act == "swiglu" else act
+
+
+def is_attention(model):
+    """[whether the mixer is attention, for each layer of a hybrid]."""
+    return [hasattr(block.mixer, "q_proj") for block in model.blocks]
+
+
 def hf_config(model, stock):
     """What config.json says about the shape of a stock architecture, with RoPE under its old and its new names.
 
     AttributeError if the model's Config lacks one of the settings.
     """
     config = model.config
+    head_dim = config.n_embd // config.n_head
     about = {"architectures": [CLASSES[stock]], "model_type": stock,
              "hidden_size": config.n_embd, "intermediate_size": n_hidden(model),
              "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
-             "num_key_value_heads": n_kv_head(config), "hidden_act": getattr(config, "act", "silu"),
+             "num_key_value_heads": n_kv_head(config), "hidden_act": activation(config),
              "rms_norm_eps": config.norm_eps, "tie_word_embeddings": getattr(model, "head", None) is None,
              "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True}
     if stock == "jamba":
@@ -128,8 +181,23 @@ def hf_config(model, stock):
                   "output_router_logits": False, "mamba_expand": config.expand, "mamba_d_conv": config.d_conv,
                   "mamba_d_state": d_state(config), "mamba_conv_bias": True, "mamba_proj_bias": False,
                   "mamba_dt_rank": dt_rank(config)}
+        return about
+    if stock == "granitemoehybrid":
+        mixer = model.blocks[is_attention(model).index(False)].mixer
+        kinds = ["attention" if attention else "mamba" for attention in is_attention(model)]
+        about |= {"layer_types": kinds, "position_embedding_type": "rope" if config.rope else "nope",
+                  "shared_intermediate_size": n_hidden(model), "num_local_experts": 0, "num_experts_per_tok": 0,
+                  "output_router_logits": False, "attention_bias": False, "mamba_expand": config.expand,
+                  "mamba_d_conv": config.d_conv, "mamba_d_state": mixer.n_state, "mamba_n_groups": 1,
+                  "mamba_n_heads": mixer.n_head, "mamba_d_head": config.ssm_head_dim, "mamba_chunk_size": 256,
+                  "mamba_conv_bias": True, "mamba_proj_bias": False,
+                  # Granite's own multipliers, all of which leave numbers as they are: queries times keys as usual
+                  "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0,
+                  "attention_multiplier": head_dim ** -0.5}
+        if not config.rope:
+            return about
     else:
-        about |= {"head_dim": config.n_embd // config.n_head, "attention_bias": False, "mlp_bias": False,
-                  "rope_theta": config.rope_theta, "rope_scaling": None,
-                  "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
+        about |= {"head_dim": head_dim, "attention_bias": False, "mlp_bias": False}
+    about |= {"rope_theta": config.rope_theta, "rope_scaling": None,
+              "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
     return about

@@ -21,6 +21,8 @@ CASES = {
     "llama": ("model", {"n_kv_head": 2}, "bpe"),
     "tied": ("model", {"tie_embeddings": True, "rope_theta": 500.0, "norm_eps": 1e-6}, "byte"),
     "chars": ("model", {}, "char"),
+    "qwen3": ("model", {"n_kv_head": 2, "qk_norm": True}, "char"),
+    "arcee": ("model", {"mlp": "gelu", "n_kv_head": 2}, "bpe"),
     "gelu": ("model", {"mlp": "gelu", "qk_norm": True}, "char"),
     "bitnet": ("ternary", {"n_kv_head": 2, "n_hidden": 64}, "bpe"),
     "wide": ("ternary", {"n_embd": 256, "n_hidden": 256, "n_layer": 1}, "byte"),
@@ -28,7 +30,10 @@ CASES = {
     "groups": ("ternary", {"group_size": 16, "n_hidden": 64}, "byte"),
     "streams": ("ternary", {"n_streams": 2}, "byte"),
     "jamba": ("hybrid_ssm", {"ssm": "mamba1", "n_layer": 3, "attn_layer_period": 3, "n_kv_head": 2}, "bpe"),
-    "mamba2": ("hybrid_ssm", {"attn_layer_period": 2, "ssm_head_dim": 16}, "byte"),
+    "granite": ("hybrid_ssm", {"attn_layer_period": 2, "ssm_head_dim": 16, "n_kv_head": 2}, "byte"),
+    "granite, rope": ("hybrid_ssm", {"attn_layer_period": 2, "ssm_head_dim": 16, "rope": True, "d_state": 8,
+                                     "tie_embeddings": True}, "bpe"),
+    "mamba2": ("hybrid_ssm", {"attn_layer_period": 2, "ssm_head_dim": 16, "qk_norm": True}, "byte"),
 }
 TEXT = "The quick brown fox, 1234 times: naïve café — ¿ñ? 日本語 🎉\n\tif x == 3.14:\n        return 'don\\'t'\n" * 3
 
