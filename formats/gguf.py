@@ -27,11 +27,12 @@ from thimble.tokenizer import (
 
 PRETOKENIZER_OF = {"gpt-2": "gpt2", "smollm": "smollm", "llama-bpe": "llama3"}  # llama.cpp's name: ours
 NO_MERGE = "ÿ ÿ"  # bytes FF FF, which no text holds: llama.cpp wants at least one merge
+END_KEYS = ("eos", "eot", "eom")  # llama.cpp ends a text at each; without the first, at id 11
 NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6  # types of tokens
 
 
 # ---- out
-def write(path, model, stock, tokenizer, quant, name, meta):
+def write(path, model, stock, tokenizer, quant, name):
     """Write a GGUF file -> (the model whose logits it must give, {tensor name: float32 array} as stored).
 
     stock: the architecture that the model is ("llama", "bitnet", "jamba"); name: what programs show. UserError where
@@ -55,7 +56,7 @@ def write(path, model, stock, tokenizer, quant, name, meta):
         getattr(writer, f"add_{key}")(value)
     if hasattr(config, "act"):  # llama.cpp ignores it so far
         writer.add_string(f"{stock}.hidden_activation", config.act)
-    add_tokenizer(gguf, writer, tokenizer, config.vocab_size, meta)
+    add_tokenizer(gguf, writer, tokenizer, config.vocab_size)
     twin = plain(model)  # llama.cpp does not round the activations of float weights
     stored, values = add_tensors(gguf, writer, model, twin, stock, quant)
     writer.write_header_to_file()
@@ -130,7 +131,7 @@ def add_tensors(gguf, writer, model, twin, stock, quant):
     return stored, values
 
 
-def add_tokenizer(gguf, writer, tokenizer, vocab_size, meta):
+def add_tokenizer(gguf, writer, tokenizer, vocab_size):
     """The tokenizer as llama.cpp's `gpt2` model: byte-level BPE of which byte and char vocabularies are special cases.
 
     A character of several bytes is one token, made by merging its bytes; the steps in between need no tokens.
@@ -161,12 +162,19 @@ def add_tokenizer(gguf, writer, tokenizer, vocab_size, meta):
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges or [NO_MERGE])
-    writer.add_bos_token_id(meta.get("bos", tokenizer.eot))  # without these two llama.cpp ends every text at id 11
-    writer.add_eos_token_id(meta.get("eos", tokenizer.eot))
-    writer.add_add_bos_token(False)  # a prompt is what was typed, as in sample.py
+    record = tokenizer.record
+    writer.add_bos_token_id(record.bos)
+    # there is one key for each; llama.cpp knows the usual names besides
+    for key, i in zip(END_KEYS, record.ends, strict=False):
+        writer.add_uint32(f"tokenizer.ggml.{key}_token_id", i)
+    if record.pad is not None:
+        writer.add_pad_token_id(record.pad)
+    if record.unk is not None:
+        writer.add_unk_token_id(record.unk)
+    writer.add_add_bos_token(record.adds_bos)
     writer.add_add_space_prefix(False)
-    if meta.get("chat_template"):
-        writer.add_chat_template(meta["chat_template"])
+    if record.template:
+        writer.add_chat_template(record.template)
 
 
 def pretokenizer_name(tokenizer, hf):
@@ -277,7 +285,7 @@ def read(path):
             if stem in name and tensor.dim() == 2 and tensor.size(0) % (2 * heads) == 0:
                 tensor = names.permute(tensor, heads, back=True)
         tensors[names.rename(name, names.LLAMA_CPP, names.OURS)] = tensor.contiguous()
-    return names.as_checkpoint(path, config, tensors, read_meta(values, config["vocab_size"]))
+    return names.as_checkpoint(path, config, tensors)
 
 
 def check_readable(path, values, reader):
@@ -296,20 +304,6 @@ def check_readable(path, values, reader):
             raise UserError(f"{path}: tensor {tensor.name} is not one of a plain Llama")
 
 
-def read_meta(values, vocab_size):
-    """What ends a text, what begins it, and the chat template, as far as the file says so."""
-    meta = {}
-    for key in ("eos", "bos"):
-        i = values.get(f"tokenizer.ggml.{key}_token_id")
-        if type(i) is int and 0 <= i < vocab_size:
-            meta[key] = i
-    if "eos" in meta:
-        meta["stop_ids"] = [meta["eos"]]
-    if isinstance(values.get("tokenizer.chat_template"), str):
-        meta["chat_template"] = values["tokenizer.chat_template"]
-    return meta
-
-
 def read_tokenizer(path):
     """The Tokenizer that a GGUF file carries."""
     values = parts(path)[0]
@@ -324,11 +318,20 @@ def read_tokenizer(path):
     sound = all(isinstance(part, list) for part in (tokens, types, merges))
     if not sound or len(tokens) != len(types) or len(set(tokens)) < len(tokens):
         raise UserError(f"{path}: its tokenizer is damaged: download it again")
-    build = functools.partial(build_tokenizer, tokens, types, merges, pre, name=str(path))
+    build = functools.partial(build_tokenizer, tokens, types, merges, pre, read_record(values), name=str(path))
     return guard(f"{path}: its tokenizer is damaged", build)
 
 
-def build_tokenizer(tokens, types, merges, pre, name):
+def read_record(values):
+    """What the file says of how the model is spoken to, for thimble/chat.py."""
+    said = {"ends": [values.get(f"tokenizer.ggml.{key}_token_id") for key in END_KEYS],
+            "adds_bos": values.get("tokenizer.ggml.add_bos_token"), "template": values.get("tokenizer.chat_template")}
+    for role, key in (("bos", "bos"), ("pad", "padding"), ("unk", "unknown")):
+        said[role] = [values.get(f"tokenizer.ggml.{key}_token_id")]
+    return said
+
+
+def build_tokenizer(tokens, types, merges, pre, said, name):
     import tokenizers
     normal = {token: i for i, token in enumerate(tokens) if types[i] in (NORMAL, BYTE)}
     # a special token before the last normal one is part of the vocabulary; behind it, it is added by its order
@@ -361,4 +364,4 @@ def build_tokenizer(tokens, types, merges, pre, name):
             if hf.token_to_id(token) is None and hf.get_vocab_size() != i:
                 raise ValueError(f"token {token!r} has id {i}, out of order")
             add([token])
-    return Tokenizer(hf, name=name)
+    return Tokenizer(hf, name, said)

@@ -166,11 +166,11 @@ def shape(where, about, keys, rope_theta, head_dim):
     return config
 
 
-def as_checkpoint(path, config, tensors, meta):
+def as_checkpoint(path, config, tensors):
     """The Checkpoint of a Llama made elsewhere, which model.py can be. UserError if it cannot."""
     try:
         config = configurator.from_flat(importlib.import_module("model").Config, config)
     except ValueError as error:
         raise UserError(f"{path}: model.py cannot express what it describes ({error})") from None
-    meta = {"arch": "model", "model_config": asdict(config), "step": 0, "name": path.stem} | meta
+    meta = {"arch": "model", "model_config": asdict(config), "step": 0, "name": path.stem}
     return checkpoint.Checkpoint(path, meta, tensors, None)
