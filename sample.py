@@ -169,7 +169,7 @@ def converse(loaded, cfg, generator):
 def write_samples(loaded, cfg, generator):
     """Print the prompt and its continuation, --num_samples times."""
     prompt = read_prompt(cfg.prompt)
-    ids = loaded.tokenizer.encode(prompt) or [loaded.tokenizer.eot]
+    ids = loaded.tokenizer.encode_prompt(prompt)
     block_size = loaded.model.config.block_size
     if len(ids) > block_size:
         note(f"note: the prompt has {len(ids)} tokens, the model sees the last {block_size}")

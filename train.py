@@ -499,7 +499,7 @@ def train(cfg, report=None, command=None):
 def loop(cfg, run_dir, dataset, device, state, report, command):
     """train() once the dataset is open and `run_dir` is ours. state: a new one."""
     tokenizer = dataset.tokenizer() if cfg.prompts else None
-    prompts = {text: tokenizer.encode(text) or [tokenizer.eot] for text in cfg.prompts}
+    prompts = {text: tokenizer.encode_prompt(text) for text in cfg.prompts}
     if device.type == "cpu":
         machine.keep_freed_memory()
     resumed = open_run(run_dir) if cfg.resume else None

@@ -284,7 +284,7 @@ def llama3_from_factors(path, factors, config):
 
 
 # ---- both
-def as_checkpoint(path, config, tensors, meta):
+def as_checkpoint(path, config, tensors):
     """The Checkpoint of weights made elsewhere: of model.py where its Config can say all of it, else of llama.py."""
     module = importlib.import_module("llama")
     if config.get("head_dim", 0) * config["n_head"] == config["n_embd"]:
@@ -298,5 +298,5 @@ def as_checkpoint(path, config, tensors, meta):
         config = configurator.from_flat(module.Config, config)
     except ValueError as error:
         raise UserError(f"{path}: {module.__name__}.py cannot express what it describes ({error})") from None
-    meta = {"arch": module.__name__, "model_config": asdict(config), "step": 0, "name": path.stem} | meta
+    meta = {"arch": module.__name__, "model_config": asdict(config), "step": 0, "name": path.stem}
     return checkpoint.Checkpoint(path, meta, tensors, None)

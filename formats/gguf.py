@@ -39,11 +39,12 @@ WHOLE_TOKENS_FIRST = ("llama-bpe", "llama3", "llama-v3", "tekken")  # a word tha
 ARCHITECTURES = {"granitemoehybrid": "granitehybrid"}  # llama.cpp's names, where they are others
 HYBRIDS = ("jamba", "granitemoehybrid")
 NO_MERGE = "ÿ ÿ"  # bytes FF FF, which no text holds: llama.cpp wants at least one merge
+END_KEYS = ("eos", "eot", "eom")  # llama.cpp ends a text at each; without the first, at id 11
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of tokens
 
 
 # ---- out
-def write(path, model, stock, tokenizer, quant, name, meta):
+def write(path, model, stock, tokenizer, quant, name):
     """Write a GGUF file -> (the model whose logits it must give, {tensor name: float32 array} as stored).
 
     stock: the architecture that the model is (a key of names.CLASSES); name: what programs show. UserError where
@@ -71,7 +72,7 @@ def write(path, model, stock, tokenizer, quant, name, meta):
         getattr(writer, f"add_{key}")(value)
     if hasattr(config, "act"):  # llama.cpp ignores it so far
         writer.add_string(f"{stock}.hidden_activation", config.act)
-    add_tokenizer(gguf, writer, tokenizer, config.vocab_size, meta)
+    add_tokenizer(gguf, writer, tokenizer, config.vocab_size)
     twin = plain(model)  # llama.cpp does not round the activations of float weights
     stored, values = add_tensors(gguf, writer, model, twin, stock, quant)
     writer.write_header_to_file()
@@ -153,7 +154,7 @@ def add_tensors(gguf, writer, model, twin, stock, quant):
     return stored, values
 
 
-def add_tokenizer(gguf, writer, tokenizer, vocab_size, meta):
+def add_tokenizer(gguf, writer, tokenizer, vocab_size):
     """The tokenizer as llama.cpp's `gpt2` model: byte-level BPE of which byte and char vocabularies are special cases.
 
     A character of several bytes is one token, made by merging its bytes; the steps in between need no tokens.
@@ -190,12 +191,19 @@ def add_tokenizer(gguf, writer, tokenizer, vocab_size, meta):
         writer.add_token_scores(sentencepiece_scores(tokens, types, merges))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_bos_token_id(meta.get("bos", tokenizer.eot))  # without these two llama.cpp ends every text at id 11
-    writer.add_eos_token_id(meta.get("eos", tokenizer.eot))
-    writer.add_add_bos_token(False)  # a prompt is what was typed, as in sample.py
+    record = tokenizer.record
+    writer.add_bos_token_id(record.bos)
+    # there is one key for each; llama.cpp knows the usual names besides
+    for key, i in zip(END_KEYS, record.ends, strict=False):
+        writer.add_uint32(f"tokenizer.ggml.{key}_token_id", i)
+    if record.pad is not None:
+        writer.add_pad_token_id(record.pad)
+    if record.unk is not None:
+        writer.add_unk_token_id(record.unk)
+    writer.add_add_bos_token(record.adds_bos)
     writer.add_add_space_prefix(bool(prefix))
-    if meta.get("chat_template"):
-        writer.add_chat_template(meta["chat_template"])
+    if record.template:
+        writer.add_chat_template(record.template)
 
 
 def sentencepiece_prefix(hf):
@@ -357,21 +365,7 @@ def read(path):
         if n_head and tensor.size(0) % (2 * n_head) == 0:
             tensor = names.permute(tensor, n_head, back=True)
         tensors[ours] = tensor.contiguous()
-    return families.as_checkpoint(path, config, tensors, read_meta(values, config["vocab_size"]))
-
-
-def read_meta(values, vocab_size):
-    """What ends a text, what begins it, and the chat template, as far as the file says so."""
-    meta = {}
-    for key in ("eos", "bos"):
-        i = values.get(f"tokenizer.ggml.{key}_token_id")
-        if type(i) is int and 0 <= i < vocab_size:
-            meta[key] = i
-    if "eos" in meta:
-        meta["stop_ids"] = [meta["eos"]]
-    if isinstance(values.get("tokenizer.chat_template"), str):
-        meta["chat_template"] = values["tokenizer.chat_template"]
-    return meta
+    return families.as_checkpoint(path, config, tensors)
 
 
 def read_tokenizer(path):
@@ -396,11 +390,20 @@ def read_tokenizer(path):
     sound = all(isinstance(part, list) for part in (tokens, types, ranks))
     if not sound or len(tokens) != len(types) or len(set(tokens)) < len(tokens):
         raise UserError(f"{path}: its tokenizer is damaged: download it again")
-    build = functools.partial(make, tokens, types, ranks, **options, name=str(path))
+    build = functools.partial(make, tokens, types, ranks, **options, said=read_record(values), name=str(path))
     return guard(f"{path}: its tokenizer is damaged", build)
 
 
-def build_sentencepiece(tokens, types, scores, prefix, name):
+def read_record(values):
+    """What the file says of how the model is spoken to, for thimble/chat.py."""
+    said = {"ends": [values.get(f"tokenizer.ggml.{key}_token_id") for key in END_KEYS],
+            "adds_bos": values.get("tokenizer.ggml.add_bos_token"), "template": values.get("tokenizer.chat_template")}
+    for role, key in (("bos", "bos"), ("pad", "padding"), ("unk", "unknown")):
+        said[role] = [values.get(f"tokenizer.ggml.{key}_token_id")]
+    return said
+
+
+def build_sentencepiece(tokens, types, scores, prefix, said, name):
     """SentencePiece's BPE: of two neighbours that make a token, those with the highest score are merged first.
 
     A space is "\u2581"; a character that is not a token becomes its bytes. prefix: whether a text gets a space first.
@@ -421,7 +424,7 @@ def build_sentencepiece(tokens, types, scores, prefix, name):
     hf = tokenizers.Tokenizer(bpe)
     hf.normalizer, hf.decoder = sentencepiece_steps(prefix)
     add_special(hf, tokens, types)
-    return Tokenizer(hf, name=name)
+    return Tokenizer(hf, name, said)
 
 
 def add_special(hf, tokens, types):
@@ -435,7 +438,7 @@ def add_special(hf, tokens, types):
         add([token])
 
 
-def build_tokenizer(tokens, types, merges, pre, name):
+def build_tokenizer(tokens, types, merges, pre, said, name):
     import tokenizers
     normal = {token: i for i, token in enumerate(tokens) if types[i] in (NORMAL, BYTE)}
     # a special token before the last normal one is part of the vocabulary; behind it, it is added by its order
@@ -466,4 +469,4 @@ def build_tokenizer(tokens, types, merges, pre, name):
             split = byte_tokenizer().hf.pre_tokenizer
         hf = byte_level(normal | inside, pairs, split, ignore_merges=pre in WHOLE_TOKENS_FIRST)
     add_special(hf, tokens, types)
-    return Tokenizer(hf, name=name)
+    return Tokenizer(hf, name, said)

@@ -16,8 +16,8 @@ import torch
 
 from formats import families, names
 from formats.weights import plain, ternary_parts, weights, with_weights
-from thimble import checkpoint
-from thimble.files import UserError, short
+from thimble import chat, checkpoint
+from thimble.files import UserError, read_json, short
 
 HALVES = {"f16": torch.float16, "bf16": torch.bfloat16}
 WRAPPER = '''# Made by export.py: lets transformers run the model file beside it.
@@ -64,7 +64,7 @@ class ThimbleForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 # ---- out
-def write(folder, model, stock, tokenizer, quant, meta):
+def write(folder, model, stock, tokenizer, quant):
     """Write a folder for transformers -> (the model whose logits it must give, {tensor name: tensor} as stored).
 
     stock: the architecture that the model is (a key of names.CLASSES), or "" to send its own code along.
@@ -78,9 +78,9 @@ def write(folder, model, stock, tokenizer, quant, meta):
     dtype = HALVES.get(quant, torch.float32)
     if quant in HALVES:  # what a program makes of halves in float32
         twin = with_weights(twin, lambda name, tensor: tensor.to(dtype).float())
-    bos, stop = ends(tokenizer, meta)
+    record = tokenizer.record
     about = {"vocab_size": model.config.vocab_size, "max_position_embeddings": model.config.block_size,
-             "pad_token_id": None, "bos_token_id": bos, "eos_token_id": stop[0],
+             "pad_token_id": record.pad, "bos_token_id": record.bos, "eos_token_id": record.ends[0],
              # the new name and the old one
              "dtype": str(dtype).removeprefix("torch."), "torch_dtype": str(dtype).removeprefix("torch.")}
     if stock:
@@ -103,7 +103,7 @@ def write(folder, model, stock, tokenizer, quant, meta):
             tensors[name] = tensor.to(dtype)
     (folder / "model.safetensors").write_bytes(checkpoint.pack_tensors(tensors))
     write_json(folder / "config.json", about)
-    write_side_files(folder, model, tokenizer, meta)
+    write_side_files(folder, model, tokenizer)
     return twin, tensors
 
 
@@ -134,27 +134,12 @@ def write_code(folder, model):
             "auto_map": {"AutoConfig": f"{code}.ThimbleConfig", "AutoModelForCausalLM": f"{code}.ThimbleForCausalLM"}}
 
 
-def ends(tokenizer, meta):
-    """-> (the id that a text begins with, [the ids that end it, the main one first])."""
-    eos = meta.get("eos", tokenizer.eot)
-    others = {tokenizer.eot, *meta.get("stop_ids", ())} - {eos}
-    return meta.get("bos", tokenizer.eot), [eos, *sorted(others)]
-
-
-def write_side_files(folder, model, tokenizer, meta):
-    """generation_config.json and the tokenizer's files, as transformers, transformers.js and others read them."""
-    bos, stop = ends(tokenizer, meta)
-    write_json(folder / "generation_config.json", {"bos_token_id": bos, "eos_token_id": stop})
-    (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-    special = {"bos_token": tokenizer.token(bos), "eos_token": tokenizer.token(stop[0])}
-    write_json(folder / "special_tokens_map.json", special)
-    # clean_up_... true, once the default, would remove spaces before punctuation
-    settings = {**special, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-                "model_max_length": model.config.block_size}
-    if meta.get("chat_template"):
-        settings["chat_template"] = meta["chat_template"]  # transformers 4 reads it here, 5 in its own file
-        (folder / "chat_template.jinja").write_text(meta["chat_template"], encoding="utf-8")
-    write_json(folder / "tokenizer_config.json", settings)
+def write_side_files(folder, model, tokenizer):
+    """The tokenizer's files and generation_config.json, as transformers, transformers.js and others read them."""
+    files = chat.files(tokenizer, model_max_length=model.config.block_size) | {"tokenizer.json": tokenizer.to_json()}
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    write_json(folder / "special_tokens_map.json", chat.special_tokens(tokenizer, tokenizer.record))
 
 
 def write_json(path, value):
@@ -177,7 +162,7 @@ def read(folder):
                 raise UserError(f"{file}: tensor {name} is {'stored twice' if ours else 'not one of a plain Llama'}")
             tensors[ours] = tensor
     drop_tied_copy(folder, config, tensors)
-    return families.as_checkpoint(folder, config, tensors, read_meta(folder, about, config["vocab_size"]))
+    return families.as_checkpoint(folder, config, tensors)
 
 
 def drop_tied_copy(path, config, tensors):
@@ -187,26 +172,6 @@ def drop_tied_copy(path, config, tensors):
     if not torch.equal(tensors.pop("head.weight"), tensors["embed.weight"]):
         raise UserError(f"{path} stores a head other than the embedding, although its config.json says "
                         "tie_word_embeddings=true: which of the two counts is not clear")
-
-
-def read_meta(folder, about, vocab_size):
-    """What ends a text, what begins it, and the chat template, as far as the folder says so."""
-    generation = read_json(folder / "generation_config.json", {})
-    eos = generation.get("eos_token_id", about.get("eos_token_id"))
-    eos = eos if isinstance(eos, list) else [eos]
-    meta = {"stop_ids": [i for i in eos if type(i) is int and 0 <= i < vocab_size]}
-    if meta["stop_ids"]:
-        meta["eos"] = meta["stop_ids"][0]
-    if type(about.get("bos_token_id")) is int:  # true is an int, too
-        meta["bos"] = about["bos_token_id"]
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        meta["chat_template"] = file.read_text(encoding="utf-8")
-        return meta
-    template = read_json(folder / "tokenizer_config.json", {}).get("chat_template")
-    if template:
-        meta["chat_template"] = str(template)
-    return meta
 
 
 def safetensors_files(folder):
@@ -255,18 +220,3 @@ def read_safetensors(file):
         raise
     except Exception as error:  # the library's errors share no base class
         raise UserError(f"{file} is not a valid safetensors file ({short(error, 200)}): download it again") from None
-
-
-def read_json(path, default=None):
-    """The object in a JSON file; `default`, if there is one, where the file is missing."""
-    if default is not None and not path.is_file():
-        return default
-    try:
-        if path.stat().st_size > 2**26:
-            raise ValueError("it is over 64 MB")
-        value = json.loads(path.read_bytes())
-        if not isinstance(value, dict):
-            raise ValueError("it is not a JSON object")
-    except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({short(error, 100)}): download it again") from None
-    return value

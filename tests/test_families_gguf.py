@@ -90,7 +90,7 @@ def write(path, arch, about, tensors, kinds=()):
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
                list: writer.add_array}
         add[type(value)](key, value)
-    gguf_format.add_tokenizer(gguf, writer, byte_tokenizer(), V, {})
+    gguf_format.add_tokenizer(gguf, writer, byte_tokenizer(), V)
     kinds = dict(kinds)
     for name, array in tensors.items():
         if name in kinds:

@@ -42,8 +42,9 @@ def write(path, tokens, types, **keys):
         add(f"llama.{key}", value)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+    special = [i for i, kind in enumerate(types) if kind == 3]  # <s>, </s>; <|endoftext|>, ...
+    writer.add_bos_token_id(special[0])
+    writer.add_eos_token_id(special[1])
     writer.add_add_bos_token(False)
     for key, value in keys.items():
         getattr(writer, f"add_{key}")(value)
@@ -117,7 +118,7 @@ def test_sentencepiece_leaves_as_sentencepiece(tmp_path):
     write(tmp_path / "m.gguf", tokens, types, tokenizer_model="llama", tokenizer_pre="default", token_scores=scores)
     before = load.read_tokenizer(tmp_path / "m.gguf")
     writer = gguf.GGUFWriter(tmp_path / "again.gguf", "llama")
-    gguf_format.add_tokenizer(gguf, writer, before, len(tokens), {})
+    gguf_format.add_tokenizer(gguf, writer, before, len(tokens))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()

@@ -178,8 +178,7 @@ def test_chat_streamed_is_not_streamed(served):
         assert [e.logprob for e in entries] == pytest.approx([e.logprob for e in expected], abs=1e-5)
         assert all(len(e.top_logprobs) == 2 for e in entries)
         assert parts[-1].usage == whole.usage and deltas[-1].finish_reason == whole.choices[0].finish_reason
-    prompt, _ = chat.encode(TOKENIZER, [{"role": "system", "content": "Be."}, {"role": "user", "content": "Hi"}],
-                            "elite", reply=True)
+    prompt = chat.prompt(TOKENIZER, [{"role": "system", "content": "Be."}, {"role": "user", "content": "Hi"}], "elite")
     assert whole.usage.prompt_tokens == len(prompt)
 
 

@@ -26,8 +26,8 @@ class Loaded:
     meta: dict  # of the checkpoint
     model: torch.nn.Module  # on its device, in eval mode
     tokenizer: Tokenizer
-    template: str  # how a conversation is written
-    stop_ids: set  # ids that end a text: the end of text, and those that an imported model names
+    template: str  # how a conversation is written: the name of one of chat.TEMPLATES, or chat.OWN
+    stop_ids: set  # ids that end a text: those of the tokenizer's record
     answer_ids: set  # ids that end an answer: those, and the end of a message
 
 
@@ -54,9 +54,9 @@ def load(path=None, which="best", device="cpu", template="auto", deploy=None):
         raise UserError(f"{found.path}: its tokenizer has {tokenizer.vocab_size} ids, but its model only "
                         f"{model.config.vocab_size}: they do not belong together; copy both again from one place")
     if template == "auto":
-        template = chat.template_of(found.meta, tokenizer)
-    stop_ids = {tokenizer.eot, *found.meta.get("stop_ids", ())}
-    answer_ids = stop_ids | {chat.end_id(tokenizer, template)}
+        template = chat.template_of(tokenizer)
+    stop_ids = set(tokenizer.record.ends)
+    answer_ids = stop_ids | chat.ends(tokenizer, template)
     return Loaded(found.path, name_of(found.path), found.meta, model, tokenizer, template, stop_ids, answer_ids)
 
 
