@@ -6,6 +6,7 @@ setting that is passed over would make another model without a word.
 import importlib
 import math
 from dataclasses import asdict, fields
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -22,9 +23,7 @@ def number(where, name, value, kind=int, limit=2**20):
     """`value` if it is an int, or a float where `kind` says so, above 0 and below `limit`; else UserError."""
     if type(value) not in (int, kind) or not 0 < value < limit:
         raise UserError(f"{where}: {name} is {str(value)[:40]!r}, not a number in its range")
-    if kind is float:
-        return float(f"{value:.7g}")  # a float32 in GGUF: 9.99999974e-06
-    return value
+    return float(value) if kind is float else value
 
 
 def shape(where, about, keys):
@@ -214,7 +213,8 @@ def from_gguf(path, values, arrays):
         key = key.removeprefix(f"{family}.")
         if key not in GGUF_USED and value not in GGUF_PLAIN.get(key, ()):
             refuse(path, f"{family}.{key}", value)
-        about[key] = value
+        # a float32: 9.99999974e-06
+        about[key] = float(f"{value:.7g}") if isinstance(value, float) else value
     # older files leave it to the list of tokens
     about.setdefault("vocab_size", len(values.get("tokenizer.ggml.tokens", ())))
     where = f"{path}: {family}"
@@ -276,11 +276,20 @@ def llama3_from_factors(path, factors, config):
         slope, offset = np.polyfit(turns[partly], kept[partly], 1)
         context = round(-slope / offset)
         high = float(f"{1 - 1 / offset:.5g}")
-    again = np.clip((context * turns - 1) / (high - 1), 0, 1)
-    again = 1 / (again + (1 - again) / factor)
+    found = {"rope_type": "llama3", "rope_factor": factor, "rope_context": context, "rope_low": 1.0, "rope_high": high}
+    again = factors_of_llama3(SimpleNamespace(**config | found))
     if not np.abs(again / factors - 1).max() < 1e-5:
         refuse(path, "rope_freqs.weight", "factors", ": only those of Llama 3.1's formula")
-    return {"rope_type": "llama3", "rope_factor": factor, "rope_context": context, "rope_low": 1.0, "rope_high": high}
+    return found
+
+
+def factors_of_llama3(config):
+    """The factors (D/2,) in float32 by which llama.cpp divides the speed of each pair."""
+    D = config.head_dim or config.n_embd // config.n_head
+    turns = config.rope_theta ** (-np.arange(0, D, 2) / D) / (2 * math.pi)  # per token
+    kept = (config.rope_context * turns - config.rope_low) / (config.rope_high - config.rope_low)
+    kept = kept.clip(0, 1)
+    return (1 / (kept + (1 - kept) / config.rope_factor)).astype(np.float32)
 
 
 # ---- both

@@ -15,7 +15,7 @@ import torch
 
 from formats import families, names
 from formats.weights import plain, ternary_parts, weights, with_weights
-from thimble.files import UserError, need, short
+from thimble.files import UserError, need, short, warn
 from thimble.tokenizer import (
     PRETOKENIZERS,
     Tokenizer,
@@ -63,12 +63,13 @@ def write(path, model, stock, tokenizer, quant, name):
                         "use --format=hf, or train with --mlp=swiglu")
     if stock in HYBRIDS and config.expand != 2:
         raise UserError(f"llama.cpp reads hybrids with expand=2 only, this model has {config.expand}: use --format=hf")
+    check_attention(config, stock)
     writer = gguf.GGUFWriter(path, ARCHITECTURES.get(stock, stock))
     kind = "ALL_F32" if quant == "f32" else f"MOSTLY_{quant.upper()}"
     writer.add_file_type(gguf.LlamaFileType[kind])
     writer.add_name(name)
     # the package has a method for each key, which puts the architecture's name in front
-    for key, value in sizes(model, stock).items():
+    for key, value in sizes(gguf, model, stock).items():
         getattr(writer, f"add_{key}")(value)
     if hasattr(config, "act"):  # llama.cpp ignores it so far
         writer.add_string(f"{stock}.hidden_activation", config.act)
@@ -82,7 +83,23 @@ def write(path, model, stock, tokenizer, quant, name):
     return with_weights(twin, lambda name, _: values[name]), stored
 
 
-def sizes(model, stock):
+def check_attention(config, stock):
+    """UserError where llama.cpp computes no such attention in this architecture."""
+    if getattr(config, "window", 0):
+        raise UserError(f"llama.cpp has no sliding window in {stock}, this model has window={config.window}: use "
+                        "--format=hf")
+    kind = getattr(config, "rope_type", "default")
+    if kind == "llama3" and stock != "llama":
+        raise UserError(f"llama.cpp stretches RoPE as Llama 3.1 does in llama only, not in {stock}: use --format=hf")
+    if kind != "yarn":
+        return
+    gain = families.yarn_gain(config.rope_factor)
+    if (config.rope_low, config.rope_high) != (1, 32) or abs(config.rope_gain - gain) > 1e-6:
+        raise UserError(f"llama.cpp computes YaRN with rope_low=1, rope_high=32 and, at this rope_factor, rope_gain="
+                        f"{gain:.4f} only: use --format=hf")
+
+
+def sizes(gguf, model, stock):
     """The shape of the model, as {the part after "add_" of the method of GGUFWriter: value}."""
     config = model.config
     found = {"vocab_size": config.vocab_size, "context_length": config.block_size, "embedding_length": config.n_embd,
@@ -100,7 +117,14 @@ def sizes(model, stock):
         found |= {"ssm_state_size": mixer.n_state, "ssm_time_step_rank": mixer.n_head, "ssm_group_count": 1,
                   "rope_scaling_finetuned": config.rope}  # whether there is RoPE at all: Granite's use of this key
     if getattr(config, "rope", True):
-        found |= {"rope_dimension_count": config.n_embd // config.n_head, "rope_freq_base": config.rope_theta}
+        found |= {"rope_dimension_count": names.head_dim(config), "rope_freq_base": config.rope_theta}
+    if names.head_dim(config) != config.n_embd // config.n_head:
+        found |= {"key_length": names.head_dim(config), "value_length": names.head_dim(config)}
+    kind = getattr(config, "rope_type", "default")
+    if kind in ("linear", "yarn"):
+        found |= {"rope_scaling_type": gguf.RopeScalingType(kind), "rope_scaling_factor": config.rope_factor}
+    if kind == "yarn":
+        found["rope_scaling_orig_ctx_len"] = config.rope_context
     return found
 
 
@@ -123,6 +147,9 @@ def add_tensors(gguf, writer, model, twin, stock, quant):
         rotated = {"q_proj": model.config.n_head, "k_proj": names.n_kv_head(model.config)}
     stored = {}
     values = {}
+    if getattr(model.config, "rope_type", "default") == "llama3":  # there a tensor, here five settings
+        stored["rope_freqs.weight"] = families.factors_of_llama3(model.config)
+        writer.add_tensor("rope_freqs.weight", stored["rope_freqs.weight"])
     for name, tensor in weights(twin).items():
         there = names.rename(name, names.OURS, names.LLAMA_CPP, stock)
         w, scale = parts.get(name.removesuffix(".weight"), (tensor, None))
@@ -250,10 +277,15 @@ def pretokenizer_name(tokenizer, hf):
     if tokenizer.kind in ("byte", "char"):
         return "gpt-2"
     # llama.cpp's `gpt2` model neither normalises text nor falls back to bytes
-    plain_bpe = hf["model"]["type"] == "BPE" and not hf["normalizer"] and not hf["model"].get("byte_fallback")
+    plain_bpe = hf["model"]["type"] == "BPE" and not hf["model"].get("byte_fallback")
     for name, preset in PRETOKENIZER_OF.items():
         preset_rule = json.loads(pre_tokenizer_of(preset).__getstate__())
-        if plain_bpe and same_split(hf["pre_tokenizer"], preset_rule):
+        if not plain_bpe or not same_split(hf["pre_tokenizer"], preset_rule):
+            continue
+        if hf["normalizer"] == {"type": "NFC"} and name == "qwen2":  # as in all GGUF files of Qwen
+            warn("llama.cpp does not compose characters as this tokenizer does (NFC): there, e and an accent stay two")
+            return name
+        if not hf["normalizer"]:
             return name
     raise UserError(f"{tokenizer.name}: llama.cpp has no name for how this tokenizer splits text before BPE: use "
                     f"--format=hf, or train with a tokenizer made with --pretokenizer={'|'.join(PRETOKENIZERS)}")

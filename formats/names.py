@@ -128,13 +128,18 @@ def permute(w, n_head, back=False):
 
 
 # ---- settings, on the way out
-CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "arcee": "ArceeForCausalLM",
+CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
+           "qwen3": "Qwen3ForCausalLM", "arcee": "ArceeForCausalLM",
            "bitnet": "BitNetForCausalLM", "jamba": "JambaForCausalLM",
            "granitemoehybrid": "GraniteMoeHybridForCausalLM"}  # {model_type: class in transformers}
 
 
 def n_kv_head(config):
     return config.n_kv_head or config.n_head
+
+
+def head_dim(config):
+    return getattr(config, "head_dim", 0) or config.n_embd // config.n_head
 
 
 def n_hidden(model):
@@ -168,7 +173,6 @@ def hf_config(model, stock):
     AttributeError if the model's Config lacks one of the settings.
     """
     config = model.config
-    head_dim = config.n_embd // config.n_head
     about = {"architectures": [CLASSES[stock]], "model_type": stock,
              "hidden_size": config.n_embd, "intermediate_size": n_hidden(model),
              "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
@@ -193,11 +197,41 @@ def hf_config(model, stock):
                   "mamba_conv_bias": True, "mamba_proj_bias": False,
                   # Granite's own multipliers, all of which leave numbers as they are: queries times keys as usual
                   "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0,
-                  "attention_multiplier": head_dim ** -0.5}
+                  "attention_multiplier": head_dim(config) ** -0.5}
         if not config.rope:
             return about
     else:
-        about |= {"head_dim": head_dim, "attention_bias": False, "mlp_bias": False}
-    about |= {"rope_theta": config.rope_theta, "rope_scaling": None,
-              "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
+        about |= {"head_dim": head_dim(config)}
+        if stock not in ("mistral", "qwen2"):  # which have no such key
+            about |= {"attention_bias": False, "mlp_bias": False}
+        about |= window_config(config, stock)
+    rope = rope_config(config)
+    about |= {"rope_theta": config.rope_theta, "rope_scaling": rope if len(rope) > 1 else None,
+              "rope_parameters": rope | {"rope_theta": config.rope_theta}}
     return about
+
+
+def window_config(config, stock):
+    """What config.json says about a sliding window."""
+    window = getattr(config, "window", 0)
+    if stock == "mistral":
+        return {"sliding_window": window}
+    if not window or stock not in ("qwen2", "qwen3"):
+        return {}
+    return {"use_sliding_window": True, "sliding_window": window, "max_window_layers": config.window_from}
+
+
+def rope_config(config):
+    """What config.json says about RoPE beside its base."""
+    kind = getattr(config, "rope_type", "default")
+    rope = {"rope_type": kind}
+    if kind == "default":
+        return rope
+    rope["factor"] = config.rope_factor
+    if kind in ("llama3", "yarn"):
+        rope["original_max_position_embeddings"] = config.rope_context
+    if kind == "llama3":
+        rope |= {"low_freq_factor": config.rope_low, "high_freq_factor": config.rope_high}
+    if kind == "yarn":
+        rope |= {"beta_slow": config.rope_low, "beta_fast": config.rope_high, "attention_factor": config.rope_gain}
+    return rope

@@ -28,43 +28,84 @@ def rms_norm(x, weight, eps):
     return x / (mean + eps).sqrt() * weight
 
 
-def rotary(x, theta):
+def rope_freqs(rope, D):
+    """rope_parameters of config.json -> radians per token of each pair, (D/2,) in float64."""
+    theta = rope["rope_theta"]
+    freqs = []
+    for i in range(D // 2):
+        freq = theta ** (-2 * i / D)
+        factor = rope.get("factor", 1.0)
+        if rope["rope_type"] == "linear":  # Chen et al. 2023, "Positional Interpolation", eq. 4
+            freq /= factor
+        elif rope["rope_type"] == "llama3":  # Meta's own code for Llama 3.1, `apply_scaling`
+            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+            turns = rope["original_max_position_embeddings"] * freq / (2 * math.pi)
+            if turns < low:
+                freq /= factor
+            elif turns < high:
+                smooth = (turns - low) / (high - low)
+                freq *= (1 - smooth) / factor + smooth
+        elif rope["rope_type"] == "yarn":  # Peng et al. 2023, "YaRN", section 3.2, with bounds in whole pairs
+            bounds = []
+            for turns in (rope["beta_fast"], rope["beta_slow"]):
+                wavelength = rope["original_max_position_embeddings"] / turns
+                bounds.append(D * math.log(wavelength / (2 * math.pi)) / (2 * math.log(theta)))
+            low = max(math.floor(bounds[0]), 0)
+            high = min(math.ceil(bounds[1]), D - 1)
+            ramp = min(max((i - low) / max(high - low, 0.001), 0), 1)
+            freq *= ramp / factor + 1 - ramp
+        freqs.append(freq)
+    return torch.tensor(freqs, dtype=torch.float64)
+
+
+def rotary(x, rope):
     """Su et al. 2021, "RoFormer", eq. 34, with x_i and x_{i + D/2} as a pair (GPT-NeoX). x: (B, T, heads, D)."""
     T = x.size(1)
     D = x.size(-1)
-    freqs = theta ** (-torch.arange(0, D, 2, dtype=x.dtype) / D)
+    freqs = rope_freqs(rope, D).to(x.dtype)
     positions = torch.arange(T, dtype=x.dtype)
     angles = positions[:, None, None] * freqs  # (T, 1, D/2)
-    cos = angles.cos()
-    sin = angles.sin()
+    gain = rope.get("attention_factor", 1.0)  # YaRN's
+    cos = angles.cos() * gain
+    sin = angles.sin() * gain
     one, other = x.chunk(2, -1)
     return torch.cat((one * cos - other * sin, other * cos + one * sin), -1)
 
 
-def attention(w, prefix, config, x, linear=F.linear):
+def attention(w, prefix, config, x, linear=F.linear, window=None):
     """Vaswani et al. 2017, causal; grouped queries after Ainslie et al. 2023. Jamba has no rotary embedding.
 
-    Qwen3 has a norm on each head of queries and keys (Yang et al. 2025, "Qwen3 Technical Report", section 2).
+    Qwen3 has a norm on each head of queries and keys (Yang et al. 2025, "Qwen3 Technical Report", section 2), Qwen2 a
+    bias (Yang et al. 2024, section 2.2), Mistral sees `window` tokens (Jiang et al. 2023, "Mistral 7B", section 2).
     """
     B, T, C = x.shape
     H = config["num_attention_heads"]
     K = config["num_key_value_heads"]
-    q = linear(x, w.pop(prefix + "q_proj.weight")).view(B, T, H, -1)
-    k = linear(x, w.pop(prefix + "k_proj.weight")).view(B, T, K, -1)
-    v = linear(x, w.pop(prefix + "v_proj.weight")).view(B, T, K, -1)
+    q = linear(x, w.pop(prefix + "q_proj.weight"))
+    k = linear(x, w.pop(prefix + "k_proj.weight"))
+    v = linear(x, w.pop(prefix + "v_proj.weight"))
+    if config["model_type"] == "qwen2":
+        q = q + w.pop(prefix + "q_proj.bias")
+        k = k + w.pop(prefix + "k_proj.bias")
+        v = v + w.pop(prefix + "v_proj.bias")
+    q = q.view(B, T, H, -1)
+    k = k.view(B, T, K, -1)
+    v = v.view(B, T, K, -1)
     if config["model_type"] == "qwen3":
         q = rms_norm(q, w.pop(prefix + "q_norm.weight"), config["rms_norm_eps"])
         k = rms_norm(k, w.pop(prefix + "k_norm.weight"), config["rms_norm_eps"])
-    if "rope_theta" in config:
-        q = rotary(q, config["rope_theta"])
-        k = rotary(k, config["rope_theta"])
+    if "rope_parameters" in config:
+        q = rotary(q, config["rope_parameters"])
+        k = rotary(k, config["rope_parameters"])
     k = k.repeat_interleave(H // K, 2)  # (B, T, H, D)
     v = v.repeat_interleave(H // K, 2)
     scale = config.get("attention_multiplier", 1 / math.sqrt(q.size(-1)))
     scores = torch.einsum("bthd,bshd->bhts", q, k) * scale
-    future = torch.ones(T, T, dtype=torch.bool).triu(1)
-    weights = scores.masked_fill(future, -math.inf).softmax(-1)  # (B, H, T, T)
-    y = torch.einsum("bhts,bshd->bthd", weights, v).reshape(B, T, C)
+    hidden = torch.ones(T, T, dtype=torch.bool).triu(1)  # the future
+    if window is not None:
+        hidden |= torch.ones(T, T, dtype=torch.bool).tril(-window)
+    weights = scores.masked_fill(hidden, -math.inf).softmax(-1)  # (B, H, T, T)
+    y = torch.einsum("bhts,bshd->bthd", weights, v).reshape(B, T, -1)
     if config["model_type"] == "bitnet":
         y = rms_norm(y, w.pop(prefix + "attn_sub_norm.weight"), config["rms_norm_eps"])
     return linear(y, w.pop(prefix + "o_proj.weight"))
@@ -158,7 +199,7 @@ def mamba2(w, prefix, config, x):
 def llama(w, config, ids, linear=F.linear):
     """Touvron et al. 2023, "LLaMA", section 2.2; names and layout as in transformers' LlamaForCausalLM.
 
-    Qwen3, Arcee and BitNet differ from it within attention and MLP only.
+    Mistral, Qwen2, Qwen3, Arcee and BitNet differ from it within attention and MLP only.
     """
     eps = config["rms_norm_eps"]
     embedding = w.pop("model.embed_tokens.weight")  # and the head, if the two are tied
@@ -166,7 +207,8 @@ def llama(w, config, ids, linear=F.linear):
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}."
         y = rms_norm(x, w.pop(layer + "input_layernorm.weight"), eps)
-        x = x + attention(w, layer + "self_attn.", config, y, linear)
+        window = config.get("sliding_window") if i >= config.get("max_window_layers", 0) else None
+        x = x + attention(w, layer + "self_attn.", config, y, linear, window)
         y = rms_norm(x, w.pop(layer + "post_attention_layernorm.weight"), eps)
         x = x + mlp(w, layer + "mlp.", config, y, linear)
     x = rms_norm(x, w.pop("model.norm.weight"), eps)
@@ -232,10 +274,10 @@ def granite(w, config, ids):
 
 
 # ---- a model beside them
-FORWARD = {"llama": llama, "qwen3": llama, "arcee": llama, "bitnet": bitnet, "jamba": jamba,
-           "granitemoehybrid": granite}
-TITLES = {"llama": "Llama", "qwen3": "Qwen3", "arcee": "Arcee", "bitnet": "BitNet", "jamba": "Jamba",
-          "granitemoehybrid": "GraniteMoeHybrid"}
+FORWARD = {"llama": llama, "mistral": llama, "qwen2": llama, "qwen3": llama, "arcee": llama, "bitnet": bitnet,
+           "jamba": jamba, "granitemoehybrid": granite}
+TITLES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "arcee": "Arcee",
+          "bitnet": "BitNet", "jamba": "Jamba", "granitemoehybrid": "GraniteMoeHybrid"}
 # Largest difference of two logits, over the largest logit. In float64 two ways to compute the same differ by 1e-14,
 # what a model returns in float32 by 1e-7; the least change of a formula shows in the second or third digit.
 SAME = 1e-6
@@ -308,7 +350,7 @@ def stock_tensors(wide, stock):
     return {name: tensor.double() for name, tensor in found.items()}
 
 
-def likely_stock(tensors):
+def likely_stock(tensors, config):
     """The architecture to try first, and last, for a model with tensors of these names."""
     if any(name.endswith("dt_bias") for name in tensors):
         return "granitemoehybrid"
@@ -320,7 +362,9 @@ def likely_stock(tensors):
         return "arcee"
     if any("q_norm" in name for name in tensors):
         return "qwen3"
-    return "llama"
+    if any(name.endswith("q_proj.bias") for name in tensors):
+        return "qwen2"
+    return "mistral" if getattr(config, "window", 0) else "llama"
 
 
 @torch.no_grad()
@@ -330,7 +374,7 @@ def stock_architecture(model):
     The names of its tensors say which one to try; random ids decide.
     """
     config = model.config
-    stock = likely_stock(model.state_dict())
+    stock = likely_stock(model.state_dict(), config)
     why = ""
     try:
         wide = widened(model)

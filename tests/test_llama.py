@@ -1,0 +1,76 @@
+"""llama.py leaves as what it is: each shape as its own architecture, read back as the same model."""
+import dataclasses
+import json
+
+import pytest
+import torch
+from cases import built, out
+
+from formats.reference import stock_architecture
+from thimble import checkpoint, load
+from thimble.files import UserError
+
+STOCK = {"mistral": "mistral", "nemo": "llama", "llama3": "llama", "yarn": "llama", "linear": "llama",
+         "qwen2": "qwen2", "qwen2 window": "qwen2", "qwen3 wide": "qwen3"}
+WINDOWED = ("mistral", "qwen2 window")  # which llama.cpp does not have
+
+
+def same(path, case):
+    """The model at `path` is that of the case: its settings and its logits, token by token, too."""
+    model, words = built(case)
+    again = load.load(path).model
+    assert dataclasses.replace(again.config, head_dim=model.config.head_dim) == dataclasses.replace(
+        model.config, n_hidden=96, n_kv_head=model.config.n_kv_head or 4)
+    ids = torch.randint(words.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (again(ids)[0] - model(ids)[0]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("case", STOCK)
+def test_it_leaves_as_its_own_architecture_and_comes_back(tmp_path, case):
+    assert stock_architecture(built(case)[0]) == (STOCK[case], "")
+    found = out(case, tmp_path / "m", "hf", "f32")
+    assert found["delta"] <= 1e-4 and found["same"] == 6
+    assert json.loads((tmp_path / "m/config.json").read_text())["model_type"] == STOCK[case]
+    same(tmp_path / "m", case)
+
+
+@pytest.mark.parametrize("case", STOCK.keys() - set(WINDOWED))
+def test_it_leaves_for_llama_cpp_and_comes_back(tmp_path, case):
+    found = out(case, tmp_path / "m.gguf", "gguf", "f32")
+    assert found["delta"] <= 1e-4 and found["same"] == 6
+    same(tmp_path / "m.gguf", case)
+
+
+def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path):
+    for case in WINDOWED:
+        with pytest.raises(UserError, match="no sliding window"):
+            out(case, tmp_path / "m.gguf", "gguf", "f32", check=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_no_architecture_has_leaves_with_its_code(tmp_path):
+    stock, why = stock_architecture(built("odd")[0])
+    assert stock == "" and "Qwen3" in why
+    found = out("odd", tmp_path / "m", "hf", "f32")
+    assert found["delta"] <= 1e-4 and (tmp_path / "m/llama.py").is_file()
+
+
+@torch.no_grad()
+def test_onnx_is_the_model_or_refused(tmp_path):
+    """A graph is compared with the model before it gets its name."""
+    for case in [*STOCK, "odd"]:
+        try:
+            found = out(case, tmp_path / case, "onnx", "fp32")
+        except UserError as error:
+            assert "llama.py" in str(error) or "differ" in str(error), error
+            continue
+        assert found["delta"] <= 1e-4
+
+
+def test_a_checkpoint_of_it_is_read_like_any_other(tmp_path):
+    model, words = built("yarn")
+    (tmp_path / "t.json").write_text(words.to_json())
+    meta = {"arch": "llama", "model_config": dataclasses.asdict(model.config)}
+    checkpoint.save(tmp_path / "run", 1, model.state_dict(), None, meta, tmp_path / "t.json")
+    assert load.load(tmp_path / "run", "latest").model.config == model.config
