@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from formats import names
 from thimble import checkpoint, configurator
 from thimble.files import UserError
 
@@ -49,13 +50,19 @@ def refuse(where, key, value, remedy=""):
     raise UserError(f"{where} has {key}={str(value)[:60]}, which cannot be read{remedy}")
 
 
+def one_of(where, key, value, allowed):
+    """`value` if it is one of `allowed`."""
+    if value not in allowed:
+        refuse(where, key, value, f": only {', '.join(map(str, allowed))}")
+    return value
+
+
 # ---- config.json
-CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
-           "qwen3": "Qwen3ForCausalLM"}
+FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 KEYS = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
         "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size", "n_hidden": "intermediate_size",
         "block_size": "max_position_embeddings", "norm_eps": "rms_norm_eps"}
-USED = {*KEYS.values(), "model_type", "architectures", "head_dim", "tie_word_embeddings", "rope_theta", "rope_scaling",
+USED = {*KEYS.values(), "model_type", "architectures", "tie_word_embeddings", "rope_theta", "rope_scaling",
         "rope_parameters", "bos_token_id", "eos_token_id"}
 # of training, of programs and of their versions
 HARMLESS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "initializer_range",
@@ -76,26 +83,37 @@ ROPE = {"default": set(),
 PLAIN_ROPE = {"partial_rotary_factor": (1.0,), "truncate": (True,)}
 
 
-def from_hf(path, about):
-    """(model_type, settings of llama.Config) of what config.json at `path` says; UserError unless all is understood."""
-    family = about.get("model_type")
-    if type(family) is not str or family not in CLASSES:
-        refuse(path, "model_type", family, f": only {', '.join(CLASSES)}")
-    if about.get("architectures") not in (None, [CLASSES[family]]):
-        refuse(path, "architectures", about["architectures"], f": only {CLASSES[family]}")
-    known = USED | HARMLESS | SLIDING.get(family, set())
+def understood(path, about, used, plain, required=()):
+    """UserError unless every key of config.json is in `used`, in `plain` with one of its values, or always harmless."""
+    family = about["model_type"]
+    if about.get("architectures") not in (None, [names.CLASSES[family]]):
+        refuse(path, "architectures", about["architectures"], f": only {names.CLASSES[family]}")
     for key, value in about.items():
-        if value is None or key in known:
+        if value is None or key in USED or key in HARMLESS or key in used:
             continue
-        if value not in PLAIN.get(key, ()):
-            refuse(path, key, value, f": only {PLAIN[key][0]}" if key in PLAIN else "")
+        if value not in plain.get(key, ()):
+            refuse(path, key, value, f": only {plain[key][0]}" if plain.get(key) else "")
+    for key in required:
+        if about.get(key) is None:
+            refuse(path, key, "nothing")
+
+
+def common_settings(path, about):
+    """Settings of what all the architectures have."""
     config = shape(path, about, KEYS)
-    if "num_key_value_heads" not in about and family != "llama":
+    if "num_key_value_heads" not in about and about["model_type"] != "llama":
         refuse(path, "num_key_value_heads", "nothing")  # transformers takes 8 or 32 for granted
     tied = about.get("tie_word_embeddings", False)
     if type(tied) is not bool:
         refuse(path, "tie_word_embeddings", tied)
-    config["tie_embeddings"] = tied
+    return config | {"tie_embeddings": tied}
+
+
+def from_hf(path, about):
+    """(model_type, settings of llama.Config) of what config.json at `path` says; UserError unless all is understood."""
+    family = about["model_type"]
+    understood(path, about, SLIDING.get(family, set()) | {"head_dim"}, PLAIN)
+    config = common_settings(path, about)
     if about.get("head_dim") is not None:
         config["head_dim"] = number(path, "head_dim", about["head_dim"])
     elif family == "qwen3":
@@ -194,29 +212,33 @@ GGUF_PLAIN = {"attention.causal": (True,), "expert_count": (0,), "expert_used_co
               "tensor_data_layout": ("Meta AI original pth",)}
 
 
-def from_gguf(path, values, arrays):
-    """(architecture, settings of llama.Config) of a GGUF file's metadata `values`; UserError unless all is understood.
-
-    arrays: {name of a tensor: function that returns it}.
-    """
-    family = values.get("general.architecture")
-    if family not in ARCHITECTURES:
-        refuse(path, "general.architecture", family, f": only {', '.join(ARCHITECTURES)}")
+def gguf_keys(path, values, arch, used, plain):
+    """{key without its architecture: value}; UserError unless each is in `used` or, with that value, in `plain`."""
     if values.get("general.type", "model") != "model":
         refuse(path, "general.type", values["general.type"], ": only whole models")
     if values.get("split.count", 1) not in (0, 1):
         refuse(path, "split.count", values["split.count"], ": join the parts with llama-gguf-split --merge")
     about = {}
     for key, value in values.items():
-        if not key.startswith(f"{family}."):
+        if not key.startswith(f"{arch}."):
             continue
-        key = key.removeprefix(f"{family}.")
-        if key not in GGUF_USED and value not in GGUF_PLAIN.get(key, ()):
-            refuse(path, f"{family}.{key}", value)
+        key = key.removeprefix(f"{arch}.")
+        if key not in used and value not in plain.get(key, ()):
+            refuse(path, f"{arch}.{key}", value)
         # a float32: 9.99999974e-06
         about[key] = float(f"{value:.7g}") if isinstance(value, float) else value
     # older files leave it to the list of tokens
     about.setdefault("vocab_size", len(values.get("tokenizer.ggml.tokens", ())))
+    return about
+
+
+def from_gguf(path, values, arrays):
+    """(architecture, settings of llama.Config) of a GGUF file's metadata `values`; UserError unless all is understood.
+
+    arrays: {name of a tensor: function that returns it}.
+    """
+    family = values["general.architecture"]
+    about = gguf_keys(path, values, family, GGUF_USED, GGUF_PLAIN)
     where = f"{path}: {family}"
     config = shape(where, about, GGUF_KEYS)
     # llama.cpp knows heads of one width only, all of which turns
@@ -293,15 +315,18 @@ def factors_of_llama3(config):
 
 
 # ---- both
-def as_checkpoint(path, config, tensors):
-    """The Checkpoint of weights made elsewhere: of model.py where its Config can say all of it, else of llama.py."""
-    module = importlib.import_module("llama")
+def as_checkpoint(path, config, tensors, arch=None):
+    """The Checkpoint of weights made elsewhere, for the model file `arch`.
+
+    Without one: of model.py where its Config can say all of it, else of llama.py.
+    """
+    module = importlib.import_module(arch or "llama")
     if config.get("head_dim", 0) * config["n_head"] == config["n_embd"]:
         del config["head_dim"]  # the default
     defaults = {field.name: field.default for field in fields(module.Config)}
     config = {key: value for key, value in config.items() if value != defaults[key]}
     plain = importlib.import_module("model")
-    if config.keys() <= {field.name for field in fields(plain.Config)}:
+    if not arch and config.keys() <= {field.name for field in fields(plain.Config)}:
         module = plain
     try:
         config = configurator.from_flat(module.Config, config)

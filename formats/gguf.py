@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from formats import families, names
+from formats import families, names, relatives
 from formats.weights import plain, ternary_parts, weights, with_weights
 from thimble.files import UserError, need, short, warn
 from thimble.tokenizer import (
@@ -376,28 +376,39 @@ def read(path):
         raise UserError(f"{path} is not a checkpoint folder, Hugging Face folder or GGUF file; pickles (.bin, .pt, "
                         ".pth) can run code and are never read: convert it to safetensors")
     values, arrays, reader = parts(path)
-    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
-    family, config = families.from_gguf(path, values, arrays)
+    arch = values.get("general.architecture")
+    known = (*families.ARCHITECTURES, *relatives.GGUF_NAMES)
+    if arch not in known:
+        families.refuse(path, "general.architecture", arch, f": only {', '.join(known)}")
+    source = families if arch in families.ARCHITECTURES else relatives
+    family, config = source.from_gguf(path, values, arrays)
     arrays.pop("rope_freqs.weight", None)
-    heads = {}  # llama.cpp's Llama turns other pairs than we do
-    if family == "llama":
-        heads = {"attn_q": config["n_head"], "attn_k": config["n_kv_head"]}
-    tensors = {}
-    for name, array in arrays.items():
-        ours = names.rename(name, names.LLAMA_CPP, names.OURS)
-        if ours is None:
-            raise UserError(f"{path}: tensor {name} is not one of a plain Llama")
-        try:
-            tensor = torch.from_numpy(np.array(array(), np.float32))  # a copy: the file is mapped, and read-only
-        except NotImplementedError:  # the package's
-            raise UserError(f"{path}: tensor {name} is {kinds[name]}, which cannot be read: use another file of this "
-                            "model") from None
-        n_head = heads.get(name.split(".")[-2])
-        # of another shape it is refused later, with a better message
-        if n_head and tensor.size(0) % (2 * n_head) == 0:
-            tensor = names.permute(tensor, n_head, back=True)
-        tensors[ours] = tensor.contiguous()
-    return families.as_checkpoint(path, config, tensors)
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    tensors = {name: read_array(path, name, kinds[name], array) for name, array in arrays.items()}
+    try:
+        tensors = relatives.rename_gguf(family, tensors)
+    except KeyError as error:
+        raise UserError(f"{path}: tensor {error.args[0]} is not one of {arch}") from None
+    if "embed.weight" not in tensors:
+        raise UserError(f"{path} lacks token_embd.weight: download it again")
+    if source is relatives:
+        relatives.settle_gguf(path, values, family, config, tensors)
+    elif family == "llama":  # llama.cpp turns other pairs than we do
+        for name, tensor in tensors.items():
+            heads = {"q_proj": config["n_head"], "k_proj": config["n_kv_head"]}.get(name.split(".")[-2])
+            # of another shape it is refused later, with a better message
+            if heads and tensor.size(0) % (2 * heads) == 0:
+                tensors[name] = names.permute(tensor, heads, back=True).contiguous()
+    return families.as_checkpoint(path, config, tensors, relatives.ARCHS.get(family))
+
+
+def read_array(path, name, kind, array):
+    """The float32 tensor of a function that `parts` gives."""
+    try:
+        return torch.from_numpy(np.array(array(), np.float32))  # a copy: the file is mapped, and read-only
+    except NotImplementedError:  # the package's
+        raise UserError(f"{path}: tensor {name} is {kind}, which cannot be read: use another file of this "
+                        "model") from None
 
 
 def read_tokenizer(path):

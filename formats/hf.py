@@ -14,9 +14,9 @@ from pathlib import Path
 import safetensors
 import torch
 
-from formats import families, names
+from formats import families, names, relatives
 from formats.weights import plain, ternary_parts, weights, with_weights
-from thimble import chat, checkpoint
+from thimble import chat, checkpoint, configurator
 from thimble.files import UserError, read_json, short
 
 HALVES = {"f16": torch.float16, "bf16": torch.bfloat16}
@@ -130,8 +130,14 @@ def write_code(folder, model):
     (folder / f"{code}.py").write_text(WRAPPER.format(arch=arch), encoding="utf-8")
     shutil.copyfile(inspect.getsourcefile(type(model)), folder / f"{arch}.py")
     return {"architectures": ["ThimbleForCausalLM"], "model_type": f"thimble_{arch}", "use_cache": False,
-            "thimble": asdict(model.config), "num_hidden_layers": getattr(model.config, "n_layer", 1),
+            "thimble": asdict(model.config), "thimble_buffers": unsaved_buffers(model),
+            "num_hidden_layers": getattr(model.config, "n_layer", 1),
             "auto_map": {"AutoConfig": f"{code}.ThimbleConfig", "AutoModelForCausalLM": f"{code}.ThimbleForCausalLM"}}
+
+
+def unsaved_buffers(model):
+    """Names of the buffers that the model computes itself: in the folder they are stored all the same."""
+    return sorted(dict(model.named_buffers()).keys() - model.state_dict().keys())
 
 
 def write_side_files(folder, model, tokenizer):
@@ -148,26 +154,64 @@ def write_json(path, value):
 
 # ---- in
 def read(folder):
-    """The Checkpoint of a folder with a model of the Llama family in safetensors. UserError for any other."""
+    """The Checkpoint of a folder with safetensors: an architecture in families.py or relatives.py, or our own code.
+
+    UserError for any other.
+    """
     folder = Path(folder)
-    about = read_json(folder / "config.json")
-    _, config = families.from_hf(folder / "config.json", about)
+    path = folder / "config.json"
+    about = read_json(path)
+    family = about.get("model_type")
+    if isinstance(about.get("thimble"), dict):
+        return read_own(folder, about)
+    if type(family) is not str or family not in (*families.FAMILY, *relatives.ARCHS):
+        families.refuse(path, "model_type", family, f": only {', '.join((*families.FAMILY, *relatives.ARCHS))}")
+    source = families if family in families.FAMILY else relatives
+    family, config = source.from_hf(path, about)
+    packed = family == "bitnet" and relatives.mode_of(path, about) == "offline"
     tensors = {}
     for file in safetensors_files(folder):
-        for name, tensor in read_safetensors(file):
+        for name, tensor in read_safetensors(file, packed):
             if name.endswith("rotary_emb.inv_freq"):  # which older files hold, though it can be computed
                 continue
-            ours = names.rename(name, names.HUGGING_FACE, names.OURS)
+            ours = names.rename(name, names.HUGGING_FACE, names.OURS, family)
             if ours is None or ours in tensors:
-                raise UserError(f"{file}: tensor {name} is {'stored twice' if ours else 'not one of a plain Llama'}")
+                raise UserError(f"{file}: tensor {name} is {'stored twice' if ours else f'not one of {family}'}")
             tensors[ours] = tensor
-    drop_tied_copy(folder, config, tensors)
-    return families.as_checkpoint(folder, config, tensors)
+    missing = {"embed.weight", "norm.weight"} - tensors.keys()
+    if missing:
+        raise UserError(f"{folder} lacks {', '.join(sorted(missing))}: download it again")
+    drop_tied_copy(folder, config.get("tie_embeddings", True), tensors)
+    if source is relatives:
+        relatives.settle_hf(path, about, family, config, tensors)
+    return families.as_checkpoint(folder, config, tensors, relatives.ARCHS.get(family))
 
 
-def drop_tied_copy(path, config, tensors):
+def read_own(folder, about):
+    """The Checkpoint of a folder that holds a model file of its own, which must be the one here: no code is run."""
+    arch = str(about.get("model_type")).removeprefix("thimble_")
+    module = checkpoint.model_file(folder, arch)
+    theirs = folder / f"{arch}.py"
+    if not theirs.is_file() or theirs.read_bytes() != Path(module.__file__).read_bytes():
+        raise UserError(f"{folder} was written with another {arch}.py: put that one beside train.py")
+    buffers = about.get("thimble_buffers") or ()
+    tensors = {}
+    for file in safetensors_files(folder):
+        for name, tensor in read_safetensors(file, packed=True):
+            name = name.removeprefix("model.")
+            if name not in buffers:
+                tensors[name] = tensor
+    try:
+        config = configurator.from_flat(module.Config, about["thimble"])
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'} does not fit {arch}.py: {error}") from None
+    meta = {"arch": arch, "model_config": asdict(config), "step": 0, "name": folder.stem}
+    return checkpoint.Checkpoint(folder, meta, tensors, None)
+
+
+def drop_tied_copy(path, tied, tensors):
     """Drop a head that is stored although it is the embedding; UserError if it is not."""
-    if not config["tie_embeddings"] or "head.weight" not in tensors:
+    if not tied or "head.weight" not in tensors:
         return
     if not torch.equal(tensors.pop("head.weight"), tensors["embed.weight"]):
         raise UserError(f"{path} stores a head other than the embedding, although its config.json says "
@@ -198,8 +242,11 @@ def safetensors_files(folder):
     return [folder / name for name in shards]
 
 
-def read_safetensors(file):
-    """Yield (name, float32 tensor) of a safetensors file, which is checked against its size before anything is read."""
+def read_safetensors(file, packed=False):
+    """Yield (name, float32 tensor) of a safetensors file, which is checked against its size before anything is read.
+
+    packed: whether bytes may be in it, which stay as they are.
+    """
     try:
         with open(file, "rb") as raw:
             size = int.from_bytes(raw.read(8), "little")
@@ -211,6 +258,9 @@ def read_safetensors(file):
         with safetensors.safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (it is not a dict)
                 tensor = tensors.get_tensor(name)
+                if packed and tensor.dtype == torch.uint8:
+                    yield name, tensor
+                    continue
                 if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
                     kind = str(tensor.dtype).removeprefix("torch.")
                     raise UserError(f"{file}: tensor {name} is {kind}, which cannot be read: convert it to float32, "
