@@ -101,7 +101,9 @@ def jamba(path, about):
 def granite(path, about):
     plain = {"hidden_act": ("silu",), "num_local_experts": (0,), "output_router_logits": (False,),
              "attention_bias": (False,), "mamba_n_groups": (1,), "mamba_conv_bias": (True,),
-             "mamba_proj_bias": (False,), "normalization_function": ("rmsnorm",), "layers_block_type": ()}
+             "mamba_proj_bias": (False,), "normalization_function": ("rmsnorm",),
+             # transformers' two ways to write infinity into JSON
+             "time_step_limit": ([0.0, {"__float__": "Infinity"}], [0.0, math.inf])}
     multipliers = {"embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier"}
     used = {*MAMBA.values(), *multipliers, "shared_intermediate_size", "layer_types", "mamba_n_heads"}
     more = {"mamba_d_head", "mamba_chunk_size", "num_experts_per_tok", "router_aux_loss_coef", "init_method",

@@ -2,8 +2,12 @@
 import json
 
 import pytest
+import torch
+from cases import out
 from test_families import build, edit, gap
+from test_families_gguf import off_llama_cpp, prompts, write
 
+from formats.gguf import parts
 from thimble import checkpoint, load
 from thimble.files import UserError
 
@@ -61,3 +65,19 @@ def test_what_would_be_another_model_is_refused(tmp_path, name, values, message)
     with pytest.raises(UserError, match=message) as error:
         load.read(tmp_path)
     assert "\n" not in str(error.value) and json.loads((tmp_path / "config.json").read_text())
+
+
+def test_a_granite_file_with_multipliers_is_equal_in_llama_cpp(tmp_path):
+    pytest.importorskip("xllamacpp", reason="pip install -r requirements-test.txt")
+    out("granite", tmp_path / "plain.gguf", "gguf", "f32", check=False)
+    values, arrays, _ = parts(tmp_path / "plain.gguf")
+    about = {key.removeprefix("granitehybrid."): value for key, value in values.items() if "granitehybrid." in key}
+    about |= {"embedding_scale": 12.0, "residual_scale": 0.22, "logit_scale": 8.0, "attention.scale": 0.1}
+    write(tmp_path / "m.gguf", "granitehybrid", about, {name: array() for name, array in arrays.items()})
+    assert off_llama_cpp(tmp_path / "m.gguf") < 2e-3 < off_each_other(tmp_path / "m.gguf", tmp_path / "plain.gguf")
+
+
+@torch.no_grad()
+def off_each_other(*paths):
+    one, other = (checkpoint.load_model(load.read(path)).eval()(prompts())[0] for path in paths)
+    return (one - other).abs().max().item()
