@@ -29,7 +29,7 @@ from thimble.load import load
 @dataclass(frozen=True)
 class Config:
     # what
-    checkpoint: str = ""            # run or checkpoint folder, Hugging Face folder or GGUF file; empty: the newest run
+    checkpoint: str = ""            # run, checkpoint, Hugging Face folder or name, or GGUF file; empty: the newest run
     which: Literal["best", "latest"] = "best"  # checkpoint of the run
     format: Literal["hf", "gguf", "onnx", "web"] = "hf"
     quant: str = ""                 # how numbers are stored (an invalid value lists the valid ones); empty: as they are

@@ -23,7 +23,7 @@ from thimble.load import load
 @dataclass(frozen=True)
 class Config:
     # what
-    checkpoint: str = ""            # run, checkpoint or Hugging Face folder, or GGUF file; empty: the newest run
+    checkpoint: str = ""            # run, checkpoint, Hugging Face folder or name, or GGUF file; empty: the newest run
     which: Literal["best", "latest"] = "best"  # checkpoint of the run
     prompt: str = "\n"              # text to continue; FILE:name reads it from a file; empty: the end-of-text token
     num_samples: int = 1            # texts to write

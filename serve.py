@@ -48,7 +48,7 @@ PAGE = Path(__file__).resolve().parent / "web" / "serve.html"
 @dataclass(frozen=True)
 class Config:
     # model
-    checkpoint: str = ""            # run, checkpoint, Hugging Face folder or GGUF file; empty: the newest run
+    checkpoint: str = ""            # run, checkpoint, Hugging Face folder or name, or GGUF file; empty: the newest run
     which: Literal["best", "latest"] = "best"  # checkpoint of the run
     name: str = ""                  # model name in the API; empty: the name of the run or file
     template: Literal[("auto", *chat.TEMPLATES)] = "auto"  # chat template; auto: the one used in training

@@ -35,7 +35,7 @@ import torch
 
 import optim
 from tasks import bpb
-from thimble import checkpoint, configurator, data, files, load, machine, runlog
+from thimble import checkpoint, configurator, data, files, hub, load, machine, runlog
 from thimble.files import UserError
 from thimble.lora import Lora
 
@@ -47,7 +47,7 @@ class Config:
     # run
     out_dir: str = ""               # run folder; empty: runs/ and the recipe's name, with -2, -3, ... if that is taken
     resume: bool = False            # continue the newest run of this recipe, or that in --out_dir
-    init_from: str = ""             # run, checkpoint or Hugging Face folder, or GGUF file, whose weights to start from
+    init_from: str = ""             # run, checkpoint, Hugging Face folder or name, or GGUF file to start from
     lora_rank: int = 0              # with init_from: rank of LoRA adapters; 0 trains all weights
     seed: int = 1337                # of weights, dropout and the order of the data
     # data
@@ -503,6 +503,8 @@ def loop(cfg, run_dir, dataset, device, state, report, command):
     if device.type == "cpu":
         machine.keep_freed_memory()
     resumed = open_run(run_dir) if cfg.resume else None
+    if hub.is_name(cfg.init_from) and not resumed:
+        cfg = replace(cfg, init_from=hub.fetch(cfg.init_from)[1])  # the run says the revision
     model, lora, optimizer = build(cfg, dataset, device, resumed, command.given)
     learner = lora or model  # the module whose parameters learn
     # with what the dataset or --init_from decided

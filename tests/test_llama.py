@@ -1,13 +1,18 @@
 """llama.py leaves as what it is: each shape as its own architecture, read back as the same model."""
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from cases import built, out
 
+import export
+import train
 from formats.reference import stock_architecture
-from thimble import checkpoint, load
+from prepare.text import prepare
+from thimble import checkpoint, configurator, load
 from thimble.files import UserError
 
 STOCK = {"mistral": "mistral", "nemo": "llama", "llama3": "llama", "yarn": "llama", "linear": "llama",
@@ -74,3 +79,33 @@ def test_a_checkpoint_of_it_is_read_like_any_other(tmp_path):
     meta = {"arch": "llama", "model_config": dataclasses.asdict(model.config)}
     checkpoint.save(tmp_path / "run", 1, model.state_dict(), None, meta, tmp_path / "t.json")
     assert load.load(tmp_path / "run", "latest").model.config == model.config
+
+
+# ---- fine-tuning
+@pytest.mark.parametrize("case,form", [("qwen2", "hf"), ("llama3", "gguf")])
+def test_in_one_lora_step_and_out(tmp_path, monkeypatch, case, form):
+    """The commands: a text with the model's own tokenizer, --init_from without --arch, export as what came in."""
+    monkeypatch.chdir(tmp_path)
+    source = f"start.{form}"
+    out(case, tmp_path / source, form, check=False)
+    tokenizer = f"{source}/tokenizer.json" if form == "hf" else source
+    prepare(lambda: iter(["the cat sat on the mat. " * 200]), "mine", "tests", tokenizer, data_dir=tmp_path)
+    argv = ["--dataset=mine", f"--init_from={source}", "--lora_rank=2", "--max_steps=2", "--eval_every=2",
+            "--batch_size=2", "--device=cpu", "--dtype=float32", "--out_dir=tuned", "--block_size=24"]
+    train.main(*configurator.parse(train.Config, argv))
+    tuned = checkpoint.load("tuned")
+    assert tuned.meta["arch"] == "llama" and tuned.meta["model_config"]["block_size"] == 24
+    before = load.read(source).model
+    moved = {name for name in before if not torch.equal(before[name], tuned.model[name])}
+    assert moved == {name for name in before if "_proj.weight" in name}
+    found = export.export(load.load("tuned", deploy=False), export.Config(format=form, out=f"done.{form}", prompts=4,
+                                                                          prompt_tokens=6))
+    assert found["delta"] <= 1e-4 and found["same"] == 4
+    # and whole, resumed half-way, with the architecture that the run says
+    more = [*argv[:2], *argv[5:8], "--max_steps=4", "--eval_every=2", "--out_dir=whole"]
+    train.main(*configurator.parse(train.Config, more))
+    shutil.rmtree("whole/step_000004")
+    for pointer in ("latest", "best"):
+        Path("whole", pointer).write_text("step_000002")
+    train.main(*configurator.parse(train.Config, ["--resume", "--out_dir=whole"]))
+    assert checkpoint.load("whole").meta["arch"] == "llama"
