@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 from cases import out
-from test_families import build, edit, gap
+from test_families import build, edit, gap, try_changed
 from test_families_gguf import off_llama_cpp, prompts, write
 
 from formats.gguf import parts
@@ -81,3 +81,19 @@ def test_a_granite_file_with_multipliers_is_equal_in_llama_cpp(tmp_path):
 def off_each_other(*paths):
     one, other = (checkpoint.load_model(load.read(path)).eval()(prompts())[0] for path in paths)
     return (one - other).abs().max().item()
+
+
+KEYS = ["mamba_d_state", "mamba_d_conv", "mamba_expand", "mamba_dt_rank", "mamba_conv_bias", "mamba_proj_bias",
+        "mamba_n_heads", "mamba_d_head", "mamba_n_groups", "attn_layer_period", "attn_layer_offset", "num_experts",
+        "num_local_experts", "num_experts_per_tok", "embedding_multiplier", "residual_multiplier", "logits_scaling",
+        "attention_multiplier", "position_embedding_type", "shared_intermediate_size", "intermediate_size",
+        "layers_block_type", "time_step_limit", "hidden_act", "hidden_size", "num_attention_heads", "rms_norm_eps"]
+
+
+def test_a_changed_config_is_equal_in_transformers_or_refused(tmp_path, count, score):
+    tries = count(40, 300)
+    equal, refused, alone, wrong = try_changed(tmp_path, made, MODELS, KEYS, tries)
+    figures = f"{equal} equal, {refused} refused, {alone} read here alone"
+    assert not wrong, f"{figures}, {len(wrong)} read wrongly: {wrong[0]}"
+    assert equal > tries / 20 and refused > tries / 5
+    score(tries - len(wrong), tries, figures)
