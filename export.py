@@ -29,7 +29,7 @@ from thimble.load import load
 @dataclass(frozen=True)
 class Config:
     # what
-    checkpoint: str = ""            # run or checkpoint folder, Hugging Face folder or GGUF file; empty: the newest run
+    checkpoint: str = ""            # run, checkpoint, Hugging Face folder or name, or GGUF file; empty: the newest run
     which: Literal["best", "latest"] = "best"  # checkpoint of the run
     format: Literal["hf", "gguf", "onnx", "web"] = "hf"
     quant: str = ""                 # how numbers are stored (an invalid value lists the valid ones); empty: as they are
@@ -73,7 +73,7 @@ def export(loaded, cfg):
         if cfg.check:
             form = "onnx" if cfg.format == "web" else cfg.format
             artefact = Artefact(temporary, form, quant, twin, stored)
-            found |= check(artefact, loaded.model, loaded.tokenizer, loaded.meta, cfg.prompts, cfg.prompt_tokens)
+            found |= check(artefact, loaded.model, loaded.tokenizer, cfg.prompts, cfg.prompt_tokens)
     report(found, quant, as_is)
     print(f"{out}: {found['bytes']:,} bytes, {quant}, {time.perf_counter() - begun:.0f} s")
     return found
@@ -108,22 +108,22 @@ def default_name(loaded, cfg):
 
 def write(path, loaded, cfg, quant, stock, why_not):
     """Write the artefact -> (the torch model whose logits it must give, {tensor name: tensor} as stored)."""
-    model, tokenizer, meta = loaded.model, loaded.tokenizer, loaded.meta
+    model, tokenizer = loaded.model, loaded.tokenizer
     if cfg.format == "gguf":
         if not stock:
             raise UserError(f"llama.cpp has no architecture for this model ({why_not}): use --format=hf, where the "
                             "model file goes along")
-        return gguf.write(path, model, stock, tokenizer, quant, loaded.name, meta)
+        return gguf.write(path, model, stock, tokenizer, quant, loaded.name)
     if cfg.format == "onnx" and (cfg.window or path.suffix == ".onnx"):
         from formats import onnx as onnx_format  # takes half a second
         return onnx_format.write(path, model, quant, cfg.window)
     path.mkdir()
     if cfg.format == "hf":
-        return hf.write(path, model, stock, tokenizer, quant, meta)
+        return hf.write(path, model, stock, tokenizer, quant)
     from formats import web
     if cfg.format == "web":
-        return web.write_page(path, model, tokenizer, quant, meta)
-    return web.write(path, model, tokenizer, quant, meta)
+        return web.write_page(path, model, tokenizer, quant)
+    return web.write(path, model, tokenizer, quant)
 
 
 def report(found, quant, as_is):

@@ -23,7 +23,7 @@ from thimble.load import load
 @dataclass(frozen=True)
 class Config:
     # what
-    checkpoint: str = ""            # run, checkpoint or Hugging Face folder, or GGUF file; empty: the newest run
+    checkpoint: str = ""            # run, checkpoint, Hugging Face folder or name, or GGUF file; empty: the newest run
     which: Literal["best", "latest"] = "best"  # checkpoint of the run
     prompt: str = "\n"              # text to continue; FILE:name reads it from a file; empty: the end-of-text token
     num_samples: int = 1            # texts to write
@@ -168,7 +168,7 @@ def converse(loaded, cfg, generator):
 def write_samples(loaded, cfg, generator):
     """Print the prompt and its continuation, --num_samples times."""
     prompt = read_prompt(cfg.prompt)
-    ids = loaded.tokenizer.encode(prompt) or [loaded.tokenizer.eot]
+    ids = loaded.tokenizer.encode_prompt(prompt)
     block_size = loaded.model.config.block_size
     if len(ids) > block_size:
         note(f"note: the prompt has {len(ids)} tokens, the model sees the last {block_size}")

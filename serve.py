@@ -48,7 +48,7 @@ PAGE = Path(__file__).resolve().parent / "web" / "serve.html"
 @dataclass(frozen=True)
 class Config:
     # model
-    checkpoint: str = ""            # run, checkpoint, Hugging Face folder or GGUF file; empty: the newest run
+    checkpoint: str = ""            # run, checkpoint, Hugging Face folder or name, or GGUF file; empty: the newest run
     which: Literal["best", "latest"] = "best"  # checkpoint of the run
     name: str = ""                  # model name in the API; empty: the name of the run or file
     template: Literal[("auto", *chat.TEMPLATES)] = "auto"  # chat template; auto: the one used in training
@@ -195,7 +195,7 @@ class ChatCompletion(Generation):
 
 class Tokenize(Body):
     prompt: str
-    add_special_tokens: bool = True  # accepted and ignored: our tokenizers add none
+    add_special_tokens: bool = True  # bos, where the model was trained with it in front of every text
 
 
 class Detokenize(Body):
@@ -378,12 +378,14 @@ class Server:
                       "template": self.template})
 
     async def tokenize(self, request):
-        text = (await self.read(request)).prompt
+        asked = await self.read(request)
         eot = self.tokenizer.eot
-        if text == self.token(eot):  # alone, it is the special token and no text: this is how lm-eval asks for its id
+        if asked.prompt == self.token(eot):  # alone, it is the special token, not text: so lm-eval asks for its id
             ids = [eot]
         else:
-            ids = await self.encode(text)
+            ids = await self.encode(asked.prompt, self.tokenizer.encode)
+            if asked.add_special_tokens and self.tokenizer.record.adds_bos:
+                ids = [self.tokenizer.record.bos, *ids]
         return reply({"count": len(ids), "max_model_len": self.engine.size, "tokens": ids})
 
     async def detokenize(self, request):
@@ -444,10 +446,11 @@ class Server:
             self.check_model(asked.model)
         return asked
 
-    async def encode(self, text):
+    async def encode(self, text, encode):
+        """What one of the tokenizer's two ways to encode makes of a text."""
         if len(text) > 10_000:  # takes so long that the event loop should not wait for it
-            return await asyncio.to_thread(self.tokenizer.encode, text)
-        return self.tokenizer.encode(text)
+            return await asyncio.to_thread(encode, text)
+        return encode(text)
 
     def check_ids(self, ids, param):
         vocab_size = self.tokenizer.vocab_size
@@ -481,7 +484,7 @@ class Server:
         for prompt in prompts:
             if isinstance(prompt, str):
                 text = prompt
-                ids = await self.encode(text) or [self.tokenizer.eot]  # a model needs at least one token
+                ids = await self.encode(text, self.tokenizer.encode_prompt)
             else:
                 self.check_ids(prompt, "prompt")
                 text = self.tokenizer.decode(prompt, skip_special=False)
@@ -502,7 +505,7 @@ class Server:
         if asked.top_logprobs and not asked.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
         # in a thread, as a conversation can be long
-        ids, _ = await asyncio.to_thread(chat.encode, self.tokenizer, messages, self.template, True)
+        ids = await asyncio.to_thread(chat.prompt, self.tokenizer, messages, self.template)
         limits = [limit for limit in (asked.max_completion_tokens, asked.max_tokens) if limit is not None]
         max_tokens = min(limits, default=self.engine.size)
         top = asked.top_logprobs if asked.logprobs else None

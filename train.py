@@ -35,7 +35,7 @@ import torch
 
 import optim
 from tasks import bpb
-from thimble import checkpoint, configurator, data, files, load, machine, runlog
+from thimble import checkpoint, configurator, data, files, hub, load, machine, runlog
 from thimble.files import UserError
 from thimble.lora import Lora
 
@@ -47,7 +47,7 @@ class Config:
     # run
     out_dir: str = ""               # run folder; empty: runs/ and the recipe's name, with -2, -3, ... if that is taken
     resume: bool = False            # continue the newest run of this recipe, or that in --out_dir
-    init_from: str = ""             # run, checkpoint or Hugging Face folder, or GGUF file, whose weights to start from
+    init_from: str = ""             # run, checkpoint, Hugging Face folder or name, or GGUF file to start from
     lora_rank: int = 0              # with init_from: rank of LoRA adapters; 0 trains all weights
     seed: int = 1337                # of weights, dropout and the order of the data
     # data
@@ -56,7 +56,7 @@ class Config:
     batch_size: int = 32            # sequences per optimizer step
     micro_batch_size: int = 0       # sequences per forward pass, which saves memory; 0: the whole batch
     # model
-    arch: str = "model"             # model file, without .py
+    arch: str = "model"             # model file, without .py; with init_from: that of its model
     model: object = configurator.sub("arch")
     # optimizer
     optimizer: Literal["muon", "adamw", "lion"] = "muon"  # muon is for matrices, rest_optimizer then for the rest
@@ -214,9 +214,9 @@ def starting_model(cfg, dataset, given):
     given: as in build(). Of the model's keys only those that no weight depends on may differ from what the model has.
     """
     start = load.read(cfg.init_from, "best")
-    if start.meta.get("arch") != cfg.arch:
+    if "arch" in given and start.meta.get("arch") != cfg.arch:
         raise UserError(f"--init_from={cfg.init_from} was trained with --arch={start.meta.get('arch')}, this run has "
-                        f"--arch={cfg.arch}: use the same")
+                        f"--arch={cfg.arch}: leave that out")
     tokenizer = start.path  # a GGUF file holds its own
     if start.path.is_dir():
         tokenizer = start.path / "tokenizer.json"
@@ -228,12 +228,12 @@ def starting_model(cfg, dataset, given):
     was = configurator.flat(model.config)
     new = {}
     for key, value in configurator.flat(cfg.model).items():
-        if key in given and value != was[key]:
+        if key in given and value != was.get(key):
             new[key] = value
     if not new:
         return model
-    shown = {key: f"{key}={value} (it has {was[key]})" for key, value in new.items()}
-    fixed = [text for key, text in shown.items() if key not in ("dropout", "block_size")]
+    shown = {key: f"{key}={value} (it has {was.get(key)})" for key, value in new.items()}
+    fixed = [text for key, text in shown.items() if key not in ("dropout", "block_size") or key not in was]
     if fixed:
         raise UserError(f"--init_from={cfg.init_from} cannot change to {', '.join(fixed)}: leave that out")
     try:
@@ -499,13 +499,16 @@ def train(cfg, report=None, command=None):
 def loop(cfg, run_dir, dataset, device, state, report, command):
     """train() once the dataset is open and `run_dir` is ours. state: a new one."""
     tokenizer = dataset.tokenizer() if cfg.prompts else None
-    prompts = {text: tokenizer.encode(text) or [tokenizer.eot] for text in cfg.prompts}
+    prompts = {text: tokenizer.encode_prompt(text) for text in cfg.prompts}
     if device.type == "cpu":
         machine.keep_freed_memory()
     resumed = open_run(run_dir) if cfg.resume else None
+    if hub.is_name(cfg.init_from) and not resumed:
+        cfg = replace(cfg, init_from=hub.fetch(cfg.init_from)[1])  # the run says the revision
     model, lora, optimizer = build(cfg, dataset, device, resumed, command.given)
     learner = lora or model  # the module whose parameters learn
-    cfg = replace(cfg, model=model.config)  # with what the dataset or --init_from decided
+    # with what the dataset or --init_from decided
+    cfg = replace(cfg, arch=type(model).__module__, model=model.config)
     environment = choose_environment(cfg, device, resumed)
     if resumed:
         check_resume(cfg, resumed, dataset, environment)

@@ -26,7 +26,7 @@ PROMPTS = ("The capital of France is", "Once upon a time", "Water boils at", "de
 
 @dataclass(frozen=True)
 class Config:
-    file: str = ""                  # GGUF file of architecture llama
+    file: str = ""                  # GGUF file
     tokens: int = 32                # greedy tokens after each prompt
 
     def __post_init__(self):
@@ -48,7 +48,7 @@ def compare(model, tokenizer, ids, ours, theirs):
 
 @torch.no_grad()
 def main(cfg):
-    if not cfg.file.endswith(".gguf"):
+    if not Path(cfg.file).is_file():
         raise files.UserError(f"--file={cfg.file} is not a GGUF file: name one")
     loaded = load.read(cfg.file)
     model = checkpoint.load_model(loaded).eval()

@@ -3,8 +3,8 @@
 #   python prepare/text.py --input FILE_OR_FOLDER --name mine --tokenizer data/shakespeare_bpe4096/tokenizer.json
 #   python train.py config/finetune_own_text.py --device=cpu
 # With --init_from= (empty) it starts from random weights; a tokenizer of its own (--tokenizer bpe) is then better.
+# Another run, a Hugging Face folder or a GGUF file may stand there, too; the text needs the tokenizer of that.
 dataset = "mine"
-arch = "ternary"
 init_from = "runs/tiny_cpu"
 
 batch_size = 16

@@ -14,10 +14,10 @@ from pathlib import Path
 import safetensors
 import torch
 
-from formats import names
+from formats import families, names, relatives
 from formats.weights import plain, ternary_parts, weights, with_weights
-from thimble import checkpoint
-from thimble.files import UserError, short
+from thimble import chat, checkpoint, configurator
+from thimble.files import UserError, read_json, short
 
 HALVES = {"f16": torch.float16, "bf16": torch.bfloat16}
 WRAPPER = '''# Made by export.py: lets transformers run the model file beside it.
@@ -64,10 +64,10 @@ class ThimbleForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 # ---- out
-def write(folder, model, stock, tokenizer, quant, meta):
+def write(folder, model, stock, tokenizer, quant):
     """Write a folder for transformers -> (the model whose logits it must give, {tensor name: tensor} as stored).
 
-    stock: the architecture that the model is ("llama", "bitnet", "jamba"), or "" to send its own code along.
+    stock: the architecture that the model is (a key of names.CLASSES), or "" to send its own code along.
     """
     if getattr(model.config, "packed", False) and (quant == "online" or not stock):
         remedy = "use --quant=packed or plain" if stock else "export the run it was packed from"
@@ -78,16 +78,16 @@ def write(folder, model, stock, tokenizer, quant, meta):
     dtype = HALVES.get(quant, torch.float32)
     if quant in HALVES:  # what a program makes of halves in float32
         twin = with_weights(twin, lambda name, tensor: tensor.to(dtype).float())
-    bos, stop = ends(tokenizer, meta)
+    record = tokenizer.record
     about = {"vocab_size": model.config.vocab_size, "max_position_embeddings": model.config.block_size,
-             "pad_token_id": None, "bos_token_id": bos, "eos_token_id": stop[0],
+             "pad_token_id": record.pad, "bos_token_id": record.bos, "eos_token_id": record.ends[0],
              # the new name and the old one
              "dtype": str(dtype).removeprefix("torch."), "torch_dtype": str(dtype).removeprefix("torch.")}
     if stock:
         tensors = weights(twin)
         if quant == "packed":
             tensors = pack_bitnet(model, tensors)
-        tensors = {names.rename(name, names.OURS, names.HUGGING_FACE, stock): t for name, t in tensors.items()}
+        tensors = names.to_hugging_face(tensors, stock)
         about |= names.hf_config(model, stock)
         if quant in ("online", "packed"):
             # autobitlinear multiplies by weight_scale; the other class, bitlinear, would divide by it
@@ -103,7 +103,7 @@ def write(folder, model, stock, tokenizer, quant, meta):
             tensors[name] = tensor.to(dtype)
     (folder / "model.safetensors").write_bytes(checkpoint.pack_tensors(tensors))
     write_json(folder / "config.json", about)
-    write_side_files(folder, model, tokenizer, meta)
+    write_side_files(folder, model, tokenizer)
     return twin, tensors
 
 
@@ -130,31 +130,22 @@ def write_code(folder, model):
     (folder / f"{code}.py").write_text(WRAPPER.format(arch=arch), encoding="utf-8")
     shutil.copyfile(inspect.getsourcefile(type(model)), folder / f"{arch}.py")
     return {"architectures": ["ThimbleForCausalLM"], "model_type": f"thimble_{arch}", "use_cache": False,
-            "thimble": asdict(model.config), "num_hidden_layers": getattr(model.config, "n_layer", 1),
+            "thimble": asdict(model.config), "thimble_buffers": unsaved_buffers(model),
+            "num_hidden_layers": getattr(model.config, "n_layer", 1),
             "auto_map": {"AutoConfig": f"{code}.ThimbleConfig", "AutoModelForCausalLM": f"{code}.ThimbleForCausalLM"}}
 
 
-def ends(tokenizer, meta):
-    """-> (the id that a text begins with, [the ids that end it, the main one first])."""
-    eos = meta.get("eos", tokenizer.eot)
-    others = {tokenizer.eot, *meta.get("stop_ids", ())} - {eos}
-    return meta.get("bos", tokenizer.eot), [eos, *sorted(others)]
+def unsaved_buffers(model):
+    """Names of the buffers that the model computes itself: in the folder they are stored all the same."""
+    return sorted(dict(model.named_buffers()).keys() - model.state_dict().keys())
 
 
-def write_side_files(folder, model, tokenizer, meta):
-    """generation_config.json and the tokenizer's files, as transformers, transformers.js and others read them."""
-    bos, stop = ends(tokenizer, meta)
-    write_json(folder / "generation_config.json", {"bos_token_id": bos, "eos_token_id": stop})
-    (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-    special = {"bos_token": tokenizer.token(bos), "eos_token": tokenizer.token(stop[0])}
-    write_json(folder / "special_tokens_map.json", special)
-    # clean_up_... true, once the default, would remove spaces before punctuation
-    settings = {**special, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-                "model_max_length": model.config.block_size}
-    if meta.get("chat_template"):
-        settings["chat_template"] = meta["chat_template"]  # transformers 4 reads it here, 5 in its own file
-        (folder / "chat_template.jinja").write_text(meta["chat_template"], encoding="utf-8")
-    write_json(folder / "tokenizer_config.json", settings)
+def write_side_files(folder, model, tokenizer):
+    """The tokenizer's files and generation_config.json, as transformers, transformers.js and others read them."""
+    files = chat.files(tokenizer, model_max_length=model.config.block_size) | {"tokenizer.json": tokenizer.to_json()}
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    write_json(folder / "special_tokens_map.json", chat.special_tokens(tokenizer, tokenizer.record))
 
 
 def write_json(path, value):
@@ -162,66 +153,69 @@ def write_json(path, value):
 
 
 # ---- in
-KEYS = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
-        "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size", "n_hidden": "intermediate_size",
-        "block_size": "max_position_embeddings", "norm_eps": "rms_norm_eps"}
-# all else in config.json that changes what a Llama computes, with the values that model.py can express
-PLAIN = {"model_type": ("llama",), "hidden_act": ("silu",), "attention_bias": (False, None), "mlp_bias": (False, None),
-         "quantization_config": (None,)}
-
-
 def read(folder):
-    """The Checkpoint (arch "model") of a folder with a LlamaForCausalLM in safetensors. UserError for any other."""
+    """The Checkpoint of a folder with safetensors: an architecture in families.py or relatives.py, or our own code.
+
+    UserError for any other.
+    """
     folder = Path(folder)
-    about = read_json(folder / "config.json")
-    config = read_config(folder / "config.json", about)
+    path = folder / "config.json"
+    about = read_json(path)
+    family = about.get("model_type")
+    if isinstance(about.get("thimble"), dict):
+        return read_own(folder, about)
+    if type(family) is not str or family not in (*families.FAMILY, *relatives.ARCHS):
+        families.refuse(path, "model_type", family, f": only {', '.join((*families.FAMILY, *relatives.ARCHS))}")
+    source = families if family in families.FAMILY else relatives
+    family, config = source.from_hf(path, about)
+    packed = family == "bitnet" and relatives.mode_of(path, about) == "offline"
     tensors = {}
     for file in safetensors_files(folder):
-        for name, tensor in read_safetensors(file):
-            ours = names.rename(name, names.HUGGING_FACE, names.OURS)
-            tied_copy = ours == "head.weight" and config["tie_embeddings"]
-            if tied_copy or name.endswith("rotary_emb.inv_freq"):  # which older files hold, though it can be computed
+        for name, tensor in read_safetensors(file, packed):
+            if name.endswith("rotary_emb.inv_freq"):  # which older files hold, though it can be computed
                 continue
+            ours = names.rename(name, names.HUGGING_FACE, names.OURS, family)
             if ours is None or ours in tensors:
-                raise UserError(f"{file}: tensor {name} is {'stored twice' if ours else 'not one of a plain Llama'}")
+                raise UserError(f"{file}: tensor {name} is {'stored twice' if ours else f'not one of {family}'}")
             tensors[ours] = tensor
-    return names.as_checkpoint(folder, config, tensors, read_meta(folder, about, config["vocab_size"]))
+    missing = {"embed.weight", "norm.weight"} - tensors.keys()
+    if missing:
+        raise UserError(f"{folder} lacks {', '.join(sorted(missing))}: download it again")
+    drop_tied_copy(folder, config.get("tie_embeddings", True), tensors)
+    if source is relatives:
+        relatives.settle_hf(path, about, family, config, tensors)
+    return families.as_checkpoint(folder, config, tensors, relatives.ARCHS.get(family))
 
 
-def read_config(path, about):
-    """Settings of model.Config from what config.json at `path` says."""
-    for key, values in PLAIN.items():
-        if about.get(key) not in values:
-            raise UserError(f"{path} has {key}={str(about.get(key))[:80]}, which cannot be read: "
-                            f"only Llama with {key}={values[0]}")
-    # transformers 5 has rope_parameters; before it there was rope_theta and, only for scaled RoPE, rope_scaling
-    rope = about.get("rope_parameters") or about.get("rope_scaling") or {}
-    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise UserError(f"{path} has scaled RoPE ({str(rope)[:80]}), which model.py does not support")
-    theta = rope.get("rope_theta", about.get("rope_theta", 10000.0))
-    config = names.shape(path, about, KEYS, theta, about.get("head_dim"))
-    config["tie_embeddings"] = about.get("tie_word_embeddings") is True
-    return config
+def read_own(folder, about):
+    """The Checkpoint of a folder that holds a model file of its own, which must be the one here: no code is run."""
+    arch = str(about.get("model_type")).removeprefix("thimble_")
+    module = checkpoint.model_file(folder, arch)
+    theirs = folder / f"{arch}.py"
+    if not theirs.is_file() or theirs.read_bytes() != Path(module.__file__).read_bytes():
+        raise UserError(f"{folder} was written with another {arch}.py: put that one beside train.py")
+    buffers = about.get("thimble_buffers") or ()
+    tensors = {}
+    for file in safetensors_files(folder):
+        for name, tensor in read_safetensors(file, packed=True):
+            name = name.removeprefix("model.")
+            if name not in buffers:
+                tensors[name] = tensor
+    try:
+        config = configurator.from_flat(module.Config, about["thimble"])
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'} does not fit {arch}.py: {error}") from None
+    meta = {"arch": arch, "model_config": asdict(config), "step": 0, "name": folder.stem}
+    return checkpoint.Checkpoint(folder, meta, tensors, None)
 
 
-def read_meta(folder, about, vocab_size):
-    """What ends a text, what begins it, and the chat template, as far as the folder says so."""
-    generation = read_json(folder / "generation_config.json", {})
-    eos = generation.get("eos_token_id", about.get("eos_token_id"))
-    eos = eos if isinstance(eos, list) else [eos]
-    meta = {"stop_ids": [i for i in eos if type(i) is int and 0 <= i < vocab_size]}
-    if meta["stop_ids"]:
-        meta["eos"] = meta["stop_ids"][0]
-    if type(about.get("bos_token_id")) is int:  # true is an int, too
-        meta["bos"] = about["bos_token_id"]
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        meta["chat_template"] = file.read_text(encoding="utf-8")
-        return meta
-    template = read_json(folder / "tokenizer_config.json", {}).get("chat_template")
-    if template:
-        meta["chat_template"] = str(template)
-    return meta
+def drop_tied_copy(path, tied, tensors):
+    """Drop a head that is stored although it is the embedding; UserError if it is not."""
+    if not tied or "head.weight" not in tensors:
+        return
+    if not torch.equal(tensors.pop("head.weight"), tensors["embed.weight"]):
+        raise UserError(f"{path} stores a head other than the embedding, although its config.json says "
+                        "tie_word_embeddings=true: which of the two counts is not clear")
 
 
 def safetensors_files(folder):
@@ -248,8 +242,11 @@ def safetensors_files(folder):
     return [folder / name for name in shards]
 
 
-def read_safetensors(file):
-    """Yield (name, float32 tensor) of a safetensors file, which is checked against its size before anything is read."""
+def read_safetensors(file, packed=False):
+    """Yield (name, float32 tensor) of a safetensors file, which is checked against its size before anything is read.
+
+    packed: whether bytes may be in it, which stay as they are.
+    """
     try:
         with open(file, "rb") as raw:
             size = int.from_bytes(raw.read(8), "little")
@@ -261,23 +258,15 @@ def read_safetensors(file):
         with safetensors.safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (it is not a dict)
                 tensor = tensors.get_tensor(name)
+                if packed and tensor.dtype == torch.uint8:
+                    yield name, tensor
+                    continue
                 if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-                    raise ValueError(f"tensor {name} is {tensor.dtype}, not float32, float16 or bfloat16")
+                    kind = str(tensor.dtype).removeprefix("torch.")
+                    raise UserError(f"{file}: tensor {name} is {kind}, which cannot be read: convert it to float32, "
+                                    "float16 or bfloat16")
                 yield name, tensor.float()
+    except UserError:
+        raise
     except Exception as error:  # the library's errors share no base class
         raise UserError(f"{file} is not a valid safetensors file ({short(error, 200)}): download it again") from None
-
-
-def read_json(path, default=None):
-    """The object in a JSON file; `default`, if there is one, where the file is missing."""
-    if default is not None and not path.is_file():
-        return default
-    try:
-        if path.stat().st_size > 2**26:
-            raise ValueError("it is over 64 MB")
-        value = json.loads(path.read_bytes())
-        if not isinstance(value, dict):
-            raise ValueError("it is not a JSON object")
-    except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({short(error, 100)}): download it again") from None
-    return value

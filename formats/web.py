@@ -20,7 +20,7 @@ PACKAGES = {  # of npm, and the files of each that the page needs: with WebGPU, 
 PAGE = Path(__file__).resolve().parent.parent / "web" / "index.html"
 
 
-def write(folder, model, tokenizer, quant, meta):
+def write(folder, model, tokenizer, quant):
     """Write a folder with a graph, its configs and the tokenizer -> what onnx.write returns.
 
     config.json names an architecture that transformers.js knows and whose cache has the same form; what computes is
@@ -28,8 +28,9 @@ def write(folder, model, tokenizer, quant, meta):
     """
     file = f"onnx/model{SUFFIX[quant]}.onnx"
     twin, stored = onnx_format.write(folder / file, model, quant)
-    bos, stop = hf.ends(tokenizer, meta)
-    ids = {"bos_token_id": bos, "eos_token_id": stop}
+    record = tokenizer.record
+    ids = {"bos_token_id": record.bos, "eos_token_id": list(record.ends)}
+    pad = record.ends[0] if record.pad is None else record.pad
     about = architecture(model) | ids
     about["transformers.js_config"] = {"dtype": DTYPE[quant]}
     if hasattr(model.blocks[0], "mixer"):  # a hybrid: keys and values in some layers, states in the others
@@ -37,9 +38,9 @@ def write(folder, model, tokenizer, quant, meta):
         about |= {"model_type": "granitemoehybrid", "architectures": ["GraniteMoeHybridForCausalLM"],
                   "layers_block_type": kinds}
     else:
-        hf.write_json(folder / "genai_config.json", genai_config(model, file, ids))
+        hf.write_json(folder / "genai_config.json", genai_config(model, file, ids, pad))
     hf.write_json(folder / "config.json", about)
-    hf.write_side_files(folder, model, tokenizer, meta)
+    hf.write_side_files(folder, model, tokenizer)
     return twin, stored
 
 
@@ -58,7 +59,7 @@ def architecture(model):
             "num_hidden_layers": config.n_layer} | heads(config)
 
 
-def genai_config(model, file, ids):
+def genai_config(model, file, ids, pad):
     """genai_config.json: the names of the graph's inputs and outputs, and greedy decoding."""
     config = model.config
     inputs = {"input_ids": "input_ids", "attention_mask": "attention_mask", "position_ids": "position_ids",
@@ -68,16 +69,16 @@ def genai_config(model, file, ids):
                "head_size": config.n_embd // config.n_head, "inputs": inputs, "outputs": outputs,
                "hidden_size": config.n_embd, "num_hidden_layers": config.n_layer} | heads(config)
     genai = {"type": "llama", "context_length": config.block_size, "vocab_size": config.vocab_size,
-             "pad_token_id": ids["eos_token_id"][0], "decoder": decoder} | ids
+             "pad_token_id": pad, "decoder": decoder} | ids
     search = {"max_length": config.block_size, "past_present_share_buffer": False, "do_sample": False,
               "num_beams": 1, "top_k": 1, "top_p": 1.0, "temperature": 1.0}
     return {"model": genai, "search": search}
 
 
-def write_page(folder, model, tokenizer, quant, meta):
+def write_page(folder, model, tokenizer, quant):
     """What `write` writes, web/index.html, and in lib/ what npm installs: the page asks no other server."""
     fetch_packages(folder / "lib")
-    twin, stored = write(folder, model, tokenizer, quant, meta)
+    twin, stored = write(folder, model, tokenizer, quant)
     shutil.copyfile(PAGE, folder / "index.html")
     return twin, stored
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import sys
 from collections import namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -37,7 +37,7 @@ class Config:
     weights: tuple[float, ...] = ()  # copies of each file's examples in an epoch, 0.5: half of them; empty: 1 each
     name: str = ""                  # the dataset becomes data/NAME
     tokenizer: str = ""             # of the model to tune: its run folder or a tokenizer.json; or byte
-    template: Literal[chat.TEMPLATES] = "elite"  # how a conversation is written
+    template: Literal[("auto", *chat.TEMPLATES)] = "auto"  # how a conversation is written; auto: as the model knows it
     block_size: int = 512           # tokens in a row; longer conversations are left out
     val_fraction: float = 0.05      # share of the examples that is held out
     show: int = 0                   # number of examples to print; what is not in the loss is dimmed
@@ -198,6 +198,9 @@ def show(tokenizer, example):
 def main(cfg):
     folder = data.new_folder(cfg.data_dir, cfg.name)
     tokenizer = load_tokenizer(cfg.tokenizer)
+    if cfg.template == "auto":
+        cfg = replace(cfg, template=chat.template_of(tokenizer) if tokenizer.record.template else "elite")
+    tokenizer.record = chat.record_for(tokenizer, cfg.template)  # the dataset says it, and so do the model's checkpoints
     rng = np.random.default_rng(cfg.seed)
     rows = examples(cfg, tokenizer, rng)
     write(folder, cfg, tokenizer, rows, rng)

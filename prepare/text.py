@@ -24,7 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from prepare.documents import read_documents
 from prepare.make_tokenizer import check_bpe, tiktoken_tokenizer, train_bpe
-from thimble import configurator, data
+from thimble import configurator, data, hub
 from thimble.files import UserError, warn
 from thimble.ngrams import Counter, WordGrams, baselines, overlap
 from thimble.tokenizer import byte_tokenizer, char_tokenizer
@@ -105,11 +105,11 @@ def find_tokenizer(name):
     if name.startswith("tiktoken:"):
         return tiktoken_tokenizer(name.removeprefix("tiktoken:"))
     path = Path(name).expanduser()
-    if not path.exists():
+    if not path.exists() and not hub.is_name(name):
         raise UserError(f"--tokenizer={name} is not bpe, byte, char or tiktoken:NAME, and there is no such file")
     from thimble import load  # imports torch, which takes seconds
 
-    return load.read_tokenizer(path)
+    return load.read_tokenizer(path if path.exists() else name)
 
 
 def count(plan, documents, want_sample):

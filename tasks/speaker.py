@@ -54,16 +54,14 @@ class Speaker:
 
     def completions(self, prompt, max_new_tokens, stops=(), seeds=(None,)):
         """A continuation for each seed, side by side in one batch: greedy for None, else drawn at cfg.temperature."""
-        ids = self.tokenizer.encode(prompt) or [self.tokenizer.eot]  # an empty prompt: a new text
-        return self.write(ids, max_new_tokens, stops, seeds)
+        return self.write(self.tokenizer.encode_prompt(prompt), max_new_tokens, stops, seeds)
 
     def answer(self, question, max_new_tokens):
         """The greedy answer to a question, put to the model in the template that it was taught with."""
         messages = [{"role": "user", "content": question}]
         if self.cfg.system:
             messages.insert(0, {"role": "system", "content": self.cfg.system})
-        ids, _ = chat.encode(self.tokenizer, messages, self.template, reply=True)
-        return self.write(ids, max_new_tokens)[0]
+        return self.write(chat.prompt(self.tokenizer, messages, self.template), max_new_tokens)[0]
 
     def write(self, ids, max_new_tokens, stops=(), seeds=(None,)):
         """A text after the prompt `ids` for each seed."""
@@ -88,15 +86,15 @@ class Speaker:
         return sums.cpu(), counts.cpu()
 
     def text_nats(self, text):
-        """The same for a whole text, including its first token, which is predicted from the end-of-text token."""
-        ids = [self.tokenizer.eot, *self.tokenizer.encode(text)]
+        """The same for a whole text, including its first token, which is predicted from bos or the end-of-text token."""
+        ids = [*self.tokenizer.encode_prompt(""), *self.tokenizer.encode(text)]
         return self.nats(np.array(ids, np.int64))
 
     @torch.no_grad()
     def rank(self, prompt, target):
         """1 + how many tokens are more likely than the right one: the first in which prompt + target leaves prompt."""
-        before = self.tokenizer.encode(prompt)
-        whole = self.tokenizer.encode(prompt + target)
+        before = self.tokenizer.encode_prompt(prompt)
+        whole = self.tokenizer.encode_prompt(prompt + target)
         # a tokenizer may merge the end of the prompt with the target: the two are compared token by token
         n = 0
         while n < len(before) and before[n] == whole[n]:

@@ -27,6 +27,13 @@ VARIANTS = {"model": [{"n_kv_head": 2}, {"n_kv_head": 1, "tie_embeddings": True,
                            {"ssm": "mamba2", "ssm_head_dim": 16, "n_kv_head": 2, "rope": True, "qk_norm": True},
                            {"ssm": "mamba2", "d_state": 8, "d_conv": 2, "tie_embeddings": True},
                            {"n_layer": 3, "attn_layer_period": 9, "attn_layer_offset": 8, "ssm": "mamba1"}],
+            "llama": [{"n_kv_head": 2, "head_dim": 12, "qk_norm": True, "rope_theta": 100.0},
+                      {"n_kv_head": 1, "qkv_bias": True, "tie_embeddings": True, "rope_type": "linear",
+                       "rope_factor": 4.0},
+                      {"n_kv_head": 2, "window": 5, "rope_theta": 50.0, "rope_type": "llama3", "rope_factor": 8.0,
+                       "rope_context": 40},
+                      {"window": 7, "window_from": 1, "qkv_bias": True, "qk_norm": True, "rope_type": "yarn",
+                       "rope_factor": 4.0, "rope_context": 60, "rope_high": 32.0, "rope_gain": 1.14}],
             "cerebros": [{"tie_embeddings": True, "act": "gelu", "window": 1}, {"n_rank": 16, "act": "softplus"},
                          {"n_layer": 4, "p_lateral": 1.0, "max_units": 2, "window": 7, "wiring_seed": 5}]}
 CASES = [(arch, extra) for arch in ARCHS for extra in [{}, *VARIANTS.get(arch, [])]]
@@ -204,6 +211,7 @@ def test_impossible_numbers_are_refused_by_name(arch):
 
 # one line of each model file, and what a fork has in its place
 ALTERED = {"model": ("F.silu(gate)", "torch.sin(gate)"),
+           "llama": ("F.silu(gate)", "torch.sin(gate)"),
            "ternary": ("F.silu(gate)", "torch.sin(gate)"),
            "hybrid_ssm": ("F.softplus(dt + self.dt_proj.bias)", "torch.sigmoid(dt + self.dt_proj.bias)"),
            "cerebros": ('"silu": F.silu', '"silu": torch.sin')}

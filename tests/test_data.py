@@ -224,7 +224,8 @@ def test_every_file_is_on_the_disk_before_the_folder_has_its_name(tmp_path, monk
     temporary = tmp_path / f".ds.tmp-{os.getpid()}"
     renamed = fate.calls.index(("rename", f"{temporary} {tmp_path / 'ds'}"))
     synced = [what for name, what in fate.calls[:renamed] if name == "fsync"]
-    names = ["train.bin", "train.mask.bin", "val.bin", "tokenizer.json", "meta.json"]
+    names = ["train.bin", "train.mask.bin", "val.bin", "tokenizer.json", "tokenizer_config.json",
+             "generation_config.json", "meta.json"]
     assert sorted(synced) == sorted([str(temporary), *(str(temporary / name) for name in names)])
     assert synced[-2:] == [str(temporary / "meta.json"), str(temporary)]
     assert fate.calls[renamed + 1] == ("fsync", str(tmp_path))

@@ -15,9 +15,13 @@ from thimble.files import UserError
 EXACT = [("llama", "hf", "f32"), ("tied", "hf", "f32"), ("gelu", "hf", "f32"), ("groups", "hf", "f32"),
          ("streams", "hf", "f32"), ("jamba", "hf", "f32"), ("mamba2", "hf", "f32"), ("bitnet", "hf", "plain"),
          ("llama", "gguf", "f32"), ("tied", "gguf", "f32"), ("chars", "gguf", "f32"), ("bitnet", "gguf", "f32"),
-         ("jamba", "gguf", "f32"), ("llama", "onnx", "fp32"), ("jamba", "onnx", "fp32"), ("mamba2", "onnx", "fp32")]
+         ("jamba", "gguf", "f32"), ("qwen3", "hf", "f32"), ("qwen3", "gguf", "f32"), ("arcee", "hf", "f32"),
+         ("granite", "hf", "f32"), ("granite", "gguf", "f32"), ("granite, rope", "hf", "f32"),
+         ("granite, rope", "gguf", "f32"), ("llama", "onnx", "fp32"), ("jamba", "onnx", "fp32"),
+         ("mamba2", "onnx", "fp32")]
 ROUNDED = [("llama", "hf", "bf16"), ("llama", "gguf", "f16"), ("llama", "gguf", "bf16"), ("llama", "gguf", "q8_0"),
-           ("llama", "gguf", "q4_0"), ("jamba", "gguf", "q8_0"), ("wide", "gguf", "tq1_0"), ("wide", "gguf", "tq2_0"),
+           ("llama", "gguf", "q4_0"), ("jamba", "gguf", "q8_0"), ("granite", "gguf", "q8_0"),
+           ("wide", "gguf", "tq1_0"), ("wide", "gguf", "tq2_0"),
            ("bitnet", "onnx", "q2"), ("llama", "onnx", "int8"), ("jamba", "onnx", "int4")]
 
 

@@ -1,13 +1,14 @@
 """Hugging Face folders and GGUF files: out and in again; and folders that must not come in."""
+import copy
 import dataclasses
 import json
 import shutil
 
 import pytest
 import torch
-from cases import built, edit_json, edit_tensors, out, refused, send
+from cases import built, edit_json, edit_tensors, refused, send
 
-from thimble import checkpoint, load
+from thimble import chat, checkpoint, load
 from thimble.generate import generate
 
 
@@ -18,16 +19,19 @@ from thimble.generate import generate
 def test_out_and_in_again(tmp_path, case, form, quant):
     pytest.importorskip("gguf", reason="pip install -r requirements-test.txt")
     path = tmp_path / f"model.{form}"
-    out(case, path, form, quant, check=False, meta={"stop_ids": [3], "eos": 3, "chat_template": "{{ messages }}"})
-    loaded, (model, words) = load.read(path), built(case)
+    model, words = built(case)
+    words = copy.copy(words)
+    end, bos, pad, unk = (words.encode(char)[0] for char in "qxkf")
+    words.record = chat.Record(bos, (end, words.eot), case == "tied", pad, unk, "{{ messages }}")
+    send(model, words, path, form, quant, check=False)
+    loaded = load.read(path)
     back, again = checkpoint.load_model(loaded).eval(), load.read_tokenizer(path)
     ids = torch.randint(words.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
     gap = (back(ids)[0] - model(ids)[0]).abs().max().item()
     assert gap <= {"f32": 1e-6, "f16": 0.02, "bf16": 0.2, "q8_0": 0.5, "q4_0": 6.0}[quant]
     assert back.config == dataclasses.replace(model.config, n_hidden=96, n_kv_head=model.config.n_kv_head or 4)
-    assert loaded.meta["stop_ids"] == ([3] if form == "gguf" else [3, words.eot])
-    assert loaded.meta["chat_template"] == "{{ messages }}"
-    text = "The café 1234" if case != "chars" else "The café"
+    assert again.record == words.record
+    text = "The 日本 1234" if case != "chars" else "The 日本"
     assert again.encode(text) == words.encode(text) and again.decode(again.encode(text)) == text
     assert list(generate(back, ids[0, :5].tolist(), 5, temperature=0))
 

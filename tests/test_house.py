@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 
 COMMANDS = {"train", "sample", "export", "evaluate", "serve", "search"}
-MODELS = {"model", "ternary", "hybrid_ssm", "cerebros"}
+MODELS = {"model", "llama", "ternary", "hybrid_ssm", "cerebros"}
 ROOMS = ("thimble", "formats", "tasks", "kernels", "prepare", "bench")
 FILES = [path for folder in (ROOT, *(ROOT / room for room in ROOMS)) for path in sorted(folder.glob("*.py"))]
 # documented or without a public way: of named tuples, of tensors, of tiktoken's encodings

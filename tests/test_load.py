@@ -148,7 +148,8 @@ def test_a_device_that_is_not_there(tmp_path):
 # ---- how it is spoken to
 def test_the_template_and_the_ids_that_end_an_answer(tmp_path):
     made = tiny()
-    save(tmp_path / "run", made, meta={"template": "alpaca", "stop_ids": [7]})
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7]}')
+    save(tmp_path / "run", made, meta={"template": "alpaca"})
     loaded = load.load(tmp_path / "run")
     eot = loaded.tokenizer.eot
     assert loaded.template == "alpaca" and loaded.stop_ids == loaded.answer_ids == {7, eot}

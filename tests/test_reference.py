@@ -13,9 +13,10 @@ from formats import onnx as onnx_format
 from formats.reference import stock_architecture
 from thimble.files import UserError
 
-STOCK = {"llama": "llama", "tied": "llama", "chars": "llama", "bitnet": "bitnet", "wide": "bitnet", "relu2": "bitnet",
-         "jamba": "jamba"}
-WHY = {"gelu": "qk_norm=True", "groups": "group_size=16", "streams": "n_streams=2", "mamba2": "ssm=mamba2"}
+STOCK = {"llama": "llama", "tied": "llama", "chars": "llama", "qwen3": "qwen3", "arcee": "arcee", "bitnet": "bitnet",
+         "wide": "bitnet", "relu2": "bitnet", "jamba": "jamba", "granite": "granitemoehybrid",
+         "granite, rope": "granitemoehybrid"}
+WHY = {"gelu": "qk_norm=True", "groups": "group_size=16", "streams": "n_streams=2", "mamba2": "qk_norm=True"}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -31,7 +32,7 @@ def test_two_norms_swapped_in_the_table_are_noticed(monkeypatch):
     for ours, theirs, there in names.JAMBA:
         stem, _, last = theirs.rpartition(".")
         table.append((ours, f"{stem}.{swapped[last]}" if last in swapped else theirs, there))
-    monkeypatch.setattr(names, "JAMBA", table)
+    monkeypatch.setitem(names.TABLES, "jamba", table)
     assert stock_architecture(built("jamba")[0]) == ("", "it computes something other than Jamba")
 
 
@@ -53,7 +54,7 @@ CHANGES = {  # model file, what stands there, what stands there instead
 @pytest.fixture
 def fork(tmp_path, monkeypatch):
     """fork("model", "mine", old, new) -> a model of mine.py, a copy of model.py with `new` for `old`."""
-    def make(arch, name, old="", new=""):
+    def make(arch, name, old="", new="", **more):
         source = (ROOT / f"{arch}.py").read_text()
         assert old in source
         path = tmp_path / "forks" / f"{name}.py"
@@ -63,7 +64,7 @@ def fork(tmp_path, monkeypatch):
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, name, module)
         spec.loader.exec_module(module)
-        settings = ({} if arch == "cerebros" else SHAPE) | SETTINGS[arch] | {"block_size": 48, "vocab_size": 257}
+        settings = ({} if arch == "cerebros" else SHAPE) | SETTINGS[arch] | {"block_size": 48, "vocab_size": 257} | more
         torch.manual_seed(0)
         model = module.Model(module.Config(**settings))
         with torch.no_grad():
@@ -133,3 +134,30 @@ def test_a_fork_that_sees_less_far_is_noticed(fork):
     """A sliding window shows only behind its width, so a whole context is compared."""
     model = fork("model", "mine", ".triu(1 + S - T)", ".triu(1 + S - T) + torch.full((T, S), -torch.inf).tril(-40)")
     assert stock_architecture(model) == ("", "it computes something other than Llama")
+
+
+@pytest.mark.parametrize("arch,settings,old,new,title", [
+    ("model", {"qk_norm": True}, "rotate(self.q_norm(q), *rope)", "self.q_norm(rotate(q, *rope))", "Qwen3"),
+    ("model", {"mlp": "gelu"}, "F.gelu(self.up_proj(x))", "F.gelu(self.up_proj(x), approximate='tanh')", "Arcee"),
+    ("hybrid_ssm", {"ssm": "mamba2", "ssm_head_dim": 16}, "self.norm(y * F.silu(z))", "self.norm(y) * F.silu(z)",
+     "GraniteMoeHybrid"),
+    ("hybrid_ssm", {"ssm": "mamba2", "ssm_head_dim": 16}, "F.softplus(dt.to(wide) + self.dt_bias)",
+     "F.softplus(dt.to(wide))", "GraniteMoeHybrid")])
+def test_a_fork_that_is_almost_a_stock_architecture_is_noticed(fork, arch, settings, old, new, title):
+    """Norms on the other side of a rotation or a gate, GELU's approximation, a bias that is left out."""
+    model = fork(arch, "mine", old, new, **settings)
+    assert stock_architecture(model) == ("", f"it computes something other than {title}")
+
+
+def test_a_fork_with_squared_relu_goes_to_llama_cpp_as_arcee(fork, tmp_path):
+    pytest.importorskip("xllamacpp", reason="pip install -r requirements-test.txt")
+    model = fork("model", "mine", "F.gelu(self.up_proj(x))", "F.relu(self.up_proj(x)).square()", mlp="relu2")
+    assert stock_architecture(model) == ("arcee", "")
+    for form in ("hf", "gguf"):
+        found = send(model, tokenizer("byte"), tmp_path / f"m.{form}", form, prompts=4, prompt_tokens=8)
+        assert found["delta"] <= 1e-4 and found["same"] == 4
+
+
+def test_an_mlp_without_a_gate_is_refused_for_llama_cpp(tmp_path):
+    with pytest.raises(UserError, match="llama.cpp computes ReLU.2 in every MLP without a gate, this model has gelu"):
+        send(*built("arcee"), tmp_path / "m.gguf", "gguf", check=False)

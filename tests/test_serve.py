@@ -172,8 +172,7 @@ def completion_streams_as_it_is(served, k, ids):
 def test_chat_streamed_is_not_streamed(served, count, score):
     seeds = range(count(8, 50))
     tries(score, {seed: seed for seed in seeds}, lambda seed: chat_streams_as_it_is(served, seed))
-    prompt, _ = chat.encode(TOKENIZER, [{"role": "system", "content": "Be."}, {"role": "user", "content": "Hi"}],
-                            "elite", reply=True)
+    prompt = chat.prompt(TOKENIZER, [{"role": "system", "content": "Be."}, {"role": "user", "content": "Hi"}], "elite")
     assert chat_streams_as_it_is(served, 0).prompt_tokens == len(prompt)
 
 

@@ -205,7 +205,7 @@ def test_usage_by_hand(stream):
         assert usage(prompt="x", max_tokens=9, stop="b") == (1, 2)  # so is what a stop text cuts off
     messages = [{"role": "user", "content": "x"}]
     with running(tiny(block_size=200)) as (port, _):
-        prompt, _ = chat.encode(TOKENIZER, messages, "elite", reply=True)
+        prompt = chat.prompt(TOKENIZER, messages, "elite")
         bias = {str(TOKENIZER.eot): -100}
         counted = usage("chat/completions", messages=messages, max_tokens=5, n=3, logit_bias=bias)
         assert counted[0] == len(prompt) and counted[1] <= 15

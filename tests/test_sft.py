@@ -50,15 +50,16 @@ def tokenizer(request):
 def test_a_prompt_is_the_beginning_of_what_was_taught(tokenizer, template):
     ids, counts = chat.encode(tokenizer, TALK, template)
     for n in (2, 4):
-        prompt, before = chat.encode(tokenizer, TALK[:n], template, reply=True)
-        assert ids[:len(prompt)] == prompt and counts[:len(prompt)] == before
+        prompt = chat.prompt(tokenizer, TALK[:n], template)
+        before = counts[:len(prompt)]
+        assert ids[:len(prompt)] == prompt
         answer = ids[len(prompt):]
         answer = answer[:(counts[len(prompt):] + [0]).index(0)]
-        assert answer[-1] == chat.end_id(tokenizer, template) and not before[-1]
+        assert answer[-1] == chat.record_for(tokenizer, template).ends[0] and not before[-1]
         assert tokenizer.decode(answer).strip() == TALK[n]["content"]
         if template != "chatml":
-            text = "".join(t for t, _ in chat.parts(TALK[:n], template, True) if isinstance(t, str))
-            assert tokenizer.decode([i for i in prompt if i != tokenizer.eot]) == text
+            text = chat.render(tokenizer, TALK[:n], template, reply=True).replace(chat.MARK, "")
+            assert tokenizer.decode(prompt, skip_special=False) == text
     assert sum(counts) == sum(before) + len(answer)
 
 
@@ -86,9 +87,9 @@ def test_a_token_across_the_border_is_refused():
 def test_fit_forgets_the_oldest():
     tokenizer = byte_tokenizer()
     whole = chat.fit(tokenizer, TALK, "elite", 1000)
-    assert whole == chat.encode(tokenizer, TALK, "elite", reply=True)[0]
+    assert whole == chat.prompt(tokenizer, TALK, "elite")
     short = chat.fit(tokenizer, TALK, "elite", len(whole) - 1)
-    assert short == chat.encode(tokenizer, [TALK[0], *TALK[3:]], "elite", reply=True)[0]
+    assert short == chat.prompt(tokenizer, [TALK[0], *TALK[3:]], "elite")
     assert len(chat.fit(tokenizer, TALK, "elite", 10)) == 10
     assert len(chat.fit(tokenizer, TALK[:1], "elite", 10)) == len(chat.fit(tokenizer, [], "elite", 10)) == 10
 

@@ -964,8 +964,10 @@ def test_fine_tuning_takes_or_refuses_model_flags(toy, tmp_path, monkeypatch):
     with pytest.raises(files.UserError, match=r"block_size=16 \(it has 32\).*wpe"):
         train.train(config(toy, "c", arch="placed", init_from="placed", block_size=16))
     with pytest.raises(files.UserError, match="trained with --arch=placed"):
-        train.train(config(toy, "c", init_from="placed"))
+        train.train(config(toy, "c", init_from="placed"), command=typed({"arch": "model"}))
     assert not os.path.exists("c")
+    train.train(config(toy, "c", init_from="placed"))  # the architecture is that of the run
+    assert checkpoint.load("c").meta["arch"] == "placed"
 
 
 def test_fine_tuning_refuses_another_tokenizer(toy, tmp_path):

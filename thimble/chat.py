@@ -1,137 +1,268 @@
-"""How a conversation becomes tokens: the one definition for training, sample.py --chat, evaluate.py and the server.
+"""How a model is spoken to: the one definition for training, sample.py --chat, evaluate.py, the server and exports.
 
     >>> messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
     >>> ids, counts = chat.encode(tokenizer, messages, "elite")         # counts: 1 where a token is in the loss
-    >>> prompt, _ = chat.encode(tokenizer, messages[:1], "elite", reply=True)
-    >>> assert ids[:len(prompt)] == prompt                              # the model is asked as it was taught
+    >>> asked = chat.prompt(tokenizer, messages[:1], "elite")
+    >>> assert ids[:len(asked)] == asked                                # the model is asked as it was taught
 
-The text is tokenized as a whole, so that no token ends merely because a part of the text ended there. A message may
-have an "input" beside its "content", as Alpaca's records do.
+A tokenizer has a Record, which travels with it in Hugging Face's own files. A template is jinja, one of the three here
+or the one that a foreign model came with. The rendered text is tokenized as a whole, so that no token ends merely
+because a part of the text ended there. A message may have an "input" beside its "content", as Alpaca's records do.
 """
-from thimble.files import UserError
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-TEMPLATES = ("elite", "chatml", "alpaca")
+from thimble.files import UserError, read_json
+
 ROLES = ("system", "user", "assistant")
-START = ("<|im_start|>",)  # tuples, so that no text that a user types equals them
-END = ("<|im_end|>",)
-
+# Behind a dataset's or checkpoint's tokenizer.json, and in exports; the last one only where there is a template
+FILES = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+# Half of a surrogate pair, which is in no text: put into the special tokens that a message quotes, so that they are
+# text. The rendered text is cut at it.
+MARK = "\ud800"
 
 # ---- templates
-def parts(messages, template, reply):
-    """[(text, counts)] of a conversation: START and END stand for their tokens, counts is 1 in the loss and 0 outside.
+# User: question / Assistant: answer, each on a line. The space belongs to the answer: in most vocabularies it is part of
+# the first word's token.
+ELITE = """{%- for message in messages %}
+    {%- if message['role'] == 'assistant' %}
+        {{- 'Assistant: ' + message['content'] | trim + '\\n' + eos_token }}
+    {%- elif message['role'] == 'system' %}
+        {{- 'System: ' + message['content'] | trim + '\\n' }}
+    {%- else %}
+        {{- 'User: ' + message['content'] | trim + '\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- 'Assistant:' }}
+{%- endif %}
+"""
+# OpenAI's chat markup; where a tokenizer lacks <|im_end|>, its end of text closes a message
+CHATML = """{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] | trim + eos_token + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+# The headings of Stanford Alpaca's prompt, without the sentence above them
+ALPACA = """{%- for message in messages %}
+    {%- if message['role'] == 'assistant' %}
+        {{- '### Response:\\n' + message['content'] | trim + eos_token }}
+    {%- elif message['role'] == 'system' %}
+        {{- message['content'] | trim + '\\n\\n' }}
+    {%- else %}
+        {{- '### Instruction:\\n' + message['content'] | trim + '\\n\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '### Response:\\n' }}
+{%- endif %}
+"""
+TEMPLATES = {"elite": ELITE, "chatml": CHATML, "alpaca": ALPACA}
+OWN = "own"  # what the template of a foreign model is called
+JOINTS = {"elite": "\n\nInput: ", "alpaca": "\n\n### Input:\n"}  # between a message's content and its input
 
-    With `reply` it goes up to where the next answer begins.
+
+# ---- the record
+@dataclass(frozen=True)
+class Record:
+    """How a model is spoken to. Ids are those of its tokenizer, None where it has none."""
+    bos: int  # begins a text
+    ends: tuple  # ids that end a text or an answer; the first is what templates call eos_token
+    adds_bos: bool = False  # whether the model was trained with bos in front of every text
+    pad: int | None = None
+    unk: int | None = None
+    template: str = ""  # jinja; empty: it was not taught to answer
+
+
+def read(folder):
+    """What Hugging Face's files in a folder say, as record() wants it; {} if there are none."""
+    folder = Path(folder)
+    special = read_json(folder / "special_tokens_map.json", {}) | read_json(folder / "tokenizer_config.json", {})
+    generation = read_json(folder / "config.json", {}) | read_json(folder / "generation_config.json", {})
+    said = {"ends": [], "adds_bos": special.get("add_bos_token")}
+    for role in ("bos", "eos", "pad", "unk"):
+        token = special.get(f"{role}_token")
+        if isinstance(token, dict):  # with its settings
+            token = token.get("content")
+        ids = generation.get(f"{role}_token_id")
+        found = [token, *(ids if isinstance(ids, list) else [ids])]  # the token's name first: it is what templates see
+        if role == "eos":
+            said["ends"] = found
+        else:
+            said[role] = found
+    said["template"] = special.get("chat_template")
+    if isinstance(said["template"], list):  # several under names, in older folders
+        named = {entry.get("name"): entry.get("template") for entry in said["template"] if isinstance(entry, dict)}
+        said["template"] = named.get("default")
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        said["template"] = file.read_text(encoding="utf-8")
+    # datasets and checkpoints from before there was a record name their template in meta.json
+    taught = str(read_json(folder / "meta.json", {}).get("template"))
+    if taught in TEMPLATES and not said["template"]:
+        said["template"] = TEMPLATES[taught]
+        if taught == "chatml":
+            said["ends"].insert(0, "<|im_end|>")
+    return said
+
+
+def record(said, vocab, eot):
+    """The Record of what `read` or a GGUF file says: {"bos", "pad", "unk", "ends": [tokens or ids], "adds_bos", ...}.
+
+    vocab is {token: id}. What is not in it is ignored; without a bos or an end, eot serves.
     """
+    first = {role: next(iter(known_ids(said.get(role, ()), vocab)), None) for role in ("bos", "pad", "unk")}
+    if first["bos"] is None:
+        first["bos"] = eot
+    ends = known_ids(said.get("ends", ()), vocab)
+    if eot not in ends:
+        ends.append(eot)
+    template = said.get("template")
+    if not isinstance(template, str):
+        template = ""
+    return Record(**first, ends=tuple(ends), adds_bos=said.get("adds_bos") is True, template=template)
+
+
+def known_ids(values, vocab):
+    """The different ids among `values`, which are tokens or ids; what is not in the vocabulary is ignored."""
+    known = set(vocab.values())
+    ids = []
+    for value in values:
+        i = vocab.get(value) if isinstance(value, str) else value
+        if type(i) is int and i in known and i not in ids:  # true is an int, too
+            ids.append(i)
+    return ids
+
+
+def special_tokens(tokenizer, record):
+    """{"bos_token": its name, ...}, by the names that they have in templates and in Hugging Face's files."""
+    ids = {"bos": record.bos, "eos": record.ends[0], "pad": record.pad, "unk": record.unk}
+    return {f"{role}_token": tokenizer.token(i) for role, i in ids.items() if i is not None}
+
+
+def files(tokenizer, **more):
+    """{name: text} of the files that hold a tokenizer's record; `more` goes into tokenizer_config.json."""
+    record = tokenizer.record
+    # clean_up_... true, once the default, would remove spaces before punctuation
+    settings = {**special_tokens(tokenizer, record), "add_bos_token": record.adds_bos,
+                "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **more}
+    generation = {"bos_token_id": record.bos, "eos_token_id": list(record.ends)}
+    if record.pad is not None:
+        generation["pad_token_id"] = record.pad
+    out = {}
+    if record.template:
+        settings["chat_template"] = record.template  # transformers 4 reads it here, 5 in its own file
+        out["chat_template.jinja"] = record.template
+    for name, value in (("tokenizer_config.json", settings), ("generation_config.json", generation)):
+        out[name] = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return out
+
+
+def record_for(tokenizer, template):
+    """The Record under which a conversation is written: the tokenizer's own, or with one of the three templates."""
+    own = tokenizer.record
+    if template == OWN:
+        return own
     if template not in TEMPLATES:
         raise UserError(f"there is no template {template!r}: choose one of {', '.join(TEMPLATES)}")
-    # a message at a time, so that a prompt is always the beginning of a whole conversation
-    write = {"elite": _elite, "chatml": _chatml, "alpaca": _alpaca}[template]
-    out = []
+    end = tokenizer.eot
+    if template == "chatml" and tokenizer.special("<|im_end|>") is not None:
+        end = tokenizer.special("<|im_end|>")
+    text = TEMPLATES[template]
+    if own.adds_bos:  # a template writes all there is, also for the programs that would put bos in front of other texts
+        text = "{{- bos_token }}" + text
+    others = [i for i in own.ends if i != end]
+    return replace(own, ends=(end, *others), template=text)
+
+
+def template_of(tokenizer):
+    """The name of the template that a model was taught with; if it was not, a guess from its special tokens."""
+    own = tokenizer.record.template
+    if not own:
+        return "elite" if tokenizer.special("<|im_start|>") is None else "chatml"
+    for name in TEMPLATES:
+        if own == record_for(tokenizer, name).template:
+            return name
+    return OWN
+
+
+# ---- conversations to ids
+def render(tokenizer, messages, template, reply=False):
+    """The text of a conversation, up to where the next answer begins if `reply`; MARK is in quoted special tokens."""
+    from thimble import template as jinja  # 30 ms, which training need not wait for
+
+    record = record_for(tokenizer, template)
+    quoted = re.compile("|".join(map(re.escape, tokenizer.specials)))
+    given = []
     for message in messages:
-        out += write(message)
-    if reply:
-        out += write({"role": "assistant"})  # without content, so only what stands before an answer
-    return out
+        content = message.get("content", "")
+        more = message.get("input", "").strip()
+        if more:
+            content = content.strip() + JOINTS.get(template, "\n\n") + more
+        content = quoted.sub(lambda found: found[0][0] + MARK + found[0][1:], content)
+        given.append({"role": message["role"], "content": content})
+    return jinja.render(record.template, messages=given, add_generation_prompt=reply, tools=None, documents=None,
+                        **special_tokens(tokenizer, record))
 
 
-def _elite(message):
-    """User: question / Assistant: answer, each on a line."""
-    content = _content(message, "\n\nInput: ")
-    if message["role"] != "assistant":
-        return [(f"{message['role'].title()}: {content}\n", 0)]
-    out = [("Assistant:", 0)]
-    if "content" in message:
-        # the space belongs to the answer: in most vocabularies it is part of the first word's token
-        out += [(f" {content}\n", 1), (END, 1)]
-    return out
+def tokens(tokenizer, messages, template, reply=False):
+    """The ids of a rendered conversation."""
+    ids = []
+    for part in render(tokenizer, messages, template, reply).split(MARK):
+        ids += tokenizer.encode(part, allow_special=True)
+    return ids
 
 
-def _chatml(message):
-    """OpenAI's chat markup, in which <|im_start|> and <|im_end|> are tokens."""
-    out = [(START, 0), (f"{message['role']}\n", 0)]
-    if message["role"] != "assistant":
-        out += [(_content(message, "\n\n"), 0), (END, 0)]
-    elif "content" in message:
-        out += [(message["content"].strip(), 1), (END, 1)]
-    if "content" in message:  # behind the end of each message, and outside the loss: the model stops before it
-        out.append(("\n", 0))
-    return out
+def prompt(tokenizer, messages, template):
+    """The ids of messages [{"role", "content"}], up to where the next answer begins."""
+    return tokens(tokenizer, messages, template, reply=True)
 
 
-def _alpaca(message):
-    """The headings of Stanford Alpaca's prompt, without the sentence above them."""
-    if message["role"] == "assistant":
-        out = [("### Response:\n", 0)]
-        if "content" in message:
-            out += [(message["content"].strip(), 1), (END, 1)]
-        return out
-    heading = "### Instruction:\n" if message["role"] == "user" else ""
-    content = _content(message, "\n\n### Input:\n")
-    return [(f"{heading}{content}\n\n", 0)]
-
-
-def _content(message, joint):
-    """The content of a message and, behind `joint`, its input if it has one."""
-    content = message.get("content", "").strip()
-    more = message.get("input", "").strip()
-    return f"{content}{joint}{more}" if more else content
-
-
-def end_id(tokenizer, template):
-    """The id that ends a message: <|im_end|> in chatml if the tokenizer has it, else the end of text."""
-    if template == "chatml" and tokenizer.special(*END) is not None:
-        return tokenizer.special(*END)
-    return tokenizer.eot
-
-
-def template_of(meta, tokenizer):
-    """The template that a checkpoint was trained with; if its meta.json does not say, a guess from its tokenizer."""
-    if meta.get("template"):
-        return meta["template"]
-    return "elite" if tokenizer.special(*START) is None else "chatml"
-
-
-# ---- tokens
-def encode(tokenizer, messages, template, reply=False):
+def encode(tokenizer, messages, template):
     """messages [{"role", "content"}] -> (ids, counts), both lists; counts is 1 on answers and on the id that ends them.
 
-    With `reply` the ids are a prompt: they end where an answer begins. UserError where a token would hold both the end
-    of a prompt and the beginning of an answer, since the prompt alone would then have other tokens.
+    An answer begins where its prompt ends. UserError where the prompt of an answer is not the beginning of the whole
+    conversation, since the model would then be asked otherwise than it was taught.
     """
-    special_ids = {START: tokenizer.special(*START), END: end_id(tokenizer, template)}
-    ids = []
-    counts = []
-    text = ""  # not tokenized yet: as much as there is between two special tokens
-    flags = []  # for each character of it, whether it counts
-    for part, count in parts(messages, template, reply):
-        special_id = special_ids.get(part)
-        if special_id is None:
-            if part == START:  # plain text to a tokenizer that lacks the token
-                part = part[0]
-            text += part
-            flags += [count] * len(part)
-        else:
-            _append_text(ids, counts, tokenizer, text, flags, template)
-            ids.append(special_id)
-            counts.append(count)
-            text = ""
-            flags = []
-    _append_text(ids, counts, tokenizer, text, flags, template)
+    ids = tokens(tokenizer, messages, template)
+    counts = [0] * len(ids)
+    stop_ids = ends(tokenizer, template)
+    for n, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = prompt(tokenizer, messages[:n], template)
+        start = len(before)
+        if ids[:start] != before:
+            whole = render(tokenizer, messages, template)
+            if whole.startswith(render(tokenizer, messages[:n], template, reply=True)):
+                raise UserError(f"{tokenizer.name} has a token that reaches from the prompt into the answer of the "
+                                f"template {template}: use another template")
+            raise UserError(f"the template {template} writes what comes before an answer otherwise once the answer is "
+                            "there, so it cannot be taught: use another template")
+        stop = next((i for i in range(start, len(ids)) if ids[i] in stop_ids), None)
+        if stop is None:
+            raise UserError(f"the template {template} ends an answer without a special token, so that nothing would "
+                            "teach the model to stop: use another template")
+        counts[start:stop + 1] = [1] * (stop + 1 - start)
     return ids, counts
 
 
-def _append_text(ids, counts, tokenizer, text, flags, template):
-    """Tokenize `text` and append its ids to `ids` and the flag of each to `counts`."""
-    new_ids, offsets = tokenizer.encode_offsets(text)
-    for i, (start, stop) in zip(new_ids, offsets, strict=True):
-        # the range may be empty, where other tokens have taken all of a character already
-        first = min(start, stop - 1)
-        last = stop - 1
-        if flags[first] != flags[last]:
-            raise UserError(f"{tokenizer.name} has a token for {text[start:stop]!r}, which reaches from the prompt "
-                            f"into the answer of the template {template}: use another template")
-        ids.append(i)
-        counts.append(flags[last])
+def ends(tokenizer, template):
+    """The ids that end an answer: those of the record, and the special token that the template writes behind one."""
+    ids = set(record_for(tokenizer, template).ends)
+    talk = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    try:
+        behind = render(tokenizer, talk, template).rpartition("answer")[2]
+    except UserError:  # whoever asks with this template will see it
+        return ids
+    special = re.search("|".join(map(re.escape, tokenizer.specials)), behind)
+    if special:
+        ids.add(tokenizer.special(special[0]))
+    return ids
 
 
 def fit(tokenizer, messages, template, n_tokens):
@@ -142,7 +273,7 @@ def fit(tokenizer, messages, template, n_tokens):
     system = [message for message in messages[:1] if message["role"] == "system"]
     rest = messages[len(system):]
     while True:
-        ids, _ = encode(tokenizer, system + rest, template, reply=True)
+        ids = prompt(tokenizer, system + rest, template)
         if len(ids) <= n_tokens or len(rest) <= 1:
             return ids[-n_tokens:]  # the end, where the answer begins
         # a whole exchange: up to the next question

@@ -1,6 +1,7 @@
 """Checkpoints: atomic to write, verified to read, pruned with care. No pickle anywhere.
 
-    runs/NAME/step_000500/   model.safetensors, optimizer.safetensors, tokenizer.json, meta.json (with their sha256)
+    runs/NAME/step_000500/   model.safetensors, optimizer.safetensors, tokenizer.json, meta.json (with their sha256),
+                             and tokenizer_config.json, ...: how the model is spoken to, see thimble/chat.py
     runs/NAME/latest, best   text files that hold the name of one such folder
 
     path = checkpoint.save("runs/tiny", 500, model.state_dict(), optimizer_tensors, meta)
@@ -26,6 +27,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from thimble import chat
 from thimble.configurator import from_flat
 from thimble.files import UserError, remove, replace_folder, short, warn, write_atomic, write_synced
 
@@ -50,7 +52,7 @@ class Checkpoint:
 def save(run_dir, step, model_tensors, optimizer_tensors, meta, tokenizer=None, keep_last=3, best=False):
     """Write run_dir/step_NNNNNN, point `latest` (and `best`) at it, prune, and return its path.
 
-    `meta` is plain JSON without NaN, `tokenizer` the path of a tokenizer.json to copy. The newest `keep_last` whole
+    `meta` is plain JSON without NaN, `tokenizer` the path of a tokenizer.json to copy with the chat.FILES beside it. The newest `keep_last` whole
     checkpoints stay (0: all), and always the best and the latest. UserError if it cannot be written; the checkpoints
     that were there before then still load.
     """
@@ -90,6 +92,10 @@ def _contents(step, model_tensors, optimizer_tensors, meta, tokenizer):
         files["optimizer.safetensors"] = pack_tensors(optimizer_tensors)
     if tokenizer is not None:
         files["tokenizer.json"] = Path(tokenizer).read_bytes()
+        for name in chat.FILES:
+            beside = Path(tokenizer).with_name(name)
+            if beside.is_file():
+                files[name] = beside.read_bytes()
     manifest = {}
     for name, data in files.items():
         manifest[name] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}

@@ -9,6 +9,7 @@ A dataset is a folder that any of the scripts in prepare/ writes:
     train.bin, val.bin              flat little-endian uint16, or uint32 when the vocabulary exceeds 65,535
     train.mask.bin, val.mask.bin    optional, uint8: 1 where a token counts in the loss
     tokenizer.json                  a Hugging Face `tokenizers` file, whatever the kind of tokenizer
+    tokenizer_config.json, ...      how a model of it is spoken to: see thimble/chat.py
     meta.json                       everything else; written last. With a row_length, each row is a separate example
 """
 import contextlib
@@ -44,7 +45,8 @@ LEAST = {"tokens": MIN_TOKENS, "bytes": 1, "documents": 0}  # of each split
 BASELINES = ("uniform", "unigram", "bigram", "trigram")
 REQUIRED_FILES = {"train.bin", "val.bin", "tokenizer.json"}
 MASK_FILES = {"train.mask.bin", "val.mask.bin"}
-ALL_FILES = REQUIRED_FILES | MASK_FILES | {"meta.json"}  # a folder that holds others is not only a dataset
+OPTIONAL_FILES = MASK_FILES | set(chat.FILES)
+ALL_FILES = REQUIRED_FILES | OPTIONAL_FILES | {"meta.json"}  # a folder that holds others is not only a dataset
 
 
 # ---- loading
@@ -109,6 +111,8 @@ def load(path):
             raise _damaged(file, f"has {size:,} bytes, meta.json says {entry['size']:,}")
         if name == "tokenizer.json":
             _check_tokenizer(file, entry, meta["vocab_size"])
+        elif name in chat.FILES:
+            _check_sha256(file, entry)
         elif name in MASK_FILES:
             arrays[name] = _open_mask(file, meta, entry)
         else:
@@ -118,11 +122,17 @@ def load(path):
                    arrays.get("train.mask.bin"), arrays.get("val.mask.bin"))
 
 
-def _check_tokenizer(file, entry, vocab_size):
-    """UserError unless tokenizer.json is as it was written and has `vocab_size` ids, which size a model's embedding."""
+def _check_sha256(file, entry):
+    """The bytes of a file; UserError if it is not as it was written."""
     content = file.read_bytes()
     if hashlib.sha256(content).hexdigest() != entry["sha256"]:
         raise _damaged(file, "does not match its sha256 in meta.json")
+    return content
+
+
+def _check_tokenizer(file, entry, vocab_size):
+    """UserError unless tokenizer.json is as it was written and has `vocab_size` ids, which size a model's embedding."""
+    content = _check_sha256(file, entry)
     # read as plain JSON: importing the tokenizers library takes longer than all the rest of loading
     try:
         parsed = json.loads(content)
@@ -222,7 +232,7 @@ def _fault_of(meta):
     if overlap is not None and not _is_number(overlap, most=1):
         return f"has overlap_13gram {overlap!r:.60}, which must be a share from 0 to 1 or null"
     # exact names, so that no entry can point out of the folder
-    if not REQUIRED_FILES <= set(meta["files"]) <= REQUIRED_FILES | MASK_FILES:
+    if not REQUIRED_FILES <= set(meta["files"]) <= REQUIRED_FILES | OPTIONAL_FILES:
         return f"lists the files {sorted(meta['files'])!r:.200}, which are not those of a dataset"
     for name, entry in meta["files"].items():
         size = entry.get("size") if isinstance(entry, dict) else None
@@ -238,9 +248,10 @@ def _fault_of_rows(meta):
         return f"has row_length {row_length!r:.60}, which must be a whole number"
     if not row_length and "template" not in meta:  # running text
         return None
-    if not row_length or meta.get("template") not in chat.TEMPLATES:
+    templates = (*chat.TEMPLATES, chat.OWN)
+    if not row_length or meta.get("template") not in templates:
         return (f"has row_length {row_length!r:.60} and template {meta.get('template')!r:.60}: rows of conversations "
-                f"need both, the template one of {', '.join(chat.TEMPLATES)}")
+                f"need both, the template one of {', '.join(templates)}")
     for split in SPLITS:
         n_tokens = meta["tokens"][split] - 1  # one stands behind the last row
         if n_tokens % row_length:
@@ -463,8 +474,10 @@ class Writer:
             if n_tokens < MIN_TOKENS:
                 raise UserError(f"{self.path}: the text is too short, its {split} split would have {n_tokens} token(s) "
                                 f"and needs at least {MIN_TOKENS}: use more text")
-        # as bytes through _write, which hashes it like the others
-        self._write("tokenizer.json", np.frombuffer(self.tokenizer.to_json().encode(), np.uint8))
+        texts = {"tokenizer.json": self.tokenizer.to_json()} | chat.files(self.tokenizer)
+        for name, text in texts.items():
+            # as bytes through _write, which hashes them like the others
+            self._write(name, np.frombuffer(text.encode(), np.uint8))
         entries = {}
         for name, file in self.files.items():
             file.flush()

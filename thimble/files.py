@@ -8,6 +8,7 @@
 """
 import contextlib
 import importlib
+import json
 import os
 import shutil
 import socket
@@ -44,6 +45,22 @@ def need(package, what):
         return importlib.import_module(package)
     except ImportError:
         raise UserError(f"{what} needs the package {package}: pip install {package}") from None
+
+
+def read_json(path, default=None):
+    """The object in a JSON file; `default`, if there is one, where the file is missing. UserError if it is damaged."""
+    path = Path(path)
+    if default is not None and not path.is_file():
+        return default
+    try:
+        if path.stat().st_size > 2**26:
+            raise ValueError("it is over 64 MB")
+        value = json.loads(path.read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError("it is not a JSON object")
+    except (ValueError, RecursionError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({short(error, 100)}): download it again") from None
+    return value
 
 
 # ---- locking

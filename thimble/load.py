@@ -1,4 +1,4 @@
-"""Whatever a path is, a model that can be used: a run, a checkpoint, a Hugging Face folder or a GGUF file.
+"""Whatever a path is, a model that can be used: a run, a checkpoint, a Hugging Face folder or name, a GGUF file.
 
     loaded = load("runs/tiny_cpu")
     loaded.model, loaded.tokenizer, loaded.template, loaded.stop_ids
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from thimble import chat, checkpoint
+from thimble import chat, checkpoint, hub
 from thimble.files import UserError, short, warn
 from thimble.tokenizer import Tokenizer, load_tokenizer
 
@@ -26,8 +26,8 @@ class Loaded:
     meta: dict  # of the checkpoint
     model: torch.nn.Module  # on its device, in eval mode
     tokenizer: Tokenizer
-    template: str  # how a conversation is written
-    stop_ids: set  # ids that end a text: the end of text, and those that an imported model names
+    template: str  # how a conversation is written: the name of one of chat.TEMPLATES, or chat.OWN
+    stop_ids: set  # ids that end a text: those of the tokenizer's record
     answer_ids: set  # ids that end an answer: those, and the end of a message
 
 
@@ -54,17 +54,25 @@ def load(path=None, which="best", device="cpu", template="auto", deploy=None):
         raise UserError(f"{found.path}: its tokenizer has {tokenizer.vocab_size} ids, but its model only "
                         f"{model.config.vocab_size}: they do not belong together; copy both again from one place")
     if template == "auto":
-        template = chat.template_of(found.meta, tokenizer)
-    stop_ids = {tokenizer.eot, *found.meta.get("stop_ids", ())}
-    answer_ids = stop_ids | {chat.end_id(tokenizer, template)}
-    return Loaded(found.path, name_of(found.path), found.meta, model, tokenizer, template, stop_ids, answer_ids)
+        template = chat.template_of(tokenizer)
+    stop_ids = set(tokenizer.record.ends)
+    answer_ids = stop_ids | chat.ends(tokenizer, template)
+    name = name_of(found.path)
+    if "hub" in found.meta:  # whose folder is called by a hash
+        name = found.meta["hub"].partition("@")[0].rpartition("/")[2].removesuffix(".gguf")
+    return Loaded(found.path, name, found.meta, model, tokenizer, template, stop_ids, answer_ids)
 
 
 def read(path=None, which="latest"):
-    """The Checkpoint at `path`: a run (its `which`), a checkpoint folder, a Hugging Face folder or a GGUF file.
+    """The Checkpoint at `path`: a run (its `which`), a checkpoint folder, a Hugging Face folder or name, a GGUF file.
 
     An empty path is the newest run. UserError if it is none of these, or damaged.
     """
+    if path and hub.is_name(path):
+        path, name = hub.fetch(path)
+        found = read(path, which)
+        found.meta["hub"] = name  # with its revision
+        return found
     path = Path(path) if path else checkpoint.newest_run()
     suffixes = {file.suffix for file in path.glob("*")}
     # a run has a config.json, too, but no weights beside it; a checkpoint has weights, but no config.json
@@ -73,16 +81,25 @@ def read(path=None, which="latest"):
         return hf.read(path) if path.is_dir() else gguf.read(path)
     if (path / "val.bin").is_file():  # else its meta.json would be taken for that of a damaged checkpoint
         raise UserError(f"{path} is a dataset, not a model: train one on it with python train.py --dataset={path}")
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise UserError(f"{path} is an adapter (PEFT), not a whole model: merge it into its model first, with peft's "
+                        "merge_and_unload(), and save that")
     if (path / "onnx").is_dir():  # else it would be taken for a run without a checkpoint
         raise UserError(f"{path} is an ONNX export, which cannot be read back: name the run that it was made from")
     return checkpoint.load(path, which)
 
 
 def read_tokenizer(path):
-    """The Tokenizer of a tokenizer.json, of the folder (dataset, checkpoint) that holds one, or of a GGUF file."""
-    if Path(path).suffix == ".gguf":
+    """The Tokenizer of a tokenizer.json, of the folder (dataset, checkpoint) that holds one, or of a GGUF file.
+
+    Also of a name on the Hugging Face Hub.
+    """
+    if hub.is_name(path):
+        path, _ = hub.fetch(path)
+    if Path(path).is_file() and Path(path).suffix != ".json":
         from formats import gguf
-        return gguf.read_tokenizer(Path(path))
+        if gguf.is_gguf(path):
+            return gguf.read_tokenizer(Path(path))
     return load_tokenizer(path)
 
 

@@ -216,7 +216,7 @@ def show_samples(model, prompts, tokenizer, cfg):
     model.eval()
     for prompt, ids in prompts.items():
         generator = torch.Generator().manual_seed(cfg.seed)  # its own: sampling must not change training
-        new = list(generate(model, ids, cfg.prompt_tokens, generator, {tokenizer.eot}, tokenizer.vocab_size,
+        new = list(generate(model, ids, cfg.prompt_tokens, generator, tokenizer.record.ends, tokenizer.vocab_size,
                             temperature=0.8, top_k=50))
         text = prompt + tokenizer.decode(new)
         print("    " + text.replace("\n", "\n    "), flush=True)

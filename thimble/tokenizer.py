@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from thimble import chat
 from thimble.files import UserError
 
 EOT = "<|endoftext|>"
@@ -35,9 +36,10 @@ def guard(what, function, *args, **kwargs):
 
 
 def load_tokenizer(path):
-    """The Tokenizer of a tokenizer.json, or of the folder (dataset, checkpoint) that holds one; UserError otherwise.
+    """The Tokenizer of a tokenizer.json and of the files beside it that say how its model is spoken to.
 
-    If it has no end-of-text token under any usual name, "<|endoftext|>" is added as a new last id.
+    `path` may be the folder (dataset, checkpoint, Hugging Face's) that holds them. UserError if there is none. If
+    nothing says what ends a text, and no token has a usual name, "<|endoftext|>" is added as a new last id.
     """
     file = Path(path)
     if file.is_dir():
@@ -49,22 +51,28 @@ def load_tokenizer(path):
     except UnicodeDecodeError:
         raise UserError(f"{file} is not UTF-8 text, so it is not a tokenizer.json") from None
     what = f"{file} is not a tokenizer that the tokenizers library can read"
-    return guard(what, lambda: Tokenizer(library().Tokenizer.from_str(text), name=str(file)))
+    said = chat.read(file.parent)
+    return guard(what, lambda: Tokenizer(library().Tokenizer.from_str(text), str(file), said))
 
 
 class Tokenizer:
     """A tokenizers.Tokenizer (`hf`) with a known end-of-text id (`eot`), no silent losses and one-line errors.
 
     kind is "byte", "char", "bpe" or the lower-case name of another model of the tokenizers library; specials is
-    {token: id} of the special tokens, `eot` among them; name is for error messages.
+    {token: id} of the special tokens, `eot` among them; record is the chat.Record of what `said` says (chat.read);
+    name is for error messages.
     """
 
-    def __init__(self, hf, name="tokenizer"):
+    def __init__(self, hf, name="tokenizer", said=None):
         # some files ask for these, and would lose text or add tokens
         hf.no_truncation()
         hf.no_padding()
+        said = said or {}
         vocab = hf.get_vocab(with_added_tokens=True)
         eot = next((token for token in EOT_NAMES if token in vocab), EOT)
+        ends = chat.known_ids(said.get("ends", ()), vocab)
+        if eot not in vocab and ends:
+            eot = hf.id_to_token(ends[0])
         hf.add_special_tokens([eot])  # gives it a new last id, or marks the one that it has as special
         vocab = hf.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
@@ -76,10 +84,33 @@ class Tokenizer:
         self.hf = hf
         self.name = name
         self.eot = vocab[eot]
+        self.record = self._record(said, vocab)
         self.specials = {token.content: i for i, token in hf.get_added_tokens_decoder().items() if token.special}
         hf.encode_special_tokens = True  # whatever a user types is text; tokenizer.json does not hold this setting
         ordinary = {token: i for token, i in vocab.items() if token not in self.specials}
         self.kind, self._table = _kind_and_table(hf, ordinary)
+
+    def _record(self, said, vocab):
+        """The chat.Record, with which the special tokens and the post-processor of `hf` agree from here on."""
+        hf = self.hf
+        plain = hf.encode("a", add_special_tokens=False).ids
+        whole = hf.encode("a").ids
+        added = whole[0] if len(whole) > len(plain) and whole[1:1 + len(plain)] == plain else None
+        if not isinstance(said.get("adds_bos"), bool):  # where both say it, transformers believes the setting
+            said = said | {"adds_bos": added is not None}
+        if said["adds_bos"] and added is not None:
+            said = said | {"bos": [added]}
+        record = chat.record(said, vocab, self.eot)
+        special = hf.get_added_tokens_decoder()
+        for i in (record.bos, *record.ends):
+            if i not in special or not special[i].special:
+                hf.add_special_tokens([hf.id_to_token(i)])
+        if record.adds_bos and added is None:
+            bos = hf.id_to_token(record.bos)
+            hf.post_processor = library().processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, record.bos)])
+        elif added is not None and not record.adds_bos:
+            hf.post_processor = None
+        return record
 
     def to_json(self):
         """The content of its tokenizer.json."""
@@ -98,6 +129,13 @@ class Tokenizer:
             ids += [self.specials[part]] if part in self.specials else self.encode(part)
         return ids
 
+    def encode_prompt(self, text):
+        """The ids of a text to continue: behind bos if the model knows texts so; never none."""
+        ids = self.encode(text)
+        if self.record.adds_bos:
+            return [self.record.bos, *ids]
+        return ids or [self.eot]
+
     def encode_batch(self, texts):
         """The ids of each text as uint32 arrays; byte and char tokenizers take a shortcut through a table."""
         if self._table is None:
@@ -112,13 +150,6 @@ class Tokenizer:
         for text, ids in zip(texts, arrays, strict=True):
             self._check_known(text, ids)
         return arrays
-
-    def encode_offsets(self, text):
-        """The ids of `text`, and for each the (start, end) of the characters that it stands for."""
-        if self.kind == "char":
-            self.encode(text)  # names a character that it does not know, where the library drops it
-        encoding = self._guarded([text], lambda: self.hf.encode(text, add_special_tokens=False))
-        return encoding.ids, encoding.offsets
 
     @functools.cached_property
     def _with_specials(self):
