@@ -357,11 +357,11 @@ def build_tokenizer(tokens, types, merges, pre, said, name):
         else:
             split = byte_tokenizer().hf.pre_tokenizer
         hf = byte_level(normal | inside, pairs, split, ignore_merges=pre == "llama-bpe")
-    for kind, add in ((USER_DEFINED, hf.add_tokens), (CONTROL, hf.add_special_tokens)):
-        for i, token in enumerate(tokens):
-            if types[i] != kind:
-                continue
-            if hf.token_to_id(token) is None and hf.get_vocab_size() != i:
-                raise ValueError(f"token {token!r} has id {i}, out of order")
-            add([token])
+    add = {USER_DEFINED: hf.add_tokens, CONTROL: hf.add_special_tokens}
+    for i, token in enumerate(tokens):
+        if types[i] not in add:
+            continue
+        if hf.token_to_id(token) is None and hf.get_vocab_size() != i:
+            raise ValueError(f"token {token!r} has id {i}, out of order")
+        add[types[i]]([token])
     return Tokenizer(hf, name, said)
