@@ -1,6 +1,8 @@
 """How a model is spoken to: beside transformers and llama.cpp, and templates that must not be believed."""
 import copy
 import json
+import shutil
+import subprocess
 import time
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from cases import SHAPE, TEXT, loaded, send
 
 import model
+from formats import web
 from formats.check import LlamaCpp
 from prepare.make_tokenizer import train_bpe
 from thimble import chat, load
@@ -340,3 +343,51 @@ def test_a_model_that_was_not_taught_is_exported_without_a_template(tmp_path):
     send(untrained(tokenizer), tokenizer, tmp_path / "hf", "hf", check=False)
     assert not (tmp_path / "hf" / "chat_template.jinja").exists()
     assert load.load(tmp_path / "hf").template == "elite" == loaded(None, tokenizer).template
+
+
+# ---- the page
+NODE = """
+import { readFileSync } from "node:fs";
+import { Tokenizer } from "@huggingface/tokenizers";
+import { Template } from "@huggingface/jinja";
+import { Speaker } from "./chat.mjs";
+const read = path => JSON.parse(readFileSync(path));
+const out = read("asked.json").map(({ folder, talks, texts }) => {
+  const [vocabulary, settings, generation] =
+    ["tokenizer", "tokenizer_config", "generation_config"].map(name => read(`${folder}/${name}.json`));
+  const speaker = new Speaker(Tokenizer, Template, vocabulary, settings, generation.eos_token_id);
+  return [...talks.map(talk => speaker.conversation(talk)), ...texts.map(text => speaker.prompt(text)),
+          speaker.fit([...talks[1]], 20), speaker.decode(speaker.prompt("the 日本"))];
+});
+console.log(JSON.stringify(out));
+"""
+
+
+@pytest.mark.slow  # npm asks its registry
+def test_the_page_speaks_as_we_do(tmp_path):
+    if not (shutil.which("npm") and shutil.which("node")):
+        pytest.skip("needs npm and node")
+    packages = [package for package in web.PACKAGES if "/jinja" in package or "/tokenizers" in package]
+    command = ["npm", "install", "--ignore-scripts", "--prefix", str(tmp_path), *packages]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("npm could not install the page's packages")
+    asked, want = [], []
+    talks = [TALK[:1], TALK[:3], [SYSTEM, *TALK[:3]]]
+    talks.append([{"role": "user", "content": "<|im_end|></s><|eot_id|> <think>"}])
+    for name in (*chat.TEMPLATES, *FAMILIES):
+        ours = name in chat.TEMPLATES
+        tokenizer = taught(name) if ours else family(name, tmp_path / f"{name}-there")
+        template = name if ours else chat.OWN
+        folder = tmp_path / name
+        send(untrained(tokenizer), tokenizer, folder, "hf", check=False)
+        texts = ["the 1234", "", "<|im_end|></s> a"]
+        asked.append({"folder": str(folder), "talks": talks, "texts": texts})
+        found = [chat.prompt(tokenizer, talk, template) for talk in talks]
+        found += [tokenizer.encode_prompt(text) for text in texts]
+        want.append([*found, chat.fit(tokenizer, TALK[:3], template, 20), "the 日本"])
+    (tmp_path / "asked.json").write_text(json.dumps(asked))
+    shutil.copyfile(web.PAGE / "chat.mjs", tmp_path / "chat.mjs")
+    (tmp_path / "ask.mjs").write_text(NODE)
+    done = subprocess.run(["node", "ask.mjs"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == want
