@@ -1,5 +1,4 @@
 """How a model is spoken to: beside transformers and llama.cpp, and templates that must not be believed."""
-import copy
 import json
 import shutil
 import subprocess
@@ -7,13 +6,17 @@ import time
 
 import pytest
 import torch
-from cases import SHAPE, TEXT, loaded, send
+from cases import SHAPE, TEXT, edit_json, loaded, send
+from tokenizers import processors
 
+import export
 import model
+import train
 from formats import web
 from formats.check import LlamaCpp
+from prepare import sft
 from prepare.make_tokenizer import train_bpe
-from thimble import chat, load
+from thimble import chat, configurator, load
 from thimble.files import UserError
 from thimble.tokenizer import Tokenizer, byte_tokenizer
 
@@ -88,10 +91,10 @@ FAMILIES = {
     "SmolLM2": (CHATML_TOKENS, {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>",
                                 "unk_token": "<|endoftext|>"}, {}, SMOLLM2),
     "Zephyr": (["<unk>", "<s>", "</s>"], {"bos_token": {"content": "<s>"}, "eos_token": {"content": "</s>"},
-                                          "pad_token": "</s>", "unk_token": "<unk>", "add_bos_token": True},
+                                          "pad_token": "</s>", "unk_token": "<unk>"},
                {}, ZEPHYR),
     "Llama-3": (["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
-                {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "add_bos_token": True},
+                {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
                 {"eos_token_id": ["<|end_of_text|>", "<|eot_id|>"]}, LLAMA3),
     "Qwen2.5": (CHATML_TOKENS, {"bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
                 {"eos_token_id": ["<|im_end|>", "<|endoftext|>"]}, QWEN25),
@@ -110,6 +113,9 @@ def family(name, folder):
     # <think> and </think> of Qwen3 are tokens, but not special ones
     hf.add_special_tokens([token for token in tokens if "think" not in token])
     hf.add_tokens([token for token in tokens if "think" in token])
+    if name in ("Zephyr", "Llama-3"):
+        bos = {"Zephyr": "<s>", "Llama-3": "<|begin_of_text|>"}[name]
+        hf.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, hf.token_to_id(bos))])
     text = hf.to_str().replace("<|endoftext|>", "<|unused|>") if "<|endoftext|>" not in tokens else hf.to_str()
     folder.mkdir()
     (folder / "tokenizer.json").write_text(text)
@@ -122,7 +128,8 @@ def family(name, folder):
 
 def untrained(tokenizer):
     torch.manual_seed(0)
-    return model.Model(model.Config(**SHAPE | {"n_layer": 1, "block_size": 256}, vocab_size=tokenizer.vocab_size)).eval()
+    shape = SHAPE | {"n_layer": 1, "block_size": 256, "vocab_size": tokenizer.vocab_size}
+    return model.Model(model.Config(**shape)).eval()
 
 
 def taught(name):
@@ -208,28 +215,22 @@ def test_nobody_can_type_a_special_token_of_a_foreign_template(tmp_path):
 
 # ---- bos
 def test_a_tokenizer_that_adds_bos_is_asked_with_bos(tmp_path):
-    """By its post-processor, as Llama 3's, or by a setting."""
-    from tokenizers import processors
-
+    """By its post-processor, as Llama 3's, or by what a GGUF file says."""
     pytest.importorskip("gguf", reason="pip install -r requirements-test.txt")
     tokenizer = family("Llama-3", tmp_path / "there")
     bos = tokenizer.special("<|begin_of_text|>")
     plain = byte_tokenizer()
     assert not plain.record.adds_bos and plain.encode_prompt("a") == plain.encode("a") == [97]
     assert plain.encode_prompt("") == [plain.eot]
-    hf = copy.deepcopy(tokenizer.hf)
-    hf.post_processor = processors.TemplateProcessing("<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", bos)])
     made = untrained(tokenizer)
     send(made, tokenizer, tmp_path / "m.gguf", "gguf", check=False)
-    for one in (tokenizer, Tokenizer(hf), load.read_tokenizer(tmp_path / "m.gguf")):
+    for one in (tokenizer, load.read_tokenizer(tmp_path / "m.gguf")):
         assert one.record.adds_bos and one.record.bos == bos
         assert one.encode_prompt("a") == [bos, *one.encode("a")] and one.encode_prompt("") == [bos]
         assert bos not in one.encode("a")
         assert one.hf.encode("a").ids == one.encode_prompt("a")  # whoever reads its tokenizer.json alone
     # one of our templates, too, begins with it
     assert chat.prompt(tokenizer, TALK[:1], "elite")[0] == bos
-    off = Tokenizer(copy.deepcopy(hf), said={"adds_bos": False})
-    assert off.encode_prompt("a") == off.hf.encode("a").ids == off.encode("a")
 
 
 def test_whoever_asks_begins_with_bos(tmp_path, monkeypatch):
@@ -269,8 +270,9 @@ def test_an_end_token_of_another_name(tmp_path):
 # ---- templates that must not be believed
 HOSTILE = {
     "a class": "{{ messages.__class__ }}", "its bases": "{{ ''.__class__.__mro__ }}",
-    "globals": "{{ cycler.__init__.__globals__.os.popen('id').read() }}", "a filter": "{{ messages|attr('__class__') }}",
-    "a format": "{{ '{0.__class__}'.format(messages) }}", "a change": "{{ messages.append(1) }}",
+    "globals": "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+    "a filter": "{{ messages|attr('__class__') }}", "a format": "{{ '{0.__class__}'.format(messages) }}",
+    "a change": "{{ messages.append(1) }}",
     "a file": "{% include '/etc/passwd' %}", "a huge range": "{% for i in range(999999999) %}{% endfor %}",
     "loops in loops": "{% for i in range(9999) %}{% for j in range(9999) %}x{% endfor %}{% endfor %}",
     "recursion": "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
@@ -297,8 +299,8 @@ def test_a_hostile_template_ends_in_one_line(name):
 
 UNTEACHABLE = {
     # as Mistral's, which writes the system message into the last question
-    "writes what comes before": "{% for m in messages if m.role != 'system' %}{% if loop.last and messages[0].role == "
-                                "'system' %}{{ messages[0].content }}{% endif %}{{ m.content }}{{ eos_token }}{% endfor %}",
+    "writes what comes before": "{% for m in messages[1:] %}{% if loop.last %}{{ messages[0].content }}{% endif %}"
+                                "{{ m.content }}{{ eos_token }}{% endfor %}",
     "without a special token": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
                                "{% if add_generation_prompt %}assistant:{% endif %}",
 }
@@ -343,6 +345,84 @@ def test_a_model_that_was_not_taught_is_exported_without_a_template(tmp_path):
     send(untrained(tokenizer), tokenizer, tmp_path / "hf", "hf", check=False)
     assert not (tmp_path / "hf" / "chat_template.jinja").exists()
     assert load.load(tmp_path / "hf").template == "elite" == loaded(None, tokenizer).template
+
+
+# ---- from an import to an export
+def test_what_a_model_came_with_leaves_with_what_it_was_taught(tmp_path):
+    """A foreign folder is fine-tuned, here with its own template or one of ours, and exported again."""
+    tokenizer = family("SmolLM2", tmp_path / "there")
+    send(untrained(tokenizer), tokenizer, tmp_path / "base", "hf", check=False)
+    records = [{"question": f"{i}?", "answer": f"{i}!"} for i in range(40)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, records)))
+    for name, template in (("auto", chat.OWN), ("elite", "elite")):
+        sft.main(sft.Config(input=(str(tmp_path / "in.jsonl"),), name=name, tokenizer=str(tmp_path / "base"),
+                            block_size=64, val_fraction=0.2, template=name, data_dir=str(tmp_path)))
+        cfg = configurator.load(train.Config, dataset=str(tmp_path / name), init_from=str(tmp_path / "base"),
+                                max_steps=1, compile=False, out_dir=str(tmp_path / f"run-{name}"), batch_size=2,
+                                block_size=64, device="cpu", dtype="float32")
+        train.train(cfg)
+        tuned = load.load(tmp_path / f"run-{name}")
+        assert tuned.template == template
+        export.export(tuned, export.Config(out=str(tmp_path / f"out-{name}"), check=False))
+        record = load.read_tokenizer(tmp_path / f"out-{name}").record
+        assert record == tuned.tokenizer.record == chat.record_for(tokenizer, template)
+        assert record.bos == tokenizer.record.bos and record.pad == tokenizer.record.pad
+        main = tokenizer.record.ends[0] if template == chat.OWN else tokenizer.eot
+        assert record.ends[0] == main and set(record.ends) == set(tokenizer.record.ends)
+
+
+def test_a_checkpoint_from_before_there_was_a_record(tmp_path):
+    """Its meta.json names one of our templates, in which it is asked and exported."""
+    tokenizer = Tokenizer(taught("chatml").hf)
+    for name in ("chatml", "elite"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text(tokenizer.to_json())
+        (folder / "meta.json").write_text(json.dumps({"template": name}))
+        old = load.read_tokenizer(folder)
+        assert chat.template_of(old) == name and old.record == chat.record_for(tokenizer, name)
+
+
+# ---- what the check sees
+def replace_bytes(old, new, name=None):
+    def damage(path):
+        file = path / name if name else path
+        content = file.read_bytes()
+        assert len(old) == len(new) and content.count(old) == 1
+        file.write_bytes(content.replace(old, new))
+    return damage
+
+
+SABOTAGE = {
+    "another template": ("hf", replace_bytes(b"'<|eot_id|>'", b"'<|EOT_ID|>'", "chat_template.jinja")),
+    "a text without bos": ("hf", edit_json("tokenizer.json", post_processor=None)),
+    "an end less": ("hf", edit_json("generation_config.json", eos_token_id=[404])),
+    "another template in a file": ("gguf", replace_bytes(b"'<|eot_id|>'", b"'<|EOT_ID|>'")),
+    "a file without bos": ("gguf", replace_bytes(b"add_bos_token\x07\0\0\0\x01", b"add_bos_token\x07\0\0\0\0")),
+    "another template in a folder": ("onnx", replace_bytes(b"'<|eot_id|>'", b"'<|EOT_ID|>'", "chat_template.jinja")),
+}
+
+
+@pytest.mark.parametrize("name", ["nothing", *SABOTAGE])
+def test_the_check_sees(tmp_path, monkeypatch, name):
+    for package in ("transformers", "xllamacpp", "onnxruntime"):
+        pytest.importorskip(package, reason="pip install -r requirements-test.txt")
+    forms = {"nothing": ("gguf", lambda path: None)} | SABOTAGE
+    form, damage = forms[name]
+    tokenizer = family("Llama-3", tmp_path / "there")
+    check = export.check
+
+    def sabotaged(artefact, *args):
+        damage(artefact.path)
+        return check(artefact, *args)
+    monkeypatch.setattr(export, "check", sabotaged)
+    settings = {"prompts": 2, "prompt_tokens": 4}
+    if name == "nothing":
+        assert send(untrained(tokenizer), tokenizer, tmp_path / "m", form, **settings)["same"] == 2
+        return
+    with pytest.raises(UserError, match="check failed: (a conversation is|a text begins|texts end)") as error:
+        send(untrained(tokenizer), tokenizer, tmp_path / "m", form, **settings)
+    assert "\n" not in str(error.value) and not (tmp_path / "m").exists()
 
 
 # ---- the page

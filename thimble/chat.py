@@ -24,8 +24,8 @@ FILES = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja
 MARK = "\ud800"
 
 # ---- templates
-# User: question / Assistant: answer, each on a line. The space belongs to the answer: in most vocabularies it is part of
-# the first word's token.
+# User: question / Assistant: answer, each on a line. The space before an answer belongs to it: in most vocabularies it
+# is part of the first word's token.
 ELITE = """{%- for message in messages %}
     {%- if message['role'] == 'assistant' %}
         {{- 'Assistant: ' + message['content'] | trim + '\\n' + eos_token }}
@@ -83,7 +83,8 @@ def read(folder):
     folder = Path(folder)
     special = read_json(folder / "special_tokens_map.json", {}) | read_json(folder / "tokenizer_config.json", {})
     generation = read_json(folder / "config.json", {}) | read_json(folder / "generation_config.json", {})
-    said = {"ends": [], "adds_bos": special.get("add_bos_token")}
+    # not add_bos_token: beside a tokenizer.json, whose post-processor adds bos or does not, transformers ignores it
+    said = {"ends": []}
     for role in ("bos", "eos", "pad", "unk"):
         token = special.get(f"{role}_token")
         if isinstance(token, dict):  # with its settings
