@@ -249,6 +249,27 @@ def test_whoever_asks_begins_with_bos(tmp_path, monkeypatch):
     assert speaker.text_nats("the")[1].sum() == len(tokenizer.encode("the"))
 
 
+def test_the_server_begins_with_bos(tmp_path):
+    pytest.importorskip("openai", reason="pip install -r requirements-test.txt")
+    from test_serve import ask, running
+
+    import serve
+
+    tokenizer = family("Llama-3", tmp_path / "there")
+    send(untrained(tokenizer), tokenizer, tmp_path / "hf", "hf", check=False)
+    with running(None, serve.build(serve.Config(checkpoint=str(tmp_path / "hf"), port=0, log=False))) as (port, _):
+        def n_read(path, **body):
+            return ask(port, path, body | {"max_tokens": 1})[1]["usage"]["prompt_tokens"]
+
+        plain = tokenizer.encode("the")
+        assert n_read("/v1/completions", prompt="the") == 1 + len(plain)
+        assert n_read("/v1/completions", prompt=plain) == len(plain)
+        talk = chat.prompt(tokenizer, TALK[:1], chat.OWN)
+        assert n_read("/v1/chat/completions", messages=TALK[:1]) == len(talk)
+        assert ask(port, "/tokenize", {"prompt": "the"})[1]["tokens"] == [tokenizer.record.bos, *plain]
+        assert ask(port, "/tokenize", {"prompt": "the", "add_special_tokens": False})[1]["tokens"] == plain
+
+
 # ---- end tokens
 def test_an_end_token_of_another_name(tmp_path):
     """Its id is the last one of the vocabulary, so that no other may be added to it."""
@@ -335,9 +356,10 @@ def test_records_in_older_files(tmp_path):
     (tmp_path / "config.json").write_text('{"eos_token_id": [98, -1, true, 99999], "pad_token_id": 99}')
     tokenizer = load.read_tokenizer(tmp_path)
     assert tokenizer.record == chat.Record(97, (98, 256), False, 99, None, "{{ 2 }}")
-    (tmp_path / "special_tokens_map.json").write_text("{")
-    with pytest.raises(UserError, match="special_tokens_map.json cannot be read"):
-        load.read_tokenizer(tmp_path)
+    for name, content in (("chat_template.jinja", b"\xff"), ("special_tokens_map.json", b"{")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name} (cannot be read|is not UTF-8)"):
+            load.read_tokenizer(tmp_path)
 
 
 def test_a_model_that_was_not_taught_is_exported_without_a_template(tmp_path):

@@ -27,8 +27,8 @@ def render(source, **variables):
         template = sandbox.template_class.from_code(sandbox, compiled(source), sandbox.globals)
         return sandbox.bounded(template.render(variables))
     except Exception as error:  # of the template: syntax, recursion, types, what it raises itself
-        raise UserError(f"the chat template cannot be used ({type(error).__name__}: {short(error, 150)}): name another "
-                        "with --template") from None
+        raise UserError(f"the chat template cannot be used ({type(error).__name__}: {short(error, 150)}): use another "
+                        "--template") from None
 
 
 @functools.lru_cache(maxsize=16)
