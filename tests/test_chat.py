@@ -1,5 +1,6 @@
 """How a model is spoken to: beside transformers and llama.cpp, and templates that must not be believed."""
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -18,6 +19,7 @@ from prepare import sft
 from prepare.make_tokenizer import train_bpe
 from thimble import chat, configurator, load
 from thimble.files import UserError
+from thimble.generate import generate
 from thimble.tokenizer import Tokenizer, byte_tokenizer
 
 # Short forms of what these families of models came with: (special tokens, what Hugging Face's files say, template)
@@ -447,6 +449,14 @@ def test_the_check_sees(tmp_path, monkeypatch, name):
     assert "\n" not in str(error.value) and not (tmp_path / "m").exists()
 
 
+def test_what_llama_cpp_adds_to_a_template_is_told(tmp_path, capsys):
+    """Zephyr's template does not write bos, which transformers therefore leaves out of a conversation."""
+    pytest.importorskip("xllamacpp", reason="pip install -r requirements-test.txt")
+    tokenizer = family("Zephyr", tmp_path / "there")
+    send(untrained(tokenizer), tokenizer, tmp_path / "m", "gguf", prompts=2, prompt_tokens=4)
+    assert "llama.cpp puts bos in front of a conversation" in capsys.readouterr().err
+
+
 # ---- the page
 NODE = """
 import { readFileSync } from "node:fs";
@@ -493,3 +503,56 @@ def test_the_page_speaks_as_we_do(tmp_path):
     done = subprocess.run(["node", "ask.mjs"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == want
+
+
+# What the page needs of a browser. It sends two questions, or two texts to continue, and prints what it wrote.
+BROWSER = """
+import { readFileSync } from "node:fs";
+const elements = {}, at = name => new URL(name, import.meta.url);
+const element = id => elements[id] ??= { value: { n: "9", temperature: "0", top_k: "0" }[id] ?? "", children: [],
+  append(...more) { this.children.push(...more); }, replaceChildren(...all) { this.children = all; },
+  hasChildNodes() { return this.children.length > 0; } };
+Object.assign(globalThis, {
+  self: globalThis, navigator: { hardwareConcurrency: 1 }, location: { search: process.argv[2], href: at(".").href },
+  document: { getElementById: element, createElement: () => ({}), createTextNode: data => ({ data }),
+              body: { dataset: {} } },
+  fetch: async name => {
+    const bytes = readFileSync(at(name));
+    return { ok: true, json: async () => JSON.parse(bytes), arrayBuffer: async () => Uint8Array.from(bytes).buffer };
+  } });
+await import("./page.mjs");
+while (!/running|error/.test(element("status").textContent)) await new Promise(done => setTimeout(done, 50));
+const written = [];
+for (const text of ["Say 1", "Why?"]) {
+  element("prompt").value = text;
+  await element("go").onclick();
+  written.push(document.body.dataset.ids);
+}
+console.log(JSON.stringify([element("mode").hidden, document.body.dataset.state, ...written]));
+process.exit();
+"""
+
+
+@pytest.mark.slow  # npm asks its registry
+def test_the_page_chats_if_the_model_was_taught_to(tmp_path):
+    if not (shutil.which("npm") and shutil.which("node")):
+        pytest.skip("needs npm and node")
+    tokenizer = family("Llama-3", tmp_path / "there")
+    made, folder = untrained(tokenizer), tmp_path / "web"
+    send(made, tokenizer, folder, "web", check=False)
+    page = (folder / "index.html").read_text()
+    (folder / "page.mjs").write_text(re.search('<script type="module">(.*)</script>', page, re.S)[1])
+    (folder / "browser.mjs").write_text(BROWSER)
+
+    def write(ids):
+        return list(generate(made, ids, 9, temperature=0, stop_ids=tokenizer.record.ends))
+
+    talk, answers = [], []
+    for text in ("Say 1", "Why?"):
+        talk.append({"role": "user", "content": text})
+        answers.append(write(chat.prompt(tokenizer, talk, chat.OWN)))
+        talk.append({"role": "assistant", "content": tokenizer.decode(answers[-1])})
+    for search, want in (("", answers), ("?chat=0", [write(tokenizer.encode_prompt(t)) for t in ("Say 1", "Why?")])):
+        done = subprocess.run(["node", "browser.mjs", search], cwd=folder, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout) == [False, "done", *(" ".join(map(str, ids)) for ids in want)]

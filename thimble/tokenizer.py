@@ -93,11 +93,13 @@ class Tokenizer:
     def _record(self, said, vocab):
         """The chat.Record, with which the special tokens and the post-processor of `hf` agree from here on."""
         hf = self.hf
-        plain = hf.encode("a", add_special_tokens=False).ids
-        whole = hf.encode("a").ids
-        added = whole[0] if len(whole) > len(plain) and whole[1:1 + len(plain)] == plain else None
-        if added is not None:
-            said = said | {"bos": [added], "adds_bos": True}
+        added = None
+        if hf.post_processor is not None:  # which may add a token on either side, or none
+            plain = hf.encode("a", add_special_tokens=False).ids
+            whole = hf.encode("a").ids
+            if len(whole) > len(plain) and whole[1:1 + len(plain)] == plain:
+                added = whole[0]
+                said = said | {"bos": [added], "adds_bos": True}
         record = chat.record(said, vocab, self.eot)
         special = hf.get_added_tokens_decoder()
         for i in (record.bos, *record.ends):
