@@ -19,7 +19,7 @@ import torch
 
 from formats import gguf, hf
 from formats.rounding import rounds_activations
-from thimble import checkpoint
+from thimble import chat, checkpoint
 from thimble.files import UserError, need, short, warn
 from thimble.generate import greedy
 from thimble.tokenizer import AWKWARD, load_tokenizer
@@ -34,6 +34,7 @@ TIPPED = 0.1
 LLAMA_CPP = {"f16": 0.01, "bf16": 0.05, "q8_0": 0.25, "q4_0": 0.25, "tq1_0": 0.3, "tq2_0": 0.3}
 N_FEW = 8  # prompts whose log p is compared in full
 PROMPT = 8  # tokens of a prompt
+TALK = ("Hello, world!", "Naïve café: 1 + 1 = 2", "Why?\n\n  Say more.")  # of a user, the model and the user
 
 
 class Artefact(NamedTuple):
@@ -80,9 +81,7 @@ def check(artefact, model, tokenizer, n_prompts=50, n_tokens=64):
             raise UserError(f"check failed: {n_prompts - same - tied} of {n_prompts} greedy texts differ")
         if consumer.has_tokenizer:
             compare_tokenizer(consumer, tokenizer, [tokenizer.decode(prompt) for prompt in prompts.tolist()])
-            # the name of the token, which a chat loop compares, and the ids, where the program lists them
-            if consumer.end != tokenizer.token(stop[0]) or consumer.stop not in (None, stop):
-                raise UserError(f"check failed: texts end with {consumer.end!r} there, ids {consumer.stop or ''}")
+            compare_conversation(consumer, tokenizer)
     finally:
         consumer.close()
     ours = model(few)[0]
@@ -199,6 +198,32 @@ def compare_tokenizer(consumer, tokenizer, texts):
             raise UserError(f"check failed: ids {ours[:8]} are {consumer.decode(ours)[:40]!r} there")
 
 
+def compare_conversation(consumer, tokenizer):
+    """UserError unless texts begin and end there as here, and a conversation has the same ids."""
+    stop = list(tokenizer.record.ends)
+    # the name of the token, which a chat loop compares, and all ids
+    if consumer.end != tokenizer.token(stop[0]) or consumer.ends(stop) != stop:
+        raise UserError(f"check failed: texts end with {consumer.end!r} there, ids {consumer.ends(stop)}")
+    said = TALK
+    if tokenizer.kind == "char":
+        said = ["".join(char for char in text if tokenizer.hf.token_to_id(char) is not None) for text in TALK]
+    ours = tokenizer.encode_prompt(said[0])
+    theirs = consumer.encode_prompt(said[0])
+    if ours != theirs:
+        raise UserError(f"check failed: a text begins with the ids {ours[:4]} here, {theirs[:4]} there")
+    if not tokenizer.record.template:
+        return
+    roles = ("user", "assistant", "user")
+    messages = [{"role": role, "content": content} for role, content in zip(roles, said, strict=True)]
+    ours = chat.prompt(tokenizer, messages, chat.OWN)
+    theirs = consumer.conversation(messages)
+    if theirs == [tokenizer.record.bos, *ours]:
+        warn(f"{consumer.name} puts bos in front of a conversation, which the model's template does not")
+    elif ours != theirs:
+        raise UserError(f"check failed: a conversation is {tokenizer.decode(ours, skip_special=False)!r:.80} here, "
+                        f"{tokenizer.decode(theirs, skip_special=False)!r:.80} there")
+
+
 # ---- the programs
 class MissingPackage(UserError):
     pass
@@ -231,7 +256,6 @@ class Transformers:
         if problems:
             raise ValueError("transformers finds " + "; ".join(problems)[:300])
         self.end = self.tokenizer.eos_token
-        self.stop = self.model.generation_config.eos_token_id
 
     @torch.no_grad()
     def logprobs(self, prompts):
@@ -244,8 +268,17 @@ class Transformers:
         out = self.model.generate(prompts, attention_mask=mask, generation_config=self.settings, max_new_tokens=n)
         return out[:, prompts.size(1):].tolist()
 
+    def ends(self, _):
+        return self.model.generation_config.eos_token_id
+
     def encode(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def encode_prompt(self, text):
+        return self.tokenizer(text).input_ids
+
+    def conversation(self, messages):
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
     def decode(self, ids):
         return self.tokenizer.decode(ids)
@@ -278,7 +311,6 @@ class LlamaCpp:
         p.cpuparams.n_threads = p.cpuparams_batch.n_threads = torch.get_num_threads()
         self.server = xllamacpp.Server(p)
         self.end = self.ask("/props")["eos_token"]
-        self.stop = None  # one id, which `end` names
 
     def ask(self, route, **body):
         data = json.dumps(body).encode() if body else None
@@ -308,8 +340,26 @@ class LlamaCpp:
             texts.append(answer["tokens"])
         return texts
 
+    def ends(self, ids):
+        """Those of `ids` at which it stops; it does not list them."""
+        found = []
+        for i in ids:
+            answer = self.ask("/completion", prompt=[i], n_predict=2, samplers=["top_k"], top_k=1, cache_prompt=False,
+                              logit_bias=[[i, 1000]])
+            if answer["stop_type"] == "eos":
+                found.append(i)
+        return found
+
     def encode(self, text):
         return self.ask("/tokenize", content=text, parse_special=False)["tokens"]
+
+    def encode_prompt(self, text):
+        return self.ask("/tokenize", content=text, add_special=True, parse_special=False)["tokens"]
+
+    def conversation(self, messages):
+        # it takes bos away from the text, and puts it back
+        text = self.ask("/apply-template", messages=messages)["prompt"]
+        return self.ask("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
 
     def decode(self, ids):
         return self.ask("/detokenize", tokens=ids)["content"]
@@ -338,7 +388,6 @@ class OnnxRuntime:
         if self.has_tokenizer:
             self.tokenizer = load_tokenizer(path)
             self.end = hf.read_json(path / "tokenizer_config.json")["eos_token"]
-            self.stop = hf.read_json(path / "generation_config.json")["eos_token_id"]
 
     def empty_cache(self, batch_size):
         """Before the first token: no keys, no values, states of 0."""
@@ -391,8 +440,18 @@ class OnnxRuntime:
             ids = np.concatenate((ids, new), 1)
         return ids[:, prompts.size(1):].tolist()
 
+    # It has no tokenizer of its own: what the files say is read back.
+    def ends(self, _):
+        return list(self.tokenizer.record.ends)
+
     def encode(self, text):
         return self.tokenizer.encode(text)
+
+    def encode_prompt(self, text):
+        return self.tokenizer.encode_prompt(text)
+
+    def conversation(self, messages):
+        return chat.prompt(self.tokenizer, messages, chat.OWN)
 
     def decode(self, ids):
         return self.tokenizer.decode(ids)

@@ -11,13 +11,14 @@ from thimble.files import UserError
 
 SUFFIX = {"fp32": "", "int8": "_quantized", "int4": "_q4", "q2": "_q2"}  # transformers.js asks for these names
 DTYPE = {"fp32": "fp32", "int8": "q8", "int4": "q4", "q2": "q2"}  # and calls them so
-PACKAGES = {  # of npm, and the files of each that the page needs: with WebGPU, without it, the tokenizer
+PACKAGES = {  # of npm, and the files of each that the page needs: with WebGPU, without it, tokenizer, chat template
     "onnxruntime-web@1.30.0": ["ort.webgpu.min.mjs", "ort-wasm-simd-threaded.asyncify.mjs",
                                "ort-wasm-simd-threaded.asyncify.wasm", "ort.wasm.min.mjs",
                                "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"],
     "@huggingface/tokenizers@0.2.0": ["tokenizers.min.mjs"],
+    "@huggingface/jinja@0.5.11": ["index.js"],
 }
-PAGE = Path(__file__).resolve().parent.parent / "web" / "index.html"
+PAGE = Path(__file__).resolve().parent.parent / "web"
 
 
 def write(folder, model, tokenizer, quant):
@@ -76,10 +77,11 @@ def genai_config(model, file, ids, pad):
 
 
 def write_page(folder, model, tokenizer, quant):
-    """What `write` writes, web/index.html, and in lib/ what npm installs: the page asks no other server."""
+    """What `write` writes, the page of web/, and in lib/ what it needs, of npm and ours: it asks no other server."""
     fetch_packages(folder / "lib")
     twin, stored = write(folder, model, tokenizer, quant)
-    shutil.copyfile(PAGE, folder / "index.html")
+    shutil.copyfile(PAGE / "index.html", folder / "index.html")
+    shutil.copyfile(PAGE / "chat.mjs", folder / "lib" / "chat.mjs")
     return twin, stored
 
 

@@ -199,8 +199,9 @@ def main(cfg):
     folder = data.new_folder(cfg.data_dir, cfg.name)
     tokenizer = load_tokenizer(cfg.tokenizer)
     if cfg.template == "auto":
-        cfg = replace(cfg, template=chat.template_of(tokenizer) if tokenizer.record.template else "elite")
-    tokenizer.record = chat.record_for(tokenizer, cfg.template)  # the dataset says it, and so do the model's checkpoints
+        known = chat.template_of(tokenizer) if tokenizer.record.template else "elite"
+        cfg = replace(cfg, template=known)
+    tokenizer.record = chat.record_for(tokenizer, cfg.template)  # for the dataset, the checkpoints and all exports
     rng = np.random.default_rng(cfg.seed)
     rows = examples(cfg, tokenizer, rng)
     write(folder, cfg, tokenizer, rows, rng)

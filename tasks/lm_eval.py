@@ -31,6 +31,11 @@ class Adapter(TemplateLM):
     def eot_token_id(self):
         return self.speaker.tokenizer.eot
 
+    @property
+    def prefix_token_id(self):
+        """Stands before a continuation that has no context."""
+        return self.speaker.tokenizer.encode_prompt("")[0]
+
     def tok_encode(self, string, add_special_tokens=None, **_):
         return self.speaker.tokenizer.encode(string)
 
@@ -39,8 +44,11 @@ class Adapter(TemplateLM):
         """[(log p of the continuation, whether greedy decoding would write it)]; too long a context loses its start."""
         model = self.speaker.model
         device = next(model.parameters()).device
+        record = self.speaker.tokenizer.record
         found = []
         for _, context, continuation in requests:
+            if record.adds_bos and context[:1] != [record.bos]:
+                context = [record.bos, *context]
             # one more id than fits: the last one is only a target
             ids = (context + continuation)[-model.config.block_size - 1:]
             n = min(len(continuation), len(ids) - 1)  # the first id of all has nothing to be predicted from

@@ -86,7 +86,7 @@ class Speaker:
         return sums.cpu(), counts.cpu()
 
     def text_nats(self, text):
-        """The same for a whole text, including its first token, which is predicted from bos or the end-of-text token."""
+        """The same for a whole text; its first token is predicted from bos or the end-of-text token."""
         ids = [*self.tokenizer.encode_prompt(""), *self.tokenizer.encode(text)]
         return self.nats(np.array(ids, np.int64))
 

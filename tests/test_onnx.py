@@ -71,7 +71,7 @@ FORMS = [(case, quant, packed) for case in CASES for quant in QUANTS["onnx"] for
 @pytest.mark.parametrize("case,quant,packed", FORMS)
 def test_onnxruntime_says_what_torch_says(ort, tmp_path, case, quant, packed):
     model, path = built(case, packed), tmp_path / "model.onnx"
-    found = check(written(path, model, quant), model, WORDS, {}, 14, 12)
+    found = check(written(path, model, quant), model, WORDS, 14, 12)
     if CASES[case][0] != "ternary" and quant == "fp32":
         assert found["delta"] <= 1e-4 and found["same"] == 14
     if quant in ("fp32", "q2"):
@@ -126,7 +126,7 @@ def test_padding_on_the_left_and_any_chopping_change_nothing(ort, tmp_path, case
 def test_window_form(ort, tmp_path, case):
     """The form that the Elixir service of a seed loads: int32 in, the last position's logits out."""
     model, path = built(case), tmp_path / "window.onnx"
-    found = check(written(path, model, window=True), model, WORDS, {}, 14, 4)
+    found = check(written(path, model, window=True), model, WORDS, 14, 4)
     assert found["same"] == 14
     run = OnnxRuntime(path).session
     (given,), (got,) = run.get_inputs(), run.get_outputs()
@@ -151,7 +151,7 @@ def test_window_form_of_a_wiring(ort, tmp_path, act):
     path = tmp_path / "window.onnx"
     artefact = written(path, model, window=True)
     assert [(o.domain, o.version) for o in onnx.load(path).opset_import] == [("", 14)]
-    assert check(artefact, model, WORDS, {}, 14, 60)["same"] == 14
+    assert check(artefact, model, WORDS, 14, 60)["same"] == 14
     run = OnnxRuntime(path).session
     assert (run.get_inputs()[0].type, run.get_outputs()[0].shape) == ("tensor(int32)", ["batch", 60])
     texts = [torch.randint(60, (n,)) for n in (1, 12, 40)]
@@ -243,12 +243,12 @@ SABOTAGE = [("dense", "fp32", "blocks.1.attn.o_proj", lambda w: w * 0),
 def test_the_check_sees_a_wrong_weight(ort, tmp_path, case, quant, name, change):
     model, path = built(case), tmp_path / "model.onnx"
     artefact = written(path, model, quant)
-    check(artefact, model, WORDS, {}, 14, 12)
+    check(artefact, model, WORDS, 14, 12)
     edit(path, name, change)
     with pytest.raises(UserError, match=f"check failed: {name} is not in the file as it should be"):
-        check(artefact, model, WORDS, {}, 14, 12)
+        check(artefact, model, WORDS, 14, 12)
     with pytest.raises(UserError, match="check failed: (logits|.* greedy texts) differ"):  # nor do its logits pass
-        check(artefact._replace(stored=onnx_weights(path)), model, WORDS, {}, 14, 12)
+        check(artefact._replace(stored=onnx_weights(path)), model, WORDS, 14, 12)
 
 
 def test_refusals_are_one_line(tmp_path, monkeypatch, capsys):
@@ -261,7 +261,7 @@ def test_refusals_are_one_line(tmp_path, monkeypatch, capsys):
         assert "\n" not in str(error.value) and not path.exists()
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "onnxruntime", None)
-        assert check(written(path, built("dense")), built("dense"), WORDS, {}) == {}
+        assert check(written(path, built("dense")), built("dense"), WORDS) == {}
         assert "needs the package onnxruntime: pip install onnxruntime" in capsys.readouterr().err
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="install Node.js"):
@@ -277,11 +277,11 @@ def test_the_check_refuses_files_that_are_not_ours(ort, tmp_path):
             OnnxRuntime(path)
         assert "\n" not in str(error.value)
         with pytest.raises(UserError, match="check failed") as error:
-            check(artefact, built("dense"), WORDS, {})
+            check(artefact, built("dense"), WORDS)
         assert "\n" not in str(error.value)
     written(path, built("ternary"))
     with pytest.raises(UserError, match="check failed"):
-        check(artefact, built("dense"), WORDS, {})
+        check(artefact, built("dense"), WORDS)
 
 
 @functools.cache

@@ -17,15 +17,15 @@ from pathlib import Path
 from thimble.files import UserError, read_json
 
 ROLES = ("system", "user", "assistant")
-# Behind a dataset's or checkpoint's tokenizer.json, and in exports; the last one only where there is a template
+# Beside the tokenizer.json of datasets, checkpoints and exports; the last one only where there is a template
 FILES = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 # Half of a surrogate pair, which is in no text: put into the special tokens that a message quotes, so that they are
 # text. The rendered text is cut at it.
 MARK = "\ud800"
 
 # ---- templates
-# User: question / Assistant: answer, each on a line. The space belongs to the answer: in most vocabularies it is part of
-# the first word's token.
+# User: question / Assistant: answer, each on a line. The space before an answer belongs to it: in most vocabularies it
+# is part of the first word's token.
 ELITE = """{%- for message in messages %}
     {%- if message['role'] == 'assistant' %}
         {{- 'Assistant: ' + message['content'] | trim + '\\n' + eos_token }}
@@ -79,28 +79,31 @@ class Record:
 
 
 def read(folder):
-    """What Hugging Face's files in a folder say, as record() wants it; {} if there are none."""
+    """What Hugging Face's files in a folder say, as record() wants it. UserError if one of them is damaged."""
     folder = Path(folder)
     special = read_json(folder / "special_tokens_map.json", {}) | read_json(folder / "tokenizer_config.json", {})
     generation = read_json(folder / "config.json", {}) | read_json(folder / "generation_config.json", {})
-    said = {"ends": [], "adds_bos": special.get("add_bos_token")}
+    # not add_bos_token: beside a tokenizer.json, whose post-processor adds bos or does not, transformers ignores it
+    said = {}
     for role in ("bos", "eos", "pad", "unk"):
         token = special.get(f"{role}_token")
         if isinstance(token, dict):  # with its settings
             token = token.get("content")
         ids = generation.get(f"{role}_token_id")
-        found = [token, *(ids if isinstance(ids, list) else [ids])]  # the token's name first: it is what templates see
-        if role == "eos":
-            said["ends"] = found
-        else:
-            said[role] = found
+        if not isinstance(ids, list):
+            ids = [ids]
+        # the token's name first, since it is what templates see
+        said["ends" if role == "eos" else role] = [token, *ids]
     said["template"] = special.get("chat_template")
     if isinstance(said["template"], list):  # several under names, in older folders
-        named = {entry.get("name"): entry.get("template") for entry in said["template"] if isinstance(entry, dict)}
-        said["template"] = named.get("default")
+        named = [entry for entry in said["template"] if isinstance(entry, dict) and entry.get("name") == "default"]
+        said["template"] = named[0].get("template") if named else None
     file = folder / "chat_template.jinja"
     if file.is_file():
-        said["template"] = file.read_text(encoding="utf-8")
+        try:
+            said["template"] = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"{file} is not UTF-8 text: download it again") from None
     # datasets and checkpoints from before there was a record name their template in meta.json
     taught = str(read_json(folder / "meta.json", {}).get("template"))
     if taught in TEMPLATES and not said["template"]:
@@ -230,7 +233,8 @@ def encode(tokenizer, messages, template):
     """
     ids = tokens(tokenizer, messages, template)
     counts = [0] * len(ids)
-    stop_ids = ends(tokenizer, template)
+    stop_ids = answer_ends(tokenizer, template)
+    which = "the model's own template" if template == OWN else f"the template {template}"
     for n, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -239,19 +243,19 @@ def encode(tokenizer, messages, template):
         if ids[:start] != before:
             whole = render(tokenizer, messages, template)
             if whole.startswith(render(tokenizer, messages[:n], template, reply=True)):
-                raise UserError(f"{tokenizer.name} has a token that reaches from the prompt into the answer of the "
-                                f"template {template}: use another template")
-            raise UserError(f"the template {template} writes what comes before an answer otherwise once the answer is "
-                            "there, so it cannot be taught: use another template")
+                raise UserError(f"{tokenizer.name} has a token that reaches from the prompt into the answer of "
+                                f"{which}: use another --template")
+            raise UserError(f"{which} writes what comes before an answer otherwise once the answer is there, so it "
+                            "cannot be taught: use another --template")
         stop = next((i for i in range(start, len(ids)) if ids[i] in stop_ids), None)
         if stop is None:
-            raise UserError(f"the template {template} ends an answer without a special token, so that nothing would "
-                            "teach the model to stop: use another template")
+            raise UserError(f"{which} ends an answer without a special token, so that nothing would teach the model to "
+                            "stop: use another --template")
         counts[start:stop + 1] = [1] * (stop + 1 - start)
     return ids, counts
 
 
-def ends(tokenizer, template):
+def answer_ends(tokenizer, template):
     """The ids that end an answer: those of the record, and the special token that the template writes behind one."""
     ids = set(record_for(tokenizer, template).ends)
     talk = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]

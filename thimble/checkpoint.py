@@ -52,9 +52,9 @@ class Checkpoint:
 def save(run_dir, step, model_tensors, optimizer_tensors, meta, tokenizer=None, keep_last=3, best=False):
     """Write run_dir/step_NNNNNN, point `latest` (and `best`) at it, prune, and return its path.
 
-    `meta` is plain JSON without NaN, `tokenizer` the path of a tokenizer.json to copy with the chat.FILES beside it. The newest `keep_last` whole
-    checkpoints stay (0: all), and always the best and the latest. UserError if it cannot be written; the checkpoints
-    that were there before then still load.
+    `meta` is plain JSON without NaN, `tokenizer` the path of a tokenizer.json to copy, with the chat.FILES beside it.
+    The newest `keep_last` whole checkpoints stay (0: all), and always the best and the latest. UserError if it cannot
+    be written; the checkpoints that were there before then still load.
     """
     run_dir = Path(run_dir)
     folder = run_dir / f"step_{step:06d}"

@@ -56,7 +56,7 @@ def load(path=None, which="best", device="cpu", template="auto", deploy=None):
     if template == "auto":
         template = chat.template_of(tokenizer)
     stop_ids = set(tokenizer.record.ends)
-    answer_ids = stop_ids | chat.ends(tokenizer, template)
+    answer_ids = stop_ids | chat.answer_ends(tokenizer, template)
     name = name_of(found.path)
     if "hub" in found.meta:  # whose folder is called by a hash
         name = found.meta["hub"].partition("@")[0].rpartition("/")[2].removesuffix(".gguf")

@@ -1,9 +1,9 @@
-"""Chat templates: jinja that somebody else may have written, rendered in a sandbox as transformers renders it.
+"""Chat templates: jinja from a model's authors, rendered as transformers renders it, and trusted with nothing.
 
     >>> render("{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}", messages=[...])
 
-A template reaches nothing but what it is handed, and its work is limited: loops, calls and texts beyond any real
-template end it. jinja2's own sandbox stops neither nested loops nor a text of terabytes.
+A template sees the variables that it is handed and nothing else, and there is a limit to its loops, its calls and the
+texts that it builds: jinja2's own sandbox would let nested loops run for days and a doubled text fill the memory.
 """
 import functools
 import json
@@ -22,13 +22,13 @@ MOST_CHARS = 4_000_000  # in a text or a list
 def render(source, **variables):
     """The text of a template with these variables. UserError with the reason if it cannot be rendered."""
     try:
-        # with an environment of its own: two threads may render at the same time, each with its own limits
+        # a new environment each time, since two threads of the server may render at once, each up to its own limits
         sandbox = Sandbox()
         template = sandbox.template_class.from_code(sandbox, compiled(source), sandbox.globals)
         return sandbox.bounded(template.render(variables))
     except Exception as error:  # of the template: syntax, recursion, types, what it raises itself
-        raise UserError(f"the chat template cannot be used ({type(error).__name__}: {short(error, 150)}): name another "
-                        "with --template") from None
+        raise UserError(f"the chat template cannot be used ({type(error).__name__}: {short(error, 150)}): use another "
+                        "--template") from None
 
 
 @functools.lru_cache(maxsize=16)
@@ -38,7 +38,10 @@ def compiled(source):
 
 
 class Limits(visitor.NodeTransformer):
-    """Sends what a template loops over, and what it assigns, through filters of the Sandbox."""
+    """Puts what a template loops over, and what it assigns, through filters of the Sandbox.
+
+    jinja2 can intercept calls and operators, but not the rounds of a loop.
+    """
 
     def visit_For(self, node):
         node = self.generic_visit(node)
@@ -62,7 +65,7 @@ class Generation(ext.Extension):
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """The environment that transformers has for chat templates, with limits; for one rendering."""
+    """The environment in which transformers renders chat templates, with limits. One serves a single rendering."""
 
     intercepted_binops = frozenset(("*", "**"))
 
@@ -74,6 +77,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.steps = 0
 
     def counted(self, items):
+        """What a loop runs over, as a list whose length counts."""
         items = list(items)
         self.step(1 + len(items))
         return items
@@ -89,7 +93,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return value
 
     def unsafe_undefined(self, value, attribute):
-        # jinja2 would print nothing where such an attribute is only shown
+        # jinja2 raises this only once the attribute is used, and prints nothing for it before
         raise SecurityError(f"it asks for {attribute} of a {type(value).__name__}")
 
     def call(self, context, function, *args, **kwargs):
@@ -97,10 +101,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return super().call(context, function, *args, **kwargs)
 
     def call_binop(self, context, operator, left, right):
-        # one product could fill the memory, or take for ever
+        # a single product could fill the memory, and a power could take hours
         sizes = [len(value) if isinstance(value, (str, list, tuple)) else abs(value) for value in (left, right)]
         if operator == "**" or sizes[0] * sizes[1] > MOST_CHARS:
-            raise SecurityError(f"{operator} gives too much")
+            raise SecurityError(f"the result of {operator} is too large")
         return super().call_binop(context, operator, left, right)
 
 

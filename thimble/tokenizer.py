@@ -93,13 +93,13 @@ class Tokenizer:
     def _record(self, said, vocab):
         """The chat.Record, with which the special tokens and the post-processor of `hf` agree from here on."""
         hf = self.hf
-        plain = hf.encode("a", add_special_tokens=False).ids
-        whole = hf.encode("a").ids
-        added = whole[0] if len(whole) > len(plain) and whole[1:1 + len(plain)] == plain else None
-        if not isinstance(said.get("adds_bos"), bool):  # where both say it, transformers believes the setting
-            said = said | {"adds_bos": added is not None}
-        if said["adds_bos"] and added is not None:
-            said = said | {"bos": [added]}
+        added = None
+        if hf.post_processor is not None:  # which may add a token on either side, or none
+            plain = hf.encode("a", add_special_tokens=False).ids
+            whole = hf.encode("a").ids
+            if len(whole) > len(plain) and whole[1:1 + len(plain)] == plain:
+                added = whole[0]
+                said = said | {"bos": [added], "adds_bos": True}
         record = chat.record(said, vocab, self.eot)
         special = hf.get_added_tokens_decoder()
         for i in (record.bos, *record.ends):
@@ -108,8 +108,6 @@ class Tokenizer:
         if record.adds_bos and added is None:
             bos = hf.id_to_token(record.bos)
             hf.post_processor = library().processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, record.bos)])
-        elif added is not None and not record.adds_bos:
-            hf.post_processor = None
         return record
 
     def to_json(self):
