@@ -214,6 +214,66 @@ def test_files_are_as_small_as_they_should_be(tmp_path):
         assert 0.99 * n * bits / 8 < (tmp_path / "m.onnx").stat().st_size < 1.15 * n * bits / 8 + extra + 60_000
 
 
+# ---- rounded weights, read from the file by what the operators' documentation says, with no code of the exporter
+def by_hand(path):
+    """{name of a matrix: its values (N, K), float64}.
+
+    com.microsoft.MatMulNBits: B is uint8 (N, blocks, block_size * bits / 8), a byte's first code in its low bits, and
+    a code stands for (code - 2^(bits - 1)) * scale of its block. MatMulInteger: (code - zero point), (K, N), which the
+    graph multiplies by a quotient of the scales. The embedding: (code - 128) * scale of its row.
+    """
+    proto = onnx.load(path)
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+    node_of = {output: node for node in proto.graph.node for output in node.output}
+    embed = (arrays["embed_q8"].astype(float) - 128) * arrays["embed_scales"]
+    found = {"embed": embed}
+    for node in proto.graph.node:
+        name = node.input[1].rpartition("_")[0] if len(node.input) > 1 else ""
+        if node.op_type == "MatMulNBits":
+            about = {attribute.name: attribute.i for attribute in node.attribute}
+            packed = arrays[node.input[1]]
+            codes = np.stack([packed >> shift & 2 ** about["bits"] - 1 for shift in range(0, 8, about["bits"])], -1)
+            codes = codes.reshape(about["N"], -1, about["block_size"]).astype(float)
+            scales = arrays[node.input[2]].reshape(about["N"], -1, 1)
+            values = (codes - 2 ** (about["bits"] - 1)) * scales
+            found[name] = values.reshape(about["N"], -1)[:, :about["K"]]
+        elif node.op_type == "Mul" and node_of.get(node.input[0], node).op_type == "Cast":
+            product = node_of[node_of[node.input[0]].input[0]]
+            if product.op_type == "MatMulInteger" and product.input[1] in arrays:
+                zero = arrays[product.input[3]].astype(float)
+                scales = arrays[node_of[node.input[1]].input[0]]
+                found[product.input[1].removesuffix("_q8")] = ((arrays[product.input[1]] - zero) * scales).T
+    return found
+
+
+def largest_error(w, bits):
+    """What rounding to nearest may be off by, for each weight of w (N, K)."""
+    if bits == 8:  # 255 steps from minus the largest of a row to the largest
+        return np.abs(w).max(1, keepdims=True) / 127 / 2
+    blocks = np.pad(w, ((0, 0), (0, -w.shape[1] % 32))).reshape(len(w), -1, 32)
+    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1, keepdims=True), -1)
+    step = np.abs(largest) / 8
+    # 16 codes, of which -8 is the largest: on the other side there are only 7
+    beyond = np.maximum(-blocks * np.sign(largest) - 7.5 * step, 0)
+    return (step / 2 + beyond).reshape(len(w), -1)[:, :w.shape[1]]
+
+
+@pytest.mark.parametrize("case", ["dense", "gelu", "tied", "jamba"])
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_rounded_weights_are_as_near_as_rounding_allows(tmp_path, case, quant):
+    model = built(case)
+    onnx_format.write(tmp_path / "model.onnx", model, quant)
+    found = by_hand(tmp_path / "model.onnx")
+    weights = {name.removesuffix(".weight"): p.detach().numpy().astype(float) for name, p in model.named_parameters()}
+    for name, values in found.items():
+        bits = 8 if quant == "int8" or name in ("embed", "head") else 4
+        error = np.abs(values - weights[name])
+        assert (error <= largest_error(weights[name], bits) * 1.001 + 1e-7).all(), name
+    # and every matrix is among them, but those that stay as they are
+    matrices = {name for name, w in weights.items() if w.ndim == 2 and not name.endswith(("A_log", "dt_proj"))}
+    assert set(found) == matrices
+
+
 def edit(path, name, change):
     proto = onnx.load(path)
     tensor = next(t for t in proto.graph.initializer if t.name == name)
