@@ -1,4 +1,5 @@
 """ONNX files, held against torch by onnxruntime, onnxruntime-genai and a browser."""
+import copy
 import functools
 import http.server
 import importlib
@@ -75,10 +76,10 @@ def test_onnxruntime_says_what_torch_says(ort, tmp_path, case, quant, packed):
     if CASES[case][0] != "ternary" and quant == "fp32":
         assert found["delta"] <= 1e-4 and found["same"] == 14
     if quant in ("fp32", "q2"):
-        assert found["delta"] < 0.2 and found["loss"] == 0  # 8-bit activations: a rounding may tip
+        assert found["delta"] < 0.2 and abs(found["kl"]) < 1e-4  # 8-bit activations: a rounding may tip
     proto = onnx.load(path)
     assert {o.domain: o.version for o in proto.opset_import}[""] == 14 and proto.ir_version <= 8
-    assert {node.domain for node in proto.graph.node} <= {"", "com.microsoft"} if quant in ("int4", "q2") else {""}
+    assert {node.domain for node in proto.graph.node} <= ({""} if quant == "fp32" else {"", "com.microsoft"})
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
 
@@ -207,7 +208,7 @@ def test_files_are_as_small_as_they_should_be(tmp_path):
     ternary = importlib.import_module("ternary")
     dense, small = importlib.import_module("model").Model(config), ternary.Model(ternary.Config(
         n_embd=256, vocab_size=64))
-    for model, quant, bits in ((dense, "fp32", 32), (dense, "int8", 8), (dense, "int4", 4.5), (small, "q2", 2)):
+    for model, quant, bits in ((dense, "fp32", 32), (dense, "int8", 8.5), (dense, "int4", 5), (small, "q2", 2)):
         onnx_format.write(tmp_path / "m.onnx", model, quant)
         n = sum(p.numel() for p in model.parameters())
         extra = 2048 * 256 / 2 if quant == "int4" else 64 * 256 * 4 if quant == "q2" else 0  # 8 bits, float32
@@ -219,43 +220,43 @@ def by_hand(path):
     """{name of a matrix: its values (N, K), float64}.
 
     com.microsoft.MatMulNBits: B is uint8 (N, blocks, block_size * bits / 8), a byte's first code in its low bits, and
-    a code stands for (code - 2^(bits - 1)) * scale of its block. MatMulInteger: (code - zero point), (K, N), which the
-    graph multiplies by a quotient of the scales. The embedding: (code - 128) * scale of its row.
+    a code stands for (code - 2^(bits - 1)) * scale of its block. At 4 bits the graph adds the sum of each block's
+    inputs times NAME_middles (blocks, N): each weight of a block is larger by that.
     """
     proto = onnx.load(path)
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
-    node_of = {output: node for node in proto.graph.node for output in node.output}
-    embed = (arrays["embed_q8"].astype(float) - 128) * arrays["embed_scales"]
-    found = {"embed": embed}
+    found = {}
     for node in proto.graph.node:
-        name = node.input[1].rpartition("_")[0] if len(node.input) > 1 else ""
-        if node.op_type == "MatMulNBits":
-            about = {attribute.name: attribute.i for attribute in node.attribute}
-            packed = arrays[node.input[1]]
-            codes = np.stack([packed >> shift & 2 ** about["bits"] - 1 for shift in range(0, 8, about["bits"])], -1)
-            codes = codes.reshape(about["N"], -1, about["block_size"]).astype(float)
-            scales = arrays[node.input[2]].reshape(about["N"], -1, 1)
-            values = (codes - 2 ** (about["bits"] - 1)) * scales
-            found[name] = values.reshape(about["N"], -1)[:, :about["K"]]
-        elif node.op_type == "Mul" and node_of.get(node.input[0], node).op_type == "Cast":
-            product = node_of[node_of[node.input[0]].input[0]]
-            if product.op_type == "MatMulInteger" and product.input[1] in arrays:
-                zero = arrays[product.input[3]].astype(float)
-                scales = arrays[node_of[node.input[1]].input[0]]
-                found[product.input[1].removesuffix("_q8")] = ((arrays[product.input[1]] - zero) * scales).T
+        if node.op_type != "MatMulNBits":
+            continue
+        about = {attribute.name: attribute.i for attribute in node.attribute}
+        name = node.input[1].rpartition("_")[0]
+        packed = arrays[node.input[1]]
+        codes = np.stack([packed >> shift & 2 ** about["bits"] - 1 for shift in range(0, 8, about["bits"])], -1)
+        codes = codes.reshape(about["N"], -1, about["block_size"]).astype(float)
+        values = (codes - 2 ** (about["bits"] - 1)) * arrays[f"{name}_scales"][..., None].astype(float)
+        if f"{name}_middles" in arrays:
+            values += arrays[f"{name}_middles"].T[..., None]
+        found[name] = values.reshape(about["N"], -1)[:, :about["K"]]
+    if "embed" not in found:  # which is looked up; where it is the head, too, the node above has it
+        values = (arrays["embed_q8"].astype(float) - 128) * arrays["embed_scales"][..., None].astype(float)
+        width = arrays["norm.weight"].size
+        found["embed"] = values.reshape(len(values), -1)[:, :width]
     return found
 
 
-def largest_error(w, bits):
-    """What rounding to nearest may be off by, for each weight of w (N, K)."""
-    if bits == 8:  # 255 steps from minus the largest of a row to the largest
-        return np.abs(w).max(1, keepdims=True) / 127 / 2
-    blocks = np.pad(w, ((0, 0), (0, -w.shape[1] % 32))).reshape(len(w), -1, 32)
-    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1, keepdims=True), -1)
-    step = np.abs(largest) / 8
-    # 16 codes, of which -8 is the largest: on the other side there are only 7
-    beyond = np.maximum(-blocks * np.sign(largest) - 7.5 * step, 0)
-    return (step / 2 + beyond).reshape(len(w), -1)[:, :w.shape[1]]
+def in_blocks(w):
+    return np.pad(w, ((0, 0), (0, -w.shape[1] % 32))).reshape(len(w), -1, 32)
+
+
+def squares_of_plain_rounding(w):
+    """(N, blocks): squared error of each block of w (N, K), its numbers at the nearest of 16 between least and largest.
+    """
+    blocks = in_blocks(w)
+    least = blocks.min(-1, keepdims=True)
+    step = np.maximum(blocks.max(-1, keepdims=True) - least, 1e-12) / 15
+    error = np.round((blocks - least) / step) * step + least - blocks
+    return np.square(error).sum(-1), step
 
 
 @pytest.mark.parametrize("case", ["dense", "gelu", "tied", "jamba"])
@@ -266,9 +267,16 @@ def test_rounded_weights_are_as_near_as_rounding_allows(tmp_path, case, quant):
     found = by_hand(tmp_path / "model.onnx")
     weights = {name.removesuffix(".weight"): p.detach().numpy().astype(float) for name, p in model.named_parameters()}
     for name, values in found.items():
-        bits = 8 if quant == "int8" or name in ("embed", "head") else 4
-        error = np.abs(values - weights[name])
-        assert (error <= largest_error(weights[name], bits) * 1.001 + 1e-7).all(), name
+        w = weights[name]
+        error = in_blocks(values - w)
+        if quant == "int8" or name in ("embed", "head"):  # 254 steps from minus the largest of a block to the largest
+            half_a_step = np.abs(in_blocks(w)).max(-1, keepdims=True) / 127 / 2
+            assert (np.abs(error) <= half_a_step * 1.1).all(), name  # a scale is off by up to 1/2048: a float16
+            continue
+        squares, step = squares_of_plain_rounding(w)
+        assert (np.abs(error) <= step).all(), name
+        found_squares = np.square(error).sum(-1)
+        assert (found_squares <= squares * 1.02).all() and found_squares.sum() < 0.97 * squares.sum(), name
     # and every matrix is among them, but those that stay as they are
     matrices = {name for name, w in weights.items() if w.ndim == 2 and not name.endswith(("A_log", "dt_proj"))}
     assert set(found) == matrices
@@ -286,13 +294,28 @@ def swapped(array):
     return array
 
 
+def test_weights_from_16_levels_get_their_levels_back(tmp_path):
+    """As llama.cpp's Q4_1 has them, code * d + m with halves d and m. A grid laid over another would round twice."""
+    model = copy.deepcopy(built("dense"))
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 16, (192, 2, 32))
+    codes[..., 0], codes[..., 1] = 0, 15  # a file's maker has used the least and the largest
+    d, m = rng.uniform(0.001, 0.1, (192, 2, 1)).astype(np.float16), rng.normal(size=(192, 2, 1)).astype(np.float16)
+    w = (codes * d.astype(np.float32) + m.astype(np.float32)).reshape(192, 64)
+    model.blocks[0].mlp.up_proj.weight.data = torch.from_numpy(w)
+    onnx_format.write(tmp_path / "model.onnx", model, "int4")
+    error = in_blocks(by_hand(tmp_path / "model.onnx")["blocks.0.mlp.up_proj"] - w)
+    assert (np.abs(error) <= 0.02 * d + np.abs(m) / 2048).all()  # the middle of a block is a float16
+
+
 SABOTAGE = [("dense", "fp32", "blocks.1.attn.o_proj", lambda w: w * 0),
             ("dense", "fp32", "blocks.0.attn.q_proj", lambda w: w.T),
             ("dense", "fp32", "blocks.0.attn_norm.weight", lambda w: w * 1.001),
             ("dense", "fp32", "embed", swapped),
             ("dense", "int8", "blocks.0.mlp.down_proj_q8", swapped),
-            ("dense", "int8", "embed_scales", lambda w: w * 1.05),
-            ("dense", "int4", "blocks.1.mlp.up_proj_scales", swapped),
+            ("dense", "int8", "embed_scales", lambda w: w * 2),
+            ("dense", "int4", "blocks.1.mlp.up_proj_scales", lambda w: w * 2),
+            ("dense", "int4", "blocks.1.mlp.gate_proj_middles", lambda w: w + np.float16(0.1)),
             ("dense", "int4", "blocks.0.attn.v_proj_q4", lambda w: w[:, ::-1]),
             ("ternary", "q2", "blocks.0.mlp.gate_proj_q2", swapped),
             ("ternary", "fp32", "blocks.0.attn.sub_norm.weight", lambda w: w * np.linspace(0.95, 1.05, 64, dtype="f4")),
