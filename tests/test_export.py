@@ -39,16 +39,16 @@ def test_a_form_that_rounds_too_much_is_warned_about(tmp_path, capsys):
     model, words = built("llama")
 
     def outlier(name, w):
-        """The same function, with one channel after each norm so large that 8 bits leave nothing of the others."""
-        factor = 1000.0 if "norm" in name else 1 / 1000 if w.size(-1) == 32 and not name.startswith("embed") else 1.0
+        """The same function, with one column of each matrix so large that 4 bits leave little of the others."""
+        factor = 1 / 20 if "norm" in name else 20.0 if w.size(-1) == 32 and not name.startswith("embed") else 1.0
         return w * torch.where(torch.arange(w.size(-1)) == 3, factor, 1.0) if "o_proj" not in name else w
 
     coarse = with_weights(model, outlier)
     with torch.no_grad():
         assert (coarse(torch.arange(20)[None])[0] - model(torch.arange(20)[None])[0]).abs().max() < 1e-3
     for fine, m in ((True, model), (False, coarse)):
-        found = send(m, words, tmp_path / str(fine), "onnx", "int8", prompts=6, prompt_tokens=12)
-        assert (found["kept"] > export.TOO_COARSE) == fine and (tmp_path / str(fine)).is_dir()
+        found = send(m, words, tmp_path / str(fine), "onnx", "int4", prompts=6, prompt_tokens=12)
+        assert (found["kl"] < export.TOO_COARSE) == fine and (tmp_path / str(fine)).is_dir()
         assert ("too coarse" not in (said := capsys.readouterr().err)) == fine, said
 
 

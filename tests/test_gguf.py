@@ -160,11 +160,17 @@ def test_llama_cpp_reads_the_file_that_the_package_wrote_alike(tmp_path, theirs)
     prompts = torch.randint(63, (2, 12), generator=torch.Generator().manual_seed(0))
     reader = LlamaCpp(tmp_path / "m.gguf")
     try:
-        there = reader.logprobs(prompts)[:, -1]
+        there = reader.logprobs(prompts)
+        reader.LISTED = 5
+        few = reader.logprobs(prompts)
     finally:
         reader.close()
+    known = ~few.isnan()
+    assert (few[known] - there[known]).abs().max() <= 1e-4 and set(known.sum(-1).flatten().tolist()) <= {5, 6}
+    drawn = few[:, :-1].gather(2, prompts[:, 1:, None])  # the text's next token is always among them
+    assert not drawn.isnan().any()
     with torch.no_grad():
-        assert (theirs(prompts).logits[:, -1].log_softmax(-1) - there).abs().max() <= 1e-4
+        assert (theirs(prompts).logits.log_softmax(-1) - there).abs().max() <= 1e-4
 
 
 # ---- what must not come in
