@@ -201,9 +201,11 @@ def compare_logprobs(artefact, rows, there):
     """
     logits = artefact.twin(rows)[0]
     ours = logits.log_softmax(-1)
-    delta = (ours - there).abs().nan_to_num(0).max().item()
+    if there.isnan().all(-1).any():
+        raise UserError("check failed: logits differ: some are not numbers there")
+    delta = (ours - there).abs().nan_to_num(0).max().item()  # of the tokens that have a figure
     kl = divergence(ours, there)
-    if not kl <= ROUNDED:  # also where it is NaN
+    if not kl <= ROUNDED:  # also where ours are not numbers
         raise UserError(f"check failed: logits differ by {kl:.2g} nats a token, more than {ROUNDED}; if the program "
                         "rounds activations, and some of this model's are far larger than the rest, use more bits")
     tolerance = tolerance_of(artefact, logits.std(-1).mean().item())

@@ -148,8 +148,11 @@ def linear(g, x, module, name, n_in):
 
 
 def linear_int4(g, x, weight, name):
-    """x (B, T, K) -> (B, T, N). A block's sum of (code * scale + middle) * x is one of codes, and its sum of x times
-    the middle: MatMulNBits knows only zero points that are codes."""
+    """x (B, T, K), weight (N, K) -> (B, T, N).
+
+    MatMulNBits knows no middles, only zero points that are codes. So it multiplies (code - 8) * scale, and the middle
+    of each block, which is the same for all its inputs, meets their sum.
+    """
     codes, scales, middles = quantise4(weight)
     y = matmul_nbits(g, x, codes, scales, 4, BLOCK, name, accuracy_level=INT8)
     missing = -codes.shape[1] % BLOCK

@@ -11,7 +11,7 @@ import export
 from formats import gguf as gguf_format
 from formats import names
 from formats import onnx as onnx_format
-from formats.check import bits_per_byte, divergence, text_rows
+from formats.check import Artefact, bits_per_byte, compare_logprobs, divergence, text_rows
 from formats.weights import with_weights
 from thimble import data
 from thimble.files import UserError
@@ -132,6 +132,19 @@ def test_divergence_is_that_of_torch():
     assert divergence(ours, few) == pytest.approx(divergence(*lumped), rel=1e-4) and divergence(ours, few) < want
     few[0, 0] = torch.nan  # of which a program gave nothing at all
     assert divergence(ours, few) < want
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quant", ["f32", "q8_0"])
+def test_logits_that_are_not_numbers_are_refused(quant):
+    model, rows = built("llama")[0], torch.arange(12)[None]
+    artefact = Artefact(None, "gguf", quant, model, {})
+    there = model(rows)[0].log_softmax(-1)
+    there[0, :, 5:] = torch.nan  # a program may name the likeliest alone
+    assert compare_logprobs(artefact, rows, there)[0] == 0
+    there[0, 3] = torch.nan
+    with pytest.raises(UserError, match="check failed: logits differ: some are not numbers"):
+        compare_logprobs(artefact, rows, there)
 
 
 def test_bits_per_byte_are_those_of_the_tokens_behind_the_first():
