@@ -44,8 +44,10 @@ class Config:
         configurator.check(self, positive=("prompts", "prompt_tokens"))
 
 
-# Share of places where the most likely token must survive the rounding of weights: below it a warning is printed
-TOO_COARSE = 0.75
+# KL divergence from the checkpoint, in nats a token of text, beyond which a warning is printed: where the checkpoint is
+# right about a text, perplexity is then up by a tenth. SmolLM2 keeps 96 % of its most likely tokens at .004, 88 % at
+# .04 and 68 % at .4, where it no longer knows the capital of France.
+TOO_COARSE = 0.1
 
 
 def export(loaded, cfg):
@@ -73,7 +75,7 @@ def export(loaded, cfg):
         if cfg.check:
             form = "onnx" if cfg.format == "web" else cfg.format
             artefact = Artefact(temporary, form, quant, twin, stored)
-            found |= check(artefact, loaded.model, loaded.tokenizer, cfg.prompts, cfg.prompt_tokens)
+            found |= check(artefact, loaded.model, loaded.tokenizer, loaded.meta, cfg.prompts, cfg.prompt_tokens)
     report(found, quant, as_is)
     print(f"{out}: {found['bytes']:,} bytes, {quant}, {time.perf_counter() - begun:.0f} s")
     return found
@@ -133,10 +135,11 @@ def report(found, quant, as_is):
     texts = f"{found['same']}/{found['prompts']} identical"
     if found["tied"]:
         texts += f", {found['tied']} part at a near tie"
-    print(f"checked in {found['runtime']}: max |dlog p| {found['delta']:.2g}; logits off the checkpoint's by up to "
-          f"{found['loss']:.2g}, {found['kept']:.1%} of the most likely tokens kept; greedy texts of "
-          f"{found['tokens']} tokens: {texts}")
-    if found["kept"] < TOO_COARSE:
+    print(f"checked in {found['runtime']}: max |dlog p| {found['delta']:.2g} to the weights as stored; text costs "
+          f"{found['bits_there']:.4f} bits per byte, the checkpoint's {found['bits']:.4f} (KL {found['kl']:.2g} nats a "
+          f"token), {found['kept']:.1%} of the most likely tokens kept; greedy texts of {found['tokens']} tokens: "
+          f"{texts}")
+    if found["kl"] > TOO_COARSE:
         files.warn(f"the file is sound, but --quant={quant} is too coarse for this model: it would write other texts; "
                    f"--quant={as_is} keeps the weights as they are")
 

@@ -3,9 +3,9 @@
     python bench/formats.py                                         # minutes; small models with random weights
     python bench/formats.py --only=jamba,bitnet --prompts=10
 
-max |dlog p| is against torch with the weights as stored, "cost" the largest difference of a logit between those and the
-checkpoint's own weights. The weights are far from those of a fresh model, so that logits spread by 1 and more, and
-greedy texts tell models apart.
+max |dlog p| is against torch with the weights as stored, "cost" the KL divergence from the checkpoint's own weights in
+nats a token, both on the text of formats/passage.txt. The weights are far from those of a fresh model, so that logits
+spread by 1 and more, and greedy texts tell models apart.
 """
 import contextlib
 import importlib
@@ -40,8 +40,9 @@ MODELS = {  # name: model file, its settings, tokenizer
     "mamba2 hybrid": ("hybrid_ssm", {"n_layer": 3, "attn_layer_period": 3}, "bpe"),
 }
 FORMS = [("hf", "f32"), ("hf", "bf16"), ("hf", "online"), ("hf", "packed"), ("hf", "plain"), ("gguf", "f32"),
-         ("gguf", "f16"), ("gguf", "bf16"), ("gguf", "q8_0"), ("gguf", "q4_0"), ("gguf", "tq1_0"), ("gguf", "tq2_0"),
-         ("onnx", "fp32"), ("onnx", "int8"), ("onnx", "int4"), ("onnx", "q2"), ("window", "fp32")]
+         ("gguf", "f16"), ("gguf", "bf16"), ("gguf", "q8_0"), ("gguf", "q5_1"), ("gguf", "q5_0"), ("gguf", "q4_1"),
+         ("gguf", "q4_0"), ("gguf", "tq1_0"), ("gguf", "tq2_0"), ("onnx", "fp32"), ("onnx", "int8"), ("onnx", "int4"),
+         ("onnx", "q2"), ("window", "fp32")]
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def row(loaded, form, quant, folder, cfg):
     texts = f"{found['same']} of {found['prompts']}"
     if found["tied"]:
         texts += f", {found['tied']} part at a near tie"
-    return [f"{found['delta']:.1e}", f"{found['loss']:.1e}", texts, f"{found['bytes']:,}"]
+    return [f"{found['delta']:.1e}", f"{found['kl']:.1e}", texts, f"{found['bytes']:,}"]
 
 
 def main(cfg):

@@ -136,6 +136,8 @@ def tensor_type(gguf, name, tensor, quant, is_ternary):
         return gguf.GGMLQuantizationType.F32  # small, and llama.cpp wants them so
     if tensor.size(1) % block or (quant.startswith("tq") and not is_ternary):
         return gguf.GGMLQuantizationType.F16
+    if name in ("embed.weight", "head.weight") and quant.startswith(("q4", "q5")):
+        return gguf.GGMLQuantizationType.Q8_0  # at 4 bits these would cost more than they save
     return kind
 
 

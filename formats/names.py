@@ -12,7 +12,7 @@ import torch
 QUANTS = {
     "hf": ("f32", "f16", "bf16"),
     "hf, ternary": ("online", "packed", "plain", "f16", "bf16"),
-    "gguf": ("f32", "f16", "bf16", "q8_0", "q4_0", "tq1_0", "tq2_0"),
+    "gguf": ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "tq1_0", "tq2_0"),
     "onnx": ("fp32", "int8", "int4", "q2"),
     "web": ("fp32", "int8", "int4", "q2"),
 }

@@ -549,9 +549,9 @@ def window_agrees(wide, g, ids):
 def write(path, model, quant="fp32", window=False):
     """Write the model as one ONNX file -> (the model whose logits it must give, {weight: array} as stored).
 
-    quant: "fp32"; "int8", weights and activations of 8 bits in plain MatMulInteger; "int4", weights of 4 bits in blocks
-    of 32 in com.microsoft.MatMulNBits; "q2", the same at 2 bits for ternary models. Embedding and head have 8 bits in
-    int8 and int4. fp32 and q2 are lossless, and so is any form of a ternary matrix.
+    quant: "fp32"; "int8" and "int4", weights of 8 or 4 bits in blocks of 32 in com.microsoft.MatMulNBits, embedding and
+    head at 8 bits in both; "q2", 2 bits for ternary models. fp32 and q2 are lossless, and so is any form of a ternary
+    matrix. Runtimes that know only ai.onnx, such as Elixir's Ortex, read fp32.
 
     The graph maps input_ids and position_ids int64 (B, T), attention_mask int64 (B, P + T) and for each layer
     past_key_values.{i}.key and .value float32 (B, K, P, D) to logits float32 (B, T, V), present.{i}.key and .value

@@ -1,4 +1,4 @@
-"""8, 4 and 2 bits as the ONNX graphs have them: codes and scales of a matrix, and the torch model that rounds alike.
+"""8 and 4 bits as the ONNX graphs have them: codes and scales of a matrix, and the torch model with weights so rounded.
 
 Legend: N outputs and K inputs of a matrix.
 """
@@ -8,35 +8,67 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from formats.weights import is_ternary, plain, ternary_parts
-from thimble.files import UserError
+from formats.weights import is_ternary
 
-BLOCK = 32  # inputs that share a scale at 4 bits, as in llama.cpp's Q4_0
+BLOCK = 32  # inputs that share a scale, as in llama.cpp: one outlier costs the precision of 31 others, not of a row
 
 
-def quantise4(weight):
-    """weight (N, K) -> codes (N, K) from 0 to 15, scales (N, blocks): w is near (code - 8) * scale.
+def in_blocks(weight):
+    """weight (N, K) -> (N, blocks, BLOCK) float32, zeros behind the last."""
+    padded = np.pad(weight, ((0, 0), (0, -weight.shape[1] % BLOCK)))
+    return padded.reshape(len(weight), -1, BLOCK).astype(np.float32)
 
-    The number of largest size in a block becomes -8, so that all 16 codes are in use (llama.cpp's Q4_0 does the same).
-    """
-    n, k = weight.shape
-    padded = np.pad(weight, ((0, 0), (0, -k % BLOCK)))
-    blocks = padded.reshape(n, -1, BLOCK)
-    place = np.abs(blocks).argmax(-1, keepdims=True)
-    largest = np.take_along_axis(blocks, place, -1)  # (N, blocks, 1), with its sign
-    scales = largest / -8
-    divisors = np.where(scales, scales, 1)  # a block of zeros has a scale of 0
-    codes = np.round(blocks / divisors) + 8
-    codes = np.clip(codes, 0, 15).reshape(n, -1)
-    return codes[:, :k].astype(np.uint8), scales[..., 0].astype(np.float32)
+
+def half(values):
+    """`values` as the file stores them. A float32 scale for each block would make a 4-bit file a fifth larger."""
+    return values[..., 0].astype(np.float16)
+
+
+def nearest(offsets, scales, least, most):
+    """offsets (N, blocks, BLOCK), scales (N, blocks, 1) -> the integers nearest to their quotients, within bounds."""
+    divisors = np.where(scales, scales, 1)  # a block of equal numbers has a scale of 0
+    return np.clip(np.round(offsets / divisors), least, most)
 
 
 def quantise8(weight):
-    """weight (N, K) -> uint8 codes (N, K), scales (N,): w is near (code - 128) * scale."""
-    largest = np.abs(weight).max(1)
-    scales = np.maximum(largest, 1e-12) / 127
-    codes = np.round(weight / scales[:, None]) + 128
-    return codes.astype(np.uint8), scales.astype(np.float32)
+    """weight (N, K) -> uint8 codes (N, K), scales (N, blocks) float16: w is near (code - 128) * scale."""
+    blocks = in_blocks(weight)
+    scales = half(np.abs(blocks).max(-1, keepdims=True) / 127)
+    integers = nearest(blocks, scales[..., None].astype(np.float32), -127, 127)
+    codes = (integers + 128).reshape(len(weight), -1)
+    return codes[:, :weight.shape[1]].astype(np.uint8), scales
+
+
+def quantise4(weight):
+    """weight (N, K) -> uint8 codes (N, K), float16 scales and middles (N, blocks).
+
+    w is near (code - 8) * scale + middle. The middle of a block, not its least number, so that the codes' part is about
+    0 on average: runtimes round what meets it, and the mean of a block would multiply that error.
+
+    The codes first span each block from its least number to its largest, as llama.cpp's Q4_1. So weights that come from
+    such a file get their old codes back, where a second grid over the first would round once more. Then scale and
+    middle are those of least squares for these codes, and the codes the nearest for these: three turns, each of which
+    can only lower the error, take 7 % off that of normal weights; more turns less than 1 %.
+    """
+    blocks = in_blocks(weight)
+    least = blocks.min(-1, keepdims=True)
+    scales = (blocks.max(-1, keepdims=True) - least) / 15
+    middles = least + 8 * scales
+    mean = blocks.mean(-1, keepdims=True)
+    for _ in range(3):
+        integers = nearest(blocks - middles, scales, -8, 7)
+        centre = integers.mean(-1, keepdims=True)
+        spread = integers - centre
+        covariance = (spread * (blocks - mean)).sum(-1, keepdims=True)
+        variance = np.square(spread).sum(-1, keepdims=True)
+        scales = covariance / np.maximum(variance, 1e-12)
+        middles = mean - scales * centre
+    scales = half(scales)
+    middles = half(middles)
+    offsets = blocks - middles[..., None].astype(np.float32)
+    integers = nearest(offsets, scales[..., None].astype(np.float32), -8, 7)
+    codes = (integers + 8).reshape(len(weight), -1)
+    return codes[:, :weight.shape[1]].astype(np.uint8), scales, middles
 
 
 def pack(codes, bits, block):
@@ -56,62 +88,39 @@ def pack(codes, bits, block):
 def rounded8(weight):
     """weight (N, K) -> what its 8-bit codes stand for."""
     codes, scales = quantise8(weight.numpy())
-    integers = codes.astype(np.float32) - 128
-    return torch.from_numpy(integers * scales[:, None])
+    integers = torch.from_numpy(codes).float() - 128
+    return integers * spread_out(scales, codes)
 
 
 def rounded4(weight):
     """weight (N, K) -> what its 4-bit codes stand for."""
-    codes, scales = quantise4(weight.numpy())
-    scales = np.repeat(scales, BLOCK, 1)[:, :codes.shape[1]]
-    integers = codes.astype(np.float32) - 8
-    return torch.from_numpy(integers * scales)
+    codes, scales, middles = quantise4(weight.numpy())
+    integers = torch.from_numpy(codes).float() - 8
+    return integers * spread_out(scales, codes) + spread_out(middles, codes)
 
 
-def rounded_activations(x):
-    """x (..., K) at 8 bits, with one scale a row."""
-    scale = 127 / x.abs().amax(-1, keepdim=True).clamp(min=1e-5)
-    return (x * scale).round() / scale
-
-
-def round_input(module):
-    def rounded(_, inputs):
-        return (rounded_activations(inputs[0]),)
-
-    module.register_forward_pre_hook(rounded)
+def spread_out(values, codes):
+    """values (N, blocks), one for each block -> (N, K) float32, one for each of the codes (N, K)."""
+    repeated = torch.from_numpy(values).float().repeat_interleave(BLOCK, 1)
+    return repeated[:, :codes.shape[1]]
 
 
 @torch.no_grad()
 def twin(model, quant):
-    """The torch model whose weights and activations are rounded as the graph of this form rounds them."""
+    """The torch model with the weights that the graph of this form holds.
+
+    Runtimes round what these meet to 8 bits, in blocks too and each in its own way; the twin does not.
+    """
+    twin = copy.deepcopy(model).float().eval()
     if quant not in ("int8", "int4"):  # fp32, and q2, which holds -1, 0 and 1 as they are
-        return copy.deepcopy(model).float().eval()
-    if not hasattr(model, "unembed"):
-        raise UserError(f"{type(model).__module__}.py has no method unembed, which turns the last norm's output into "
-                        "logits: without it only --quant=fp32 can be checked")
-    ternary = ternary_parts(model)
-    twin = plain(model)
+        return twin
     if hasattr(twin, "embedding"):  # of a ternary model: float16 first, then 8 bits
         twin.embed.weight.copy_(twin.embedding())
         twin.embedding = lambda: twin.embed.weight
     for name, module in twin.named_modules():
-        if name in ternary:  # lossless in every form; its activations have 8 bits
-            round_input(module)
-        elif isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Embedding) or name == "head":
             module.weight.copy_(rounded8(module.weight))
-        elif isinstance(module, nn.Linear) and not name.endswith("dt_proj"):  # which the graphs keep: see `mamba`
-            if quant == "int8" or name == "head":
-                module.weight.copy_(rounded8(module.weight))
-                if name != "head":  # unembed rounds its input, below
-                    round_input(module)
-            else:
-                module.weight.copy_(rounded4(module.weight))
-    # here, and not at the head, which may be the embedding
-    unembed = twin.unembed
-    twin.unembed = lambda x: unembed(rounded_activations(x))
+        elif isinstance(module, nn.Linear) and not is_ternary(module) and not name.endswith("dt_proj"):  # see `mamba`
+            rounded = rounded8 if quant == "int8" else rounded4
+            module.weight.copy_(rounded(module.weight))
     return twin
-
-
-def rounds_activations(model, quant):
-    """Whether the model, or its twin of this form, rounds activations to 8 bits."""
-    return quant in ("int8", "int4") or any(is_ternary(module) for module in model.modules())

@@ -1,16 +1,21 @@
 """The check of formats/check.py notices damage, bugs of the exporter, and what a program computes differently."""
+import math
 import shutil
 import struct
 
 import pytest
+import torch
 from cases import built, edit_json, edit_tensors, out, tokenizer
 
 import export
 from formats import gguf as gguf_format
 from formats import names
 from formats import onnx as onnx_format
+from formats.check import Artefact, bits_per_byte, compare_logprobs, divergence, text_rows
 from formats.weights import with_weights
+from thimble import data
 from thimble.files import UserError
+from thimble.tokenizer import char_tokenizer
 
 
 def patch(old, new):
@@ -70,10 +75,10 @@ def swap_scales(path):
     path.write_bytes(content.replace(one, b"XXXX").replace(other, one).replace(b"XXXX", other))
 
 
-def other_graph(path):
+def other_graph(path, factor=1.01):
     model = built("llama")[0]
     onnx_format.write(path / "other.onnx",
-                      with_weights(model, lambda name, w: w * 1.01 if "blocks.1.mlp.up" in name else w))
+                      with_weights(model, lambda name, w: w * factor if "blocks.1.mlp.up" in name else w))
     return path / "other.onnx"
 
 
@@ -91,6 +96,78 @@ def test_the_check_sees(tmp_path, monkeypatch, name):
     with pytest.raises(UserError) as error:
         out(case, tmp_path / f"m.{form}".removesuffix(".onnx"), form)
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage,words", [
+    (edit_json("genai_config.json", model={"type": "nothing"}), "onnxruntime-genai does not load it"),
+    (lambda path: shutil.copyfile(other_graph(path, 3), path / "genai.onnx"), "texts of onnxruntime-genai differ")])
+def test_the_check_sees_what_genai_would_read(tmp_path, monkeypatch, damage, words):
+    pytest.importorskip("onnxruntime_genai", reason="pip install onnxruntime-genai reads the folder")
+    check = export.check
+
+    def sabotaged(artefact, *args):
+        damage(artefact.path)
+        file = artefact.path / "genai_config.json"
+        if (artefact.path / "genai.onnx").is_file():
+            file.write_text(file.read_text().replace("onnx/model.onnx", "genai.onnx"))
+        return check(artefact, *args)
+    monkeypatch.setattr(export, "check", sabotaged)
+    with pytest.raises(UserError, match=words) as error:
+        out("llama", tmp_path / "m", "onnx")
+    assert "\n" not in str(error.value)
+
+
+# ---- what is measured on text
+def logprobs(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).log_softmax(-1)
+
+
+def test_divergence_is_that_of_torch():
+    ours, there = logprobs(3, 5, 11), logprobs(3, 5, 11, seed=1)
+    want = torch.nn.functional.kl_div(there, ours, reduction="sum", log_target=True).item() / 15
+    assert divergence(ours, there) == pytest.approx(want, rel=1e-4) and abs(divergence(ours, ours)) < 1e-6
+    # tokens without a figure count together as one
+    lumped = [torch.cat((p[..., :4], p[..., 4:].logsumexp(-1, keepdim=True)), -1) for p in (ours, there)]
+    few = there.clone()
+    few[..., 4:] = torch.nan
+    assert divergence(ours, few) == pytest.approx(divergence(*lumped), rel=1e-4) and divergence(ours, few) < want
+    few[0, 0] = torch.nan  # of which a program gave nothing at all
+    assert divergence(ours, few) < want
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quant", ["f32", "q8_0"])
+def test_logits_that_are_not_numbers_are_refused(quant):
+    model, rows = built("llama")[0], torch.arange(12)[None]
+    artefact = Artefact(None, "gguf", quant, model, {})
+    there = model(rows)[0].log_softmax(-1)
+    there[0, :, 5:] = torch.nan  # a program may name the likeliest alone
+    assert compare_logprobs(artefact, rows, there)[0] == 0
+    there[0, 3] = torch.nan
+    with pytest.raises(UserError, match="check failed: logits differ: some are not numbers"):
+        compare_logprobs(artefact, rows, there)
+
+
+def test_bits_per_byte_are_those_of_the_tokens_behind_the_first():
+    rows = torch.tensor([[3, 1, 4], [1, 5, 9]])
+    there = logprobs(2, 3, 11)
+    nats = -sum(there[r, t, rows[r, t + 1]] for r in (0, 1) for t in (0, 1)).item()
+    assert bits_per_byte(there, rows, 7) == pytest.approx(nats / 7 / math.log(2), rel=1e-5)
+
+
+def test_the_text_is_the_runs_own_where_it_is_here(toy, tmp_path):
+    dataset = data.load(toy)
+    words = dataset.tokenizer()
+    passage = text_rows(words, {}, 50)
+    assert passage.shape == (10, 50) and words.decode(passage[0].tolist()).startswith("In the days when the judges")
+    meta = {"dataset": {"path": str(toy)}}
+    rows = text_rows(words, meta, 50)
+    assert rows.flatten().tolist() == dataset.val[:500].tolist()
+    assert text_rows(words, {"dataset": {"path": str(tmp_path / "gone")}}, 50).equal(passage)
+    bpe = tokenizer("bpe")  # with which that text was not prepared
+    assert bpe.decode(text_rows(bpe, meta, 50)[0].tolist()).startswith("In the days when")
+    assert tokenizer("char").decode(text_rows(tokenizer("char"), {}, 20)[0].tolist())[:3] == "n t"  # it has no I
+    assert text_rows(char_tokenizer("αβγ"), {}, 20).shape == (25, 20)  # none of the passage's: any ids
 
 
 BUGS = {  # of the exporter itself: what is in the file is what was meant, but it is wrong

@@ -5,6 +5,7 @@ import struct
 
 import numpy as np
 import pytest
+import torch
 from cases import SHAPE, TEXT, refused, send, tokenizer
 
 from formats import gguf as gguf_format
@@ -73,6 +74,103 @@ def test_q4_1_is_read(tmp_path):
         (3, gguf.quantize(w, kind).tobytes()) if key == name else (0, w.tobytes()))))
     got = load.read(path).model["blocks.0.mlp.up_proj.weight"].numpy()
     assert np.abs(got - gguf.dequantize(gguf.quantize(w, kind), kind)).max() == 0 and np.abs(got - w).max() < 0.3
+
+
+LLAMA_CPP = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+             "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+             "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    """A Llama of transformers, far from fresh."""
+    transformers = pytest.importorskip("transformers", reason="pip install -r requirements-test.txt")
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=48, rope_theta=500.0, rms_norm_eps=1e-6))
+    with torch.no_grad():
+        for p in model.parameters():
+            p += (0.2 if p.dim() < 2 else 0.15) * torch.randn_like(p)
+    return model.eval()
+
+
+def write_theirs(path, model, quant):
+    """Their Llama by the package's own writer, with the names and the order of rows that llama.cpp's converter uses."""
+    gguf = pytest.importorskip("gguf", reason="pip install -r requirements-test.txt")
+    kind = gguf.GGMLQuantizationType[quant]
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([chr(65 + i) for i in range(63)] + ["<|endoftext|>"])
+    writer.add_token_types([1] * 63 + [3])
+    writer.add_token_merges(["\u00ff \u00ff"])
+    writer.add_eos_token_id(63)
+    kept = {}
+    for name, w in model.state_dict().items():
+        w = w.numpy()
+        if name.startswith("model.layers."):
+            _, _, layer, stem = name.removesuffix(".weight").split(".", 3)
+            there = f"blk.{layer}.{LLAMA_CPP[stem]}.weight"
+        else:
+            there = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
+                     "lm_head.weight": "output.weight"}[name]
+        if "q_proj" in name or "k_proj" in name:  # pairs side by side instead of half a head apart
+            n_head = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            w = w.reshape(n_head, 2, -1, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
+        raw = gguf.quantize(w, kind) if w.ndim == 2 else w
+        writer.add_tensor(there, raw, raw_dtype=kind if w.ndim == 2 else None)
+        kept[there] = gguf.dequantize(raw, kind) if w.ndim == 2 else w
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return kept
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quant", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
+def test_a_llama_that_the_package_wrote(tmp_path, theirs, quant):
+    kept = write_theirs(tmp_path / "m.gguf", theirs, quant)
+    model = checkpoint.load_model(load.read(tmp_path / "m.gguf")).eval()
+    ids = torch.randint(64, (2, 40), generator=torch.Generator().manual_seed(0))
+    ours = model(ids)[0]
+    if quant == "F32":
+        assert (ours - theirs(ids).logits).abs().max() <= 1e-4
+    # rounding is the only difference: a head's rows, a scale or a name too much would move logits by their spread
+    off = (ours - theirs(ids).logits).std() / theirs(ids).logits.std()
+    assert off <= {"F32": 1e-5, "F16": 0.003, "BF16": 0.02, "Q8_0": 0.03, "Q4_0": 0.5, "Q4_1": 0.5}[quant]
+    assert (model.blocks[1].mlp.down_proj.weight.numpy() == kept["blk.1.ffn_down.weight"]).all()
+
+
+def test_llama_cpp_reads_the_file_that_the_package_wrote_alike(tmp_path, theirs):
+    """So that the file is what llama.cpp means, and not only what this test thinks."""
+    pytest.importorskip("xllamacpp", reason="pip install -r requirements-test.txt")
+    write_theirs(tmp_path / "m.gguf", theirs, "F32")
+    prompts = torch.randint(63, (2, 12), generator=torch.Generator().manual_seed(0))
+    reader = LlamaCpp(tmp_path / "m.gguf")
+    try:
+        there = reader.logprobs(prompts)
+        reader.LISTED = 5
+        few = reader.logprobs(prompts)
+    finally:
+        reader.close()
+    known = ~few.isnan()
+    assert (few[known] - there[known]).abs().max() <= 1e-4 and set(known.sum(-1).flatten().tolist()) <= {5, 6}
+    drawn = few[:, :-1].gather(2, prompts[:, 1:, None])  # the text's next token is always among them
+    assert not drawn.isnan().any()
+    with torch.no_grad():
+        assert (theirs(prompts).logits.log_softmax(-1) - there).abs().max() <= 1e-4
 
 
 # ---- what must not come in

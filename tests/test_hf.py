@@ -36,6 +36,55 @@ def test_out_and_in_again(tmp_path, case, form, quant):
     assert list(generate(back, ids[0, :5].tolist(), 5, temperature=0))
 
 
+# ---- folders that others wrote
+@pytest.fixture(scope="module")
+def transformers():
+    return pytest.importorskip("transformers", reason="pip install -r requirements-test.txt")
+
+
+@torch.no_grad()
+def far_from_fresh(model):
+    """A model of transformers whose every number matters: as built, most are 0.02 and all gains 1."""
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p += (0.2 if p.dim() < 2 else 0.15) * torch.randn(p.shape, generator=generator)
+    return model.eval()
+
+
+THEIRS = {"gqa": {"num_key_value_heads": 2},
+          "tied": {"tie_word_embeddings": True, "rope_theta": 500.0, "rms_norm_eps": 1e-6},
+          "heads not named": {"num_key_value_heads": None, "head_dim": None, "intermediate_size": 40}}
+SMALL = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "max_position_embeddings": 48}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", THEIRS)
+@pytest.mark.parametrize("how", ["float32", "bfloat16", "shards"])
+def test_a_llama_that_transformers_saved(tmp_path, transformers, case, how):
+    torch.manual_seed(0)
+    there = far_from_fresh(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL | THEIRS[case])))
+    if how == "bfloat16":
+        there = there.bfloat16()
+    there.save_pretrained(tmp_path, **{"max_shard_size": "20KB"} if how == "shards" else {})
+    assert (tmp_path / "model.safetensors.index.json").is_file() == (how == "shards")
+    model = checkpoint.load_model(load.read(tmp_path)).eval()
+    there = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = torch.randint(60, (2, 40), generator=torch.Generator().manual_seed(0))
+    assert (model(ids)[0] - there(ids).logits).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("kind", ["BitNet", "Jamba"])
+def test_other_models_that_transformers_saved_are_refused(tmp_path, transformers, kind):
+    """Or read, one day; but never taken for a Llama, whose names some of their tensors share."""
+    settings = {}
+    if kind == "Jamba":
+        settings = {"expert_layer_period": 1, "expert_layer_offset": 0, "num_experts": 1, "num_experts_per_tok": 1}
+    config = getattr(transformers, f"{kind}Config")(**SMALL | {"num_key_value_heads": 2} | settings)
+    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(tmp_path)
+    refused(tmp_path)
+
+
 # ---- what must not come in
 UP, NORM = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"
 
