@@ -72,6 +72,8 @@ def export(loaded, cfg):
         found = {"bytes": sum(file.stat().st_size for file in written)}
         if cfg.check:
             form = "onnx" if cfg.format == "web" else cfg.format
+            if (temporary / "onnx" / "step.onnx").is_file():
+                form = "traced"
             artefact = Artefact(temporary, form, quant, twin, stored)
             found |= check(artefact, loaded.model, loaded.tokenizer, loaded.meta, cfg.prompts, cfg.prompt_tokens)
     report(found, quant, as_is)
@@ -120,10 +122,18 @@ def write(path, loaded, cfg, quant, stock, why_not):
     path.mkdir()
     if cfg.format == "hf":
         return hf.write(path, model, stock, tokenizer, quant, meta)
-    from formats import web
+    from formats import onnx as onnx_format
+    from formats import traced, web
     if cfg.format == "web":
         return web.write_page(path, model, tokenizer, quant, meta)
-    return web.write(path, model, tokenizer, quant, meta)
+    try:
+        return web.write(path, model, tokenizer, quant, meta)
+    except onnx_format.NoForm as error:
+        if quant != "fp32":
+            raise
+        print(f"{str(error).rpartition(':')[0]}: its own step is traced instead")
+    hf.write_side_files(path, model, tokenizer, meta)
+    return traced.write(path, model)
 
 
 def report(found, quant, as_is):
