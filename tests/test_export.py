@@ -4,11 +4,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from cases import built, out, send
+from cases import built, out, send, tokenizer
 
 import export
+from formats import ollama
 from formats.weights import with_weights
-from thimble import checkpoint, files
+from thimble import chat, checkpoint, files
 from thimble.files import UserError
 
 EXACT = [("llama", "hf", "f32"), ("tied", "hf", "f32"), ("gelu", "hf", "f32"), ("groups", "hf", "f32"),
@@ -88,3 +89,42 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "x").exists()
     export.main(export.Config(checkpoint="exports/mine-hf", format="onnx", window=True, check=False))
     assert (tmp_path / "exports" / "mine-hf-window.onnx").is_file()
+
+
+# ---- Ollama
+def go(template, system="", prompt="", response=None):
+    """What Ollama makes of a template: `if` with text inside, and names; without a response, up to where it stands."""
+    values = {"System": system, "Prompt": prompt, "Response": response or ""}
+    for name, value in values.items():
+        before, opened, rest = template.partition(f"{{{{ if .{name} }}}}")
+        if opened:
+            inside, _, after = rest.partition("{{ end }}")
+            template = before + (inside if value else "") + after
+    for name, value in values.items():
+        template = template.replace(f"{{{{ .{name} }}}}", value)
+    assert "{{" not in template
+    return template
+
+
+@pytest.mark.parametrize("template", chat.TEMPLATES)
+def test_a_modelfile_speaks_to_the_model_as_it_was_taught(template):
+    words = tokenizer("byte")
+    text = ollama.modelfile("m.gguf", words, [words.eot], 48, template)
+    head, _, rest = text.partition('TEMPLATE """')
+    assert head == 'FROM ./m.gguf\nPARAMETER num_ctx 48\nPARAMETER stop "<|endoftext|>"\n'
+    made = rest.removesuffix('"""\n')
+    talk = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "Who are you?"}]
+    written = go(made, "Be kind.", "Hi", "Hello.") + go(made, prompt="Who are you?")
+    ids = []
+    for n, part in enumerate(written.split("<|endoftext|>")):  # Ollama reads the names of special tokens as those
+        ids += [words.eot] * (n > 0) + words.encode(part)
+    assert ids == chat.encode(words, talk, template, reply=True)[0]
+
+
+def test_a_gguf_folder_has_a_modelfile(tmp_path):
+    folder = tmp_path / "m"
+    found = out("llama", folder, "gguf", "f16")
+    assert sorted(path.name for path in folder.iterdir()) == ["Modelfile", "model.gguf"] and found["same"] == 6
+    text = (folder / "Modelfile").read_text()
+    assert text.startswith("FROM ./model.gguf\n") and text.endswith('TEMPLATE """{{ .Prompt }}"""\n')
