@@ -1,5 +1,8 @@
 """The command: what goes out is what its own program computes, a fork's own Python included."""
 import dataclasses
+import json
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from formats import ollama
 from formats.weights import with_weights
 from thimble import chat, checkpoint, files
 from thimble.files import UserError
+from thimble.generate import generate
 
 EXACT = [("llama", "hf", "f32"), ("tied", "hf", "f32"), ("gelu", "hf", "f32"), ("groups", "hf", "f32"),
          ("streams", "hf", "f32"), ("jamba", "hf", "f32"), ("mamba2", "hf", "f32"), ("bitnet", "hf", "plain"),
@@ -128,3 +132,38 @@ def test_a_gguf_folder_has_a_modelfile(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["Modelfile", "model.gguf"] and found["same"] == 6
     text = (folder / "Modelfile").read_text()
     assert text.startswith("FROM ./model.gguf\n") and text.endswith('TEMPLATE """{{ .Prompt }}"""\n')
+
+
+# ---- transformers.js
+NODE = """
+import { AutoModelForCausalLM, AutoTokenizer, env } from "@huggingface/transformers";
+env.allowRemoteModels = false;
+env.localModelPath = ".";
+const written = {};
+for (const name of process.argv.slice(2)) {
+  const tokenizer = await AutoTokenizer.from_pretrained(name);
+  const model = await AutoModelForCausalLM.from_pretrained(name);
+  const out = await model.generate({ ...tokenizer("The quick"), max_new_tokens: 12, do_sample: false });
+  written[name] = Array.from(out.data, Number);
+}
+console.log(JSON.stringify(written));
+"""
+
+
+@pytest.mark.slow  # npm fetches 500 MB
+def test_transformers_js_opens_the_folder_unchanged(tmp_path):
+    if not (shutil.which("npm") and shutil.which("node")):
+        pytest.skip("needs Node.js")
+    command = ["npm", "install", "--ignore-scripts", "--prefix", str(tmp_path), "@huggingface/transformers@4.3.1"]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("npm could not install @huggingface/transformers")
+    (tmp_path / "run.mjs").write_text(NODE)
+    want = {}
+    for case in ("llama", "qwen3", "arcee", "bitnet", "streams", "jamba", "granite", "mamba2"):
+        model, words = built(case)
+        send(model, words, tmp_path / case, "onnx", check=False)
+        ids = words.encode("The quick")
+        want[case] = ids + list(generate(model, ids, 12, temperature=0))
+    done = subprocess.run(["node", "run.mjs", *want], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == want
