@@ -6,10 +6,11 @@
     python export.py --format=web                                  # a page that runs the model in a browser
 
 What is written is read back by the program it is for, and kept only if its logits and greedy texts are ours. A model
-is exported as Llama, BitNet or Jamba if it computes what these compute, which is tested before anything is written:
-`model.py`, `ternary.py` and `hybrid_ssm.py --ssm=mamba1` do, and so may your fork. What no stock architecture can
-express (a custom activation, mHC-lite streams) is exported to Hugging Face with the model file itself as its code.
---checkpoint may also be a Hugging Face folder or a GGUF file.
+is exported as a stock architecture (Llama, Qwen3, Arcee, BitNet, Jamba, GraniteMoeHybrid) if it computes what that
+computes, which is tested before anything is written: the model files do in most settings, and so may your fork. What no
+stock architecture can express (a custom activation, mHC-lite streams) is exported to Hugging Face with the model file
+itself as its code, and to ONNX as torch traces it, if need be. --checkpoint may also be a Hugging
+Face folder or a GGUF file.
 """
 import os
 import time

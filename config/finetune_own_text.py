@@ -3,6 +3,7 @@
 #   python prepare/text.py --input FILE_OR_FOLDER --name mine --tokenizer data/shakespeare_bpe4096/tokenizer.json
 #   python train.py config/finetune_own_text.py --device=cpu
 # With --init_from= (empty) it starts from random weights; a tokenizer of its own (--tokenizer bpe) is then better.
+# Export: as config/tiny_cpu.py.
 dataset = "mine"
 arch = "ternary"
 init_from = "runs/tiny_cpu"
