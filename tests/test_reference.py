@@ -163,6 +163,14 @@ def test_an_mlp_without_a_gate_is_refused_for_llama_cpp(tmp_path):
         send(*built("arcee"), tmp_path / "m.gguf", "gguf", check=False)
 
 
+@pytest.mark.parametrize("arch,settings,stock", [
+    ("model", {"qk_norm": True}, "qwen3"), ("model", {"mlp": "gelu"}, "arcee"),
+    ("hybrid_ssm", {"ssm": "mamba2", "ssm_head_dim": 16}, "granitemoehybrid"),
+    ("hybrid_ssm", {"ssm": "mamba2", "ssm_head_dim": 16, "rope": True}, "granitemoehybrid")])
+def test_a_copy_of_a_recipe_s_model_opens_without_its_code(fork, arch, settings, stock):
+    assert stock_architecture(fork(arch, "mine", **settings)) == (stock, "")
+
+
 def traced_fork(fork, arch):
     changes = {"model": ("F.silu(", "torch.sin("), "hybrid_ssm": ("F.softplus(", "torch.relu(")}
     return fork(arch, "mine", *changes[arch])
