@@ -1,15 +1,16 @@
 """Export a model to other programs, and prove that it is the same there.
 
     python export.py --format=hf                                   # a folder for transformers, vLLM, MLX, ...
-    python export.py --format=gguf --quant=q8_0                    # a file for llama.cpp, Ollama, LM Studio, ...
+    python export.py --format=gguf --quant=q8_0                    # a folder for Ollama; its file: llama.cpp, LM Studio
     python export.py --format=onnx --quant=int4                    # a folder for onnxruntime-genai, transformers.js
     python export.py --format=web                                  # a page that runs the model in a browser
 
 What is written is read back by the program it is for, and kept only if its logits and greedy texts are ours. A model
-is exported as Llama, BitNet or Jamba if it computes what these compute, which is tested before anything is written:
-`model.py`, `ternary.py` and `hybrid_ssm.py --ssm=mamba1` do, and so may your fork. What no stock architecture can
-express (a custom activation, mHC-lite streams) is exported to Hugging Face with the model file itself as its code.
---checkpoint may also be a Hugging Face folder or a GGUF file.
+is exported as a stock architecture (Llama, Qwen3, Arcee, BitNet, Jamba, GraniteMoeHybrid) if it computes what that
+computes, which is tested before anything is written: the model files do in most settings, and so may your fork. What no
+stock architecture can express (a custom activation, mHC-lite streams) is exported to Hugging Face with the model file
+itself as its code, and to ONNX as torch traces it, if need be. --checkpoint may also be a Hugging
+Face folder or a GGUF file.
 """
 import os
 import time
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from formats import gguf, hf
+from formats import gguf, hf, ollama
 from formats.check import Artefact, check
 from formats.names import QUANTS
 from formats.reference import stock_architecture
@@ -33,7 +34,7 @@ class Config:
     which: Literal["best", "latest"] = "best"  # checkpoint of the run
     format: Literal["hf", "gguf", "onnx", "web"] = "hf"
     quant: str = ""                 # how numbers are stored (an invalid value lists the valid ones); empty: as they are
-    out: str = ""                   # folder or file to write (onnx: FILE.onnx is that alone); empty: under exports/
+    out: str = ""                   # folder to write (FILE.gguf or FILE.onnx: that alone); empty: under exports/
     window: bool = False            # onnx: (batch, block) int32 ids to the last one's logits, without a cache
     # check
     check: bool = True              # reload it in its own program, where that is installed
@@ -74,7 +75,11 @@ def export(loaded, cfg):
         found = {"bytes": sum(file.stat().st_size for file in written)}
         if cfg.check:
             form = "onnx" if cfg.format == "web" else cfg.format
-            artefact = Artefact(temporary, form, quant, twin, stored)
+            if (temporary / "onnx" / "step.onnx").is_file():
+                form = "traced"
+            # a GGUF file's own program reads nothing else of its folder
+            path = next(temporary.glob("*.gguf"), temporary)
+            artefact = Artefact(path, form, quant, twin, stored)
             found |= check(artefact, loaded.model, loaded.tokenizer, loaded.meta, cfg.prompts, cfg.prompt_tokens)
     report(found, quant, as_is)
     print(f"{out}: {found['bytes']:,} bytes, {quant}, {time.perf_counter() - begun:.0f} s")
@@ -93,12 +98,10 @@ def choose_quant(cfg, stock, packed):
 
 
 def default_name(loaded, cfg):
-    """NAME-hf, NAME-onnx-int4, NAME-q8_0.gguf, NAME-window.onnx, ..."""
+    """NAME-hf, NAME-onnx-int4, NAME-gguf-q8_0, NAME-window.onnx, ..."""
     parts = [loaded.name]
     ending = ""
-    if cfg.format == "gguf":
-        ending = ".gguf"
-    elif cfg.window:
+    if cfg.window:
         parts.append("window")
         ending = ".onnx"
     else:
@@ -115,17 +118,31 @@ def write(path, loaded, cfg, quant, stock, why_not):
         if not stock:
             raise UserError(f"llama.cpp has no architecture for this model ({why_not}): use --format=hf, where the "
                             "model file goes along")
-        return gguf.write(path, model, stock, tokenizer, quant, loaded.name)
+        file = path
+        if path.suffix != ".gguf":
+            path.mkdir()
+            file = path / f"{loaded.name}.gguf"
+            text = ollama.modelfile(file.name, tokenizer, model.config.block_size)
+            (path / "Modelfile").write_text(text, encoding="utf-8")
+        return gguf.write(file, model, stock, tokenizer, quant, loaded.name)
     if cfg.format == "onnx" and (cfg.window or path.suffix == ".onnx"):
         from formats import onnx as onnx_format  # takes half a second
         return onnx_format.write(path, model, quant, cfg.window)
     path.mkdir()
     if cfg.format == "hf":
         return hf.write(path, model, stock, tokenizer, quant)
-    from formats import web
+    from formats import onnx as onnx_format
+    from formats import traced, web
     if cfg.format == "web":
         return web.write_page(path, model, tokenizer, quant)
-    return web.write(path, model, tokenizer, quant)
+    try:
+        return web.write(path, model, tokenizer, quant)
+    except onnx_format.NoForm as error:
+        if quant != "fp32":
+            raise
+        print(f"{str(error).rpartition(':')[0]}: its own step is traced instead")
+    hf.write_side_files(path, model, tokenizer)
+    return traced.write(path, model)
 
 
 def report(found, quant, as_is):
@@ -147,9 +164,11 @@ def report(found, quant, as_is):
 def main(cfg):
     loaded = load(cfg.checkpoint, cfg.which, deploy=False)
     export(loaded, cfg)
+    out = cfg.out or f"exports/{default_name(loaded, cfg)}"
     if cfg.format == "web":
-        out = cfg.out or f"exports/{default_name(loaded, cfg)}"
         print(f"python -m http.server --directory {out}   # then open http://localhost:8000")
+    elif Path(out, "Modelfile").is_file():
+        print(f"ollama create {loaded.name} -f {out}/Modelfile")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Hybrid: state space layers and some attention; exactly Jamba-shaped with ssm="mamba1", faster with "mamba2".
+"""Hybrid: state space layers and some attention; exactly Jamba with ssm="mamba1", Granite with "mamba2", the faster.
 
     python prepare/shakespeare.py --tokenizer=byte
     python train.py config/nexus_bytes.py --device=cpu

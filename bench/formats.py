@@ -2,6 +2,7 @@
 
     python bench/formats.py                                         # minutes; small models with random weights
     python bench/formats.py --only=jamba,bitnet --prompts=10
+    python bench/formats.py --recipes=true --prompts=8              # the shapes of config/ instead, without rounding
 
 max |dlog p| is against torch with the weights as stored, "cost" the KL divergence from the checkpoint's own weights in
 nats a token, both on the text of formats/passage.txt. The weights are far from those of a fresh model, so that logits
@@ -10,6 +11,7 @@ spread by 1 and more, and greedy texts tell models apart.
 import contextlib
 import importlib
 import io
+import runpy
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -31,22 +33,27 @@ MODELS = {  # name: model file, its settings, tokenizer
     "llama": ("model", {"n_kv_head": 2}, "bpe"),
     "llama tied, bytes": ("model", {"tie_embeddings": True}, "byte"),
     "llama, characters": ("model", {}, "char"),
+    "qwen3": ("model", {"n_kv_head": 2, "qk_norm": True}, "bpe"),
+    "arcee": ("model", {"mlp": "gelu"}, "bpe"),
     "gelu, qk_norm": ("model", {"mlp": "gelu", "qk_norm": True}, "char"),
     "bitnet": ("ternary", {"n_embd": 256, "n_hidden": 512, "n_kv_head": 2}, "bpe"),
     "bitnet packed": ("ternary", {"n_embd": 256, "n_hidden": 512, "n_kv_head": 2, "packed": True}, "bpe"),
     "ternary groups": ("ternary", {"group_size": 32, "n_hidden": 128}, "bpe"),
     "ternary streams": ("ternary", {"n_streams": 2}, "bpe"),
     "jamba": ("hybrid_ssm", {"ssm": "mamba1", "n_layer": 3, "attn_layer_period": 3, "n_kv_head": 2}, "bpe"),
-    "mamba2 hybrid": ("hybrid_ssm", {"n_layer": 3, "attn_layer_period": 3}, "bpe"),
+    "granite": ("hybrid_ssm", {"n_layer": 3, "attn_layer_period": 3}, "bpe"),
+    "granite, qk_norm": ("hybrid_ssm", {"n_layer": 3, "attn_layer_period": 3, "qk_norm": True}, "bpe"),
 }
 FORMS = [("hf", "f32"), ("hf", "bf16"), ("hf", "online"), ("hf", "packed"), ("hf", "plain"), ("gguf", "f32"),
          ("gguf", "f16"), ("gguf", "bf16"), ("gguf", "q8_0"), ("gguf", "q5_1"), ("gguf", "q5_0"), ("gguf", "q4_1"),
          ("gguf", "q4_0"), ("gguf", "tq1_0"), ("gguf", "tq2_0"), ("onnx", "fp32"), ("onnx", "int8"), ("onnx", "int4"),
          ("onnx", "q2"), ("window", "fp32")]
+CONFIG = Path(__file__).resolve().parent.parent / "config"
 
 
 @dataclass(frozen=True)
 class Config:
+    recipes: bool = False           # the shapes of the recipes in config/, with weights and activations as they are
     only: tuple[str, ...] = ()      # models whose names begin with one of these; empty: all
     format: str = ""                # hf, gguf, onnx or window; empty: all
     prompts: int = 50               # greedy texts to compare
@@ -64,13 +71,33 @@ def tokenizers():
     return {"bpe": train_bpe([text], 600, "gpt2"), "byte": byte_tokenizer(), "char": char_tokenizer(text)}
 
 
+def recipes():
+    """What MODELS is, of the recipes: their whole shape but for the vocabulary, and for a large one's size."""
+    found = {}
+    for path in sorted(CONFIG.glob("*.py")):
+        said = runpy.run_path(path)
+        if "/" in said.get("init_from", ""):  # the shape of another recipe, with a context of its own
+            said = runpy.run_path(CONFIG / f"{Path(said['init_from']).name}.py")
+        arch = said.get("arch", "model")
+        fields = importlib.import_module(arch).Config.__dataclass_fields__
+        settings = {key: value for key, value in said.items() if key in fields}
+        if settings.get("vocab_size") == 49152:
+            settings |= {"n_layer": 4, "n_embd": 192, "n_hidden": 512, "block_size": 512}
+        settings.pop("vocab_size", None)
+        kind = said["dataset"].rpartition("_")[2]
+        found[path.stem] = arch, settings, kind if kind in ("byte", "char") else "bpe"
+    return found
+
+
 def build(arch, settings, vocab_size):
     """A model with weights that spread its logits by about 1."""
     module = importlib.import_module(arch)
     settings = dict(settings)
     packed = settings.pop("packed", False)
     torch.manual_seed(0)
-    model = module.Model(module.Config(**SHAPE | settings, vocab_size=vocab_size))
+    fields = module.Config.__dataclass_fields__
+    shape = {key: value for key, value in SHAPE.items() if key in fields}
+    model = module.Model(module.Config(**shape | settings, vocab_size=vocab_size))
     with torch.no_grad():
         for p in model.parameters():
             size = 0.2 if p.dim() < 2 else 0.1
@@ -92,6 +119,8 @@ def forms_of(model, stock, cfg):
         if cfg.format not in ("", form) or quant not in allowed or (quant == "online" and packed):
             continue
         if quant in ("tq1_0", "tq2_0", "q2") and not ternary:
+            continue
+        if cfg.recipes and quant not in ("f32", "plain", "fp32"):
             continue
         if form == "gguf" and not stock and quant != "f32":
             continue  # one row says why there is none
@@ -120,7 +149,7 @@ def row(loaded, form, quant, folder, cfg):
 def main(cfg):
     made = tokenizers()
     print("| model | format | max abs dlog p | cost | greedy texts | bytes |\n|---|---|---|---|---|---|")
-    for name, (arch, settings, kind) in MODELS.items():
+    for name, (arch, settings, kind) in (recipes() if cfg.recipes else MODELS).items():
         if cfg.only and not name.startswith(cfg.only):
             continue
         tokenizer = made[kind]

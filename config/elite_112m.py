@@ -1,4 +1,5 @@
 # 112,085,760 parameters, the shape of "Elite-112M": for a GPU. Not trained yet, so its loss and time are unknown.
+# Export: Llama in transformers, llama.cpp, ONNX Runtime and transformers.js.
 # Needs a text of your own and SmolLM2's tokenizer.json (a vocabulary of 49,152 tokens):
 #   python prepare/text.py --input FOLDER --name elite --tokenizer path/to/tokenizer.json
 dataset = "elite"

@@ -4,6 +4,7 @@
 #   python train.py config/finetune_own_text.py --device=cpu
 # With --init_from= (empty) it starts from random weights; a tokenizer of its own (--tokenizer bpe) is then better.
 # Another run, a Hugging Face folder or a GGUF file may stand there, too; the text needs the tokenizer of that.
+# Export: as config/tiny_cpu.py.
 dataset = "mine"
 init_from = "runs/tiny_cpu"
 

@@ -2,6 +2,7 @@
 # 2 cores, tinyshakespeare: 1.504 nats per byte in 5 minutes. A byte of training costs 0.86 of what it costs a dense
 # model at this context and half at 8,192; after 8,000 bytes it decodes 221 bytes/s, the dense model 166
 # (bench/hybrid.py).
+# Export: GraniteMoeHybrid in transformers, llama.cpp, ONNX Runtime and transformers.js.
 dataset = "shakespeare_byte"
 prepare = "prepare/shakespeare.py --tokenizer=byte"
 

@@ -1,5 +1,6 @@
 # nexus_bytes.py with a vocabulary of 1,000 tokens instead of single bytes: compare their bits per byte.
 # 2 cores, tinyshakespeare: 2.08 bits per byte in 4 minutes; nexus_bytes.py reaches 2.17.
+# Export: GraniteMoeHybrid in transformers, llama.cpp, ONNX Runtime and transformers.js.
 dataset = "shakespeare_bpe1000"
 prepare = "prepare/shakespeare.py --tokenizer=bpe --vocab_size=1000"
 

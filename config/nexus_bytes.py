@@ -2,6 +2,7 @@
 # 2 cores, tinyshakespeare: validation loss 1.87 nats per byte in 37 s, 1.505 (2.17 bits) in 4 minutes. Counting
 # trigrams gives 2.05 nats, the published run reached 2.63 in 87 minutes. With --ssm=mamba1, the kind that Jamba has:
 # 1.500, in 1.7 times the time per step.
+# Export: GraniteMoeHybrid (with --ssm=mamba1 Jamba) in transformers, llama.cpp, ONNX Runtime and transformers.js.
 dataset = "shakespeare_byte"
 prepare = "prepare/shakespeare.py --tokenizer=byte"
 

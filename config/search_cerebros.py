@@ -3,6 +3,7 @@
 # python train.py config/cerebros_bible.py --init_from=runs/search_cerebros/best
 # The budget is in steps, not seconds, so that a busy machine finds the same. The window stays 40 tokens, as in the ONNX
 # export; which of its places a wiring reads is searched.
+# Export: as config/cerebros_bible.py.
 dataset = "bible_bpe4096"
 prepare = "prepare/bible.py"
 

@@ -1,5 +1,7 @@
 # The best dense model after 60 seconds of training on Shakespeare's plays: 30 trials, half an hour plus evaluations.
 # How many steps fit into a minute is measured before each trial, so run nothing else on the machine.
+# Export: Llama, with qk_norm Qwen3, with gelu Arcee (not in llama.cpp). With both it is no stock architecture:
+# transformers with trust_remote_code, ONNX Runtime and transformers.js.
 dataset = "shakespeare_bpe4096"
 prepare = "prepare/shakespeare.py --tokenizer=bpe --vocab_size=4096"
 

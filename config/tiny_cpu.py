@@ -1,6 +1,7 @@
 # The first run: ternary weights (BitNet b1.58), 3.7 M parameters, Shakespeare with a vocabulary of 4,096 tokens.
 # 2 cores: 3 minutes of training, validation loss 4.14 nats per token, 2.0 bits per byte (counting trigrams of bytes:
 # 2.9), 2.65 MiB packed.
+# Export: BitNet in transformers and llama.cpp; ONNX Runtime and transformers.js.
 dataset = "shakespeare_bpe4096"
 prepare = "prepare/shakespeare.py --tokenizer=bpe --vocab_size=4096"
 

@@ -46,7 +46,7 @@ PASSAGE = Path(__file__).with_name("passage.txt")  # the first chapter of Ruth, 
 
 class Artefact(NamedTuple):
     path: Path
-    form: str  # "hf", "gguf" or "onnx"
+    form: str  # "hf", "gguf", "onnx" or, of a fork, "traced"
     quant: str
     twin: torch.nn.Module  # gives the logits that it must give
     stored: dict  # {tensor name: tensor or array} that must be in it
@@ -490,7 +490,8 @@ class OnnxRuntime:
         cache = {}
         for name, value in self.inputs.items():
             if name.startswith("past"):
-                cache[name] = np.zeros(empty_shape(value.shape, batch_size), np.float32)
+                kind = np.int64 if value.type == "tensor(int64)" else np.float32
+                cache[name] = np.zeros(empty_shape(value.shape, batch_size), kind)
         return cache
 
     def step(self, ids, cache, mask=None):
@@ -587,6 +588,38 @@ class GenAI:
         return texts
 
 
+class TracedOnnx(OnnxRuntime):
+    """The step of traced.py: a text at a time, and a token at a time."""
+
+    def read(self, ids, cache):
+        """ids, a list, after what the cache holds -> (logits (V,) of the last, cache)."""
+        for token in ids:
+            logits, cache = self.step([[token]], cache)
+        return logits[0], cache
+
+    def logprobs(self, rows):
+        """rows (R, T) -> log p of the token after each, (R, T, V)."""
+        found = []
+        for row in rows.tolist():
+            cache = self.empty_cache(1)
+            for token in row:
+                logits, cache = self.step([[token]], cache)
+                found.append(torch.from_numpy(logits))
+        return torch.cat(found).view(*rows.shape, -1).log_softmax(-1)
+
+    def greedy(self, prompts, n):
+        """prompts (B, T) -> the n most likely next ids of each, as lists."""
+        texts = []
+        for prompt in prompts.tolist():
+            logits, cache = self.read(prompt, self.empty_cache(1))
+            text = [int(logits.argmax())]
+            while len(text) < n:
+                logits, cache = self.read(text[-1:], cache)
+                text.append(int(logits.argmax()))
+            texts.append(text)
+        return texts
+
+
 def empty_shape(sizes, batch_size):
     """The shape that an input of the cache has before the first token; `sizes` are numbers and names."""
     shape = []
@@ -600,7 +633,7 @@ def empty_shape(sizes, batch_size):
 
 def onnx_file(path):
     """The graph at `path`: the file itself, or the one that a folder of web.py holds."""
-    return str(next(path.glob("onnx/*.onnx")) if path.is_dir() else path)
+    return str(max(path.glob("onnx/*.onnx")) if path.is_dir() else path)  # step.onnx, if there is forward.onnx too
 
 
-CONSUMERS = {"hf": Transformers, "gguf": LlamaCpp, "onnx": OnnxRuntime}
+CONSUMERS = {"hf": Transformers, "gguf": LlamaCpp, "onnx": OnnxRuntime, "traced": TracedOnnx}

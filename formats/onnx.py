@@ -473,6 +473,10 @@ def to_proto(g, name, with_weights=True):
 
 
 # ---- compared with the model
+class NoForm(UserError):
+    """The layers of this file are not those of the model."""
+
+
 class Scan(OpRun):
     """The operator as `scan` uses it, along axis 1, which onnx's own evaluator lacks."""
     op_domain = ""
@@ -512,7 +516,7 @@ def evaluate(g, ids):
 
 @torch.no_grad()
 def hold(model, window):
-    """UserError unless the graph gives the logits of the model's own forward, both in float64.
+    """NoForm unless the graph gives the logits of the model's own forward, both in float64.
 
     The layers of this file are compared with those of the model file before the graph stands in for them: whoever
     changes an activation there must not get a graph of the old one.
@@ -529,9 +533,9 @@ def hold(model, window):
         else:
             same = not differs(own_logits(wide, ids), evaluate(g, ids))
     except Exception as error:  # a fork may lack anything, or have more
-        raise UserError(f"{arch}.py has no ONNX form ({short(error, 100)}): {remedy}") from None
+        raise NoForm(f"{arch}.py has no ONNX form ({short(error, 100)}): {remedy}") from None
     if not same:
-        raise UserError(f"{arch}.py computes something other than the ONNX form of its layers: {remedy}")
+        raise NoForm(f"{arch}.py computes something other than the ONNX form of its layers: {remedy}")
 
 
 def window_agrees(wide, g, ids):

@@ -358,7 +358,7 @@ def likely_stock(tensors, config):
         return "jamba"
     if any("sub_norm" in name for name in tensors):
         return "bitnet"
-    if not any("gate_proj" in name for name in tensors):
+    if any("up_proj" in name for name in tensors) and not any("gate_proj" in name for name in tensors):
         return "arcee"
     if any("q_norm" in name for name in tensors):
         return "qwen3"

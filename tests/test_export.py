@@ -1,16 +1,21 @@
 """The command: what goes out is what its own program computes, a fork's own Python included."""
 import dataclasses
 import hashlib
+import json
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
 import torch
-from cases import built, loaded, out, send
+from cases import built, loaded, out, send, tokenizer
 
 import export
+from formats import ollama
 from formats.weights import with_weights
-from thimble import checkpoint, files
+from thimble import chat, checkpoint, files
 from thimble.files import UserError
+from thimble.generate import generate
 
 EXACT = [("llama", "hf", "f32"), ("tied", "hf", "f32"), ("gelu", "hf", "f32"), ("groups", "hf", "f32"),
          ("streams", "hf", "f32"), ("jamba", "hf", "f32"), ("mamba2", "hf", "f32"), ("bitnet", "hf", "plain"),
@@ -148,3 +153,90 @@ def test_every_key_changes_what_is_exported(places, tmp_path, capsys, key):
     ({"format": "onnx", "window": True, "quant": "int8"}, "mine-window-int8.onnx"), ({"format": "web"}, "mine-web")])
 def test_what_is_exported_is_named_after_its_form(settings, name):
     assert export.default_name(loaded(*built("tied"), "mine"), export.Config(**settings)) == name
+
+
+# ---- Ollama
+def go(template, system="", prompt="", response=None):
+    """What Ollama makes of a template: `if` with text inside, and names; without a response, up to where it stands."""
+    values = {"System": system, "Prompt": prompt, "Response": response or ""}
+    for name, value in values.items():
+        before, opened, rest = template.partition(f"{{{{ if .{name} }}}}")
+        if opened:
+            inside, _, after = rest.partition("{{ end }}")
+            template = before + (inside if value else "") + after
+    for name, value in values.items():
+        template = template.replace(f"{{{{ .{name} }}}}", value)
+    assert "{{" not in template
+    return template
+
+
+@pytest.mark.parametrize("template", chat.TEMPLATES)
+def test_a_modelfile_speaks_to_the_model_as_it_was_taught(template):
+    words = tokenizer("byte")
+    words.record = chat.record_for(words, template)
+    text = ollama.modelfile("m.gguf", words, 48)
+    head, _, rest = text.partition('TEMPLATE """')
+    assert head == 'FROM ./m.gguf\nPARAMETER num_ctx 48\nPARAMETER stop "<|endoftext|>"\n'
+    made = rest.removesuffix('"""\n')
+    talk = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "Who are you?"}]
+    written = go(made, "Be kind.", "Hi", "Hello.") + go(made, prompt="Who are you?")
+    ids = []
+    for n, part in enumerate(written.split("<|endoftext|>")):  # Ollama reads the names of special tokens as those
+        ids += [words.eot] * (n > 0) + words.encode(part)
+    assert ids == chat.prompt(words, talk, template)
+
+
+def test_a_template_with_a_system_text_of_its_own():
+    words = tokenizer("byte")
+    template = ("{% if messages[0].role != 'system' %}S:Be brief.\n{% endif %}{% for m in messages %}"
+                "{{ m.role[0] | upper }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}A:{% endif %}")
+    words.record = dataclasses.replace(words.record, template=template)
+    _, _, made = ollama.modelfile("m.gguf", words, 48).partition("SYSTEM")
+    system, _, made = made.partition("TEMPLATE")
+    assert system == ' """Be brief."""\n'
+    made = made.strip(' "\n')
+    assert go(made, "Be brief.", "Hi", "Yes.") + go(made, prompt="So?") == "S:Be brief.\nU:Hi\nA:Yes.\nU:So?\nA:"
+
+
+def test_a_gguf_folder_has_a_modelfile(tmp_path):
+    folder = tmp_path / "m"
+    found = out("llama", folder, "gguf", "f16")
+    assert sorted(path.name for path in folder.iterdir()) == ["Modelfile", "model.gguf"] and found["same"] == 6
+    text = (folder / "Modelfile").read_text()
+    assert text.startswith("FROM ./model.gguf\n") and text.endswith('TEMPLATE """{{ .Prompt }}"""\n')
+
+
+# ---- transformers.js
+NODE = """
+import { AutoModelForCausalLM, AutoTokenizer, env } from "@huggingface/transformers";
+env.allowRemoteModels = false;
+env.localModelPath = ".";
+const written = {};
+for (const name of process.argv.slice(2)) {
+  const tokenizer = await AutoTokenizer.from_pretrained(name);
+  const model = await AutoModelForCausalLM.from_pretrained(name);
+  const out = await model.generate({ ...tokenizer("The quick"), max_new_tokens: 12, do_sample: false });
+  written[name] = Array.from(out.data, Number);
+}
+console.log(JSON.stringify(written));
+"""
+
+
+@pytest.mark.slow  # npm fetches 500 MB
+def test_transformers_js_opens_the_folder_unchanged(tmp_path):
+    if not (shutil.which("npm") and shutil.which("node")):
+        pytest.skip("needs Node.js")
+    command = ["npm", "install", "--ignore-scripts", "--prefix", str(tmp_path), "@huggingface/transformers@4.3.1"]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("npm could not install @huggingface/transformers")
+    (tmp_path / "run.mjs").write_text(NODE)
+    want = {}
+    for case in ("llama", "qwen3", "arcee", "bitnet", "streams", "jamba", "granite", "mamba2"):
+        model, words = built(case)
+        send(model, words, tmp_path / case, "onnx", check=False)
+        ids = words.encode("The quick")
+        want[case] = ids + list(generate(model, ids, 12, temperature=0))
+    done = subprocess.run(["node", "run.mjs", *want], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == want

@@ -186,3 +186,40 @@ def test_a_fork_with_squared_relu_goes_to_llama_cpp_as_arcee(fork, tmp_path):
 def test_an_mlp_without_a_gate_is_refused_for_llama_cpp(tmp_path):
     with pytest.raises(UserError, match="llama.cpp computes ReLU.2 in every MLP without a gate, this model has gelu"):
         send(*built("arcee"), tmp_path / "m.gguf", "gguf", check=False)
+
+
+@pytest.mark.parametrize("arch,settings,stock", [
+    ("model", {"qk_norm": True}, "qwen3"), ("model", {"mlp": "gelu"}, "arcee"),
+    ("hybrid_ssm", {"ssm": "mamba2", "ssm_head_dim": 16}, "granitemoehybrid"),
+    ("hybrid_ssm", {"ssm": "mamba2", "ssm_head_dim": 16, "rope": True}, "granitemoehybrid")])
+def test_a_copy_of_a_recipe_s_model_opens_without_its_code(fork, arch, settings, stock):
+    assert stock_architecture(fork(arch, "mine", **settings)) == (stock, "")
+
+
+def traced_fork(fork, arch):
+    changes = {"model": ("F.silu(", "torch.sin("), "hybrid_ssm": ("F.softplus(", "torch.relu(")}
+    return fork(arch, "mine", *changes[arch])
+
+
+@pytest.mark.slow  # half a minute each
+@pytest.mark.parametrize("arch,files", [("model", ["forward.onnx", "step.onnx"]), ("hybrid_ssm", ["step.onnx"])])
+def test_a_fork_leaves_as_its_own_step_in_onnx(fork, tmp_path, arch, files):
+    """No mapping of ours: torch traces what the file says. Mamba's loop over tokens has no forward of any length."""
+    ort = pytest.importorskip("onnxruntime", reason="pip install -r requirements-test.txt")
+    pytest.importorskip("onnxscript", reason="pip install -r requirements-test.txt")
+    model = traced_fork(fork, arch)
+    found = send(model, tokenizer("byte"), tmp_path / "m", "onnx", prompts=4, prompt_tokens=30)
+    assert found["delta"] <= 1e-4 and found["same"] == 4
+    graphs = sorted((tmp_path / "m" / "onnx").iterdir())
+    assert [path.name for path in graphs] == files
+    ids = torch.randint(257, (1, 37))
+    if len(graphs) == 2:
+        logits, = ort.InferenceSession(graphs[0]).run(None, {"input_ids": ids.numpy()})
+        assert (torch.from_numpy(logits) - model(ids)[0]).abs().max() <= 1e-4
+
+
+def test_a_fork_needs_onnxscript_to_be_traced(fork, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(UserError, match="needs the package onnxscript"):
+        send(traced_fork(fork, "model"), tokenizer("byte"), tmp_path / "m", "onnx")
+    assert not list(tmp_path.glob("m*"))
