@@ -441,8 +441,10 @@ def read_tokenizer(path):
 
 def read_record(values):
     """What the file says of how the model is spoken to, for thimble/chat.py."""
-    said = {"ends": [values.get(f"tokenizer.ggml.{key}_token_id") for key in END_KEYS],
-            "adds_bos": values.get("tokenizer.ggml.add_bos_token"), "template": values.get("tokenizer.chat_template")}
+    # llama.cpp's default where the file does not say it
+    adds_bos = values.get("tokenizer.ggml.add_bos_token", values.get("tokenizer.ggml.pre") == "llama-bpe")
+    said = {"ends": [values.get(f"tokenizer.ggml.{key}_token_id") for key in END_KEYS], "adds_bos": adds_bos,
+            "template": values.get("tokenizer.chat_template")}
     for role, key in (("bos", "bos"), ("pad", "padding"), ("unk", "unknown")):
         said[role] = [values.get(f"tokenizer.ggml.{key}_token_id")]
     return said

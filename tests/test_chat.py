@@ -13,7 +13,7 @@ from tokenizers import processors
 import export
 import model
 import train
-from formats import web
+from formats import gguf, web
 from formats.check import LlamaCpp
 from prepare import sft
 from prepare.make_tokenizer import train_bpe
@@ -231,6 +231,9 @@ def test_a_tokenizer_that_adds_bos_is_asked_with_bos(tmp_path):
         assert one.encode_prompt("a") == [bos, *one.encode("a")] and one.encode_prompt("") == [bos]
         assert bos not in one.encode("a")
         assert one.hf.encode("a").ids == one.encode_prompt("a")  # whoever reads its tokenizer.json alone
+    # a GGUF file of Llama 3's kind that does not say it
+    for pre, adds in (("llama-bpe", True), ("gpt-2", False)):
+        assert gguf.read_record({"tokenizer.ggml.pre": pre})["adds_bos"] is adds
     # one of our templates, too, begins with it
     assert chat.prompt(tokenizer, TALK[:1], "elite")[0] == bos
 

@@ -81,7 +81,9 @@ class Record:
 def read(folder):
     """What Hugging Face's files in a folder say, as record() wants it. UserError if one of them is damaged."""
     folder = Path(folder)
-    special = read_json(folder / "special_tokens_map.json", {}) | read_json(folder / "tokenizer_config.json", {})
+    special = read_json(folder / "tokenizer_config.json", {})
+    if "added_tokens_decoder" not in special:  # an older folder: transformers, too, believes its other file
+        special |= read_json(folder / "special_tokens_map.json", {})
     generation = read_json(folder / "config.json", {}) | read_json(folder / "generation_config.json", {})
     # not add_bos_token: beside a tokenizer.json, whose post-processor adds bos or does not, transformers ignores it
     said = {}
@@ -118,12 +120,13 @@ def record(said, vocab, eot):
 
     vocab is {token: id}. What is not in it is ignored; without a bos or an end, eot serves.
     """
+    # a file may name several candidates for one role: a token that the vocabulary lacks, and behind it an id
     first = {role: next(iter(known_ids(said.get(role, ()), vocab)), None) for role in ("bos", "pad", "unk")}
     if first["bos"] is None:
         first["bos"] = eot
     ends = known_ids(said.get("ends", ()), vocab)
     if eot not in ends:
-        ends.append(eot)
+        ends.append(eot)  # it stands between documents, so it never belongs to an answer
     template = said.get("template")
     if not isinstance(template, str):
         template = ""
@@ -172,11 +175,13 @@ def record_for(tokenizer, template):
         return own
     if template not in TEMPLATES:
         raise UserError(f"there is no template {template!r}: choose one of {', '.join(TEMPLATES)}")
+    # what the template calls eos_token; the end of text ends an answer, too, where another token comes first
     end = tokenizer.eot
     if template == "chatml" and tokenizer.special("<|im_end|>") is not None:
         end = tokenizer.special("<|im_end|>")
     text = TEMPLATES[template]
-    if own.adds_bos:  # a template writes all there is, also for the programs that would put bos in front of other texts
+    # transformers adds nothing to what a template writes, llama.cpp adds bos where it is missing: so it writes it
+    if own.adds_bos:
         text = "{{- bos_token }}" + text
     others = [i for i in own.ends if i != end]
     return replace(own, ends=(end, *others), template=text)
@@ -206,8 +211,10 @@ def render(tokenizer, messages, template, reply=False):
         more = message.get("input", "").strip()
         if more:
             content = content.strip() + JOINTS.get(template, "\n\n") + more
+        # "<|im_end|>" that a user types must not end the message
         content = quoted.sub(lambda found: found[0][0] + MARK + found[0][1:], content)
         given.append({"role": message["role"], "content": content})
+    # the variables are those of transformers' apply_chat_template; templates ask whether tools is none
     return jinja.render(record.template, messages=given, add_generation_prompt=reply, tools=None, documents=None,
                         **special_tokens(tokenizer, record))
 
@@ -238,6 +245,7 @@ def encode(tokenizer, messages, template):
     for n, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
+        # in ids and not in characters: so a token across the border is found as well
         before = prompt(tokenizer, messages[:n], template)
         start = len(before)
         if ids[:start] != before:
@@ -247,6 +255,7 @@ def encode(tokenizer, messages, template):
                                 f"{which}: use another --template")
             raise UserError(f"{which} writes what comes before an answer otherwise once the answer is there, so it "
                             "cannot be taught: use another --template")
+        # what the template writes behind the end (chatml: a line break) is never sampled, so it does not count
         stop = next((i for i in range(start, len(ids)) if ids[i] in stop_ids), None)
         if stop is None:
             raise UserError(f"{which} ends an answer without a special token, so that nothing would teach the model to "
@@ -263,6 +272,7 @@ def answer_ends(tokenizer, template):
         behind = render(tokenizer, talk, template).rpartition("answer")[2]
     except UserError:  # whoever asks with this template will see it
         return ids
+    # such as <|eot_id|>, where a file names <|end_of_text|> alone
     special = re.search("|".join(map(re.escape, tokenizer.specials)), behind)
     if special:
         ids.add(tokenizer.special(special[0]))
