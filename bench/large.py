@@ -118,7 +118,8 @@ def stage(name, cfg, folder, pipe):
     value = globals()[name](cfg, folder)
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GB
-    pipe.send({"stage": name, "seconds": round(seconds, 1), "peak_gb": round(peak, 1), "max_dlogit": value})
+    pipe.send({"stage": name, "seconds": round(seconds, 1), "cpu_seconds": round(time.process_time(), 1),
+               "peak_gb": round(peak, 1), "max_dlogit": value})
 
 
 def main(cfg):

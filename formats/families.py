@@ -324,7 +324,7 @@ def as_checkpoint(path, config, tensors, arch=None):
     if config.get("head_dim", 0) * config["n_head"] == config["n_embd"]:
         del config["head_dim"]  # the default
     defaults = {field.name: field.default for field in fields(module.Config)}
-    config = {key: value for key, value in config.items() if value != defaults[key]}
+    config = {key: value for key, value in config.items() if value != defaults.get(key, ...)}
     plain = importlib.import_module("model")
     if not arch and config.keys() <= {field.name for field in fields(plain.Config)}:
         module = plain

@@ -98,6 +98,8 @@ def write(folder, model, stock, tokenizer, quant):
         tensors = dict(twin.state_dict()) | dict(twin.named_buffers())
         tensors = {f"model.{name}": tensor.detach() for name, tensor in tensors.items()}
         about |= write_code(folder, model)
+        if unsaved_buffers(model):
+            about["thimble_buffers"] = unsaved_buffers(model)
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
             tensors[name] = tensor.to(dtype)
@@ -130,8 +132,7 @@ def write_code(folder, model):
     (folder / f"{code}.py").write_text(WRAPPER.format(arch=arch), encoding="utf-8")
     shutil.copyfile(inspect.getsourcefile(type(model)), folder / f"{arch}.py")
     return {"architectures": ["ThimbleForCausalLM"], "model_type": f"thimble_{arch}", "use_cache": False,
-            "thimble": asdict(model.config), "thimble_buffers": unsaved_buffers(model),
-            "num_hidden_layers": getattr(model.config, "n_layer", 1),
+            "thimble": asdict(model.config), "num_hidden_layers": getattr(model.config, "n_layer", 1),
             "auto_map": {"AutoConfig": f"{code}.ThimbleConfig", "AutoModelForCausalLM": f"{code}.ThimbleForCausalLM"}}
 
 

@@ -43,13 +43,14 @@ def arcee(path, about):
 
 
 def bitnet(path, about):
-    plain = {"attention_bias": (False,), "mlp_bias": (False,), "tie_word_embeddings": (True,)}
-    understood(path, about, {"head_dim", "hidden_act", "quantization_config"}, plain,
-               required=("hidden_act", "tie_word_embeddings"))
+    plain = {"attention_bias": (False,), "mlp_bias": (False,)}
+    understood(path, about, {"head_dim", "hidden_act", "quantization_config"}, plain, required=("hidden_act",))
     config = common_settings(path, about)
-    del config["tie_embeddings"]  # ternary.py has one matrix always
-    if "rope_theta" not in about and not about.get("rope_parameters"):
-        refuse(path, "rope_theta", "nothing")
+    if not config.pop("tie_embeddings"):
+        refuse(path, "tie_word_embeddings", False, ": ternary.py has one matrix for the embedding and the head")
+    rope = about.get("rope_parameters")
+    if about.get("rope_theta") is None and not (isinstance(rope, dict) and rope.get("rope_theta")):
+        refuse(path, "rope_theta", "nothing")  # transformers takes 500,000 for granted here
     config |= rope_from_hf(path, about, about["max_position_embeddings"])
     usual_head(path, about, config)
     config["act"] = one_of(path, "hidden_act", about["hidden_act"], ("silu", "relu2"))
@@ -68,6 +69,8 @@ def mode_of(path, about):
         refuse(path, "quantization_config", how)
     if how.get("quant_method") != "bitnet" or how.get("use_rms_norm"):
         refuse(path, "quantization_config", how)
+    # a matrix that is not converted would not be ternary
+    one_of(path, "modules_to_not_convert", how.get("modules_to_not_convert"), (None, [], ["lm_head"]))
     return one_of(path, "quantization_mode", how.get("quantization_mode", "offline"), ("online", "offline"))
 
 
@@ -124,15 +127,18 @@ def granite(path, about):
         config |= rope_from_hf(path, about, about["max_position_embeddings"])
     if not isinstance(about["layer_types"], list):
         refuse(path, "layer_types", about["layer_types"])
+    is_attention = []
     for layer in about["layer_types"]:
+        # transformers 5 calls a state space layer linear attention
         one_of(path, "layer_types", layer, ("attention", "full_attention", "mamba", "linear_attention"))
-    return config | places(path, [layer.endswith("attention") and layer[0] != "l" for layer in about["layer_types"]],
-                           config["n_layer"])
+        is_attention.append(layer in ("attention", "full_attention"))
+    return config | places(path, is_attention, config["n_layer"])
 
 
 def places(path, is_attention, n_layer):
-    """attn_layer_period and attn_layer_offset that give this list of layers."""
+    """attn_layer_period and attn_layer_offset that give this list of layers; UserError where none do."""
     at = [i for i, attention in enumerate(is_attention) if attention]
+    # with one attention layer, or none, the next would be behind the last layer
     offset = at[0] if at else n_layer
     period = at[1] - at[0] if len(at) > 1 else n_layer + 1
     again = [i % period == offset for i in range(n_layer)]
@@ -153,9 +159,9 @@ def settle_hf(path, about, family, config, tensors):
         return
     mode = mode_of(path, about)
     check_embedding(path, tensors)
-    if mode == "online":
+    if mode == "online":  # the weights that ternary.py trains, which it rounds itself
         return
-    scales = {}
+    scales = {}  # {name of a matrix: the factor on it}
     for name in [name for name in tensors if name.endswith(".weight_scale")]:
         scale = tensors.pop(name).squeeze()
         # the other class divides by it
@@ -166,13 +172,14 @@ def settle_hf(path, about, family, config, tensors):
         if mode == "offline":
             if w.dtype != torch.uint8 or name not in scales:
                 raise UserError(f"{path}: tensor {name} is not packed, although quantization_mode is offline")
+            # row r holds the rows r, r + N / 4, r + N / 2 and r + 3 N / 4, low bits first, as 0, 1 and 2
             planes = [w >> shift & 3 for shift in (0, 2, 4, 6)]
-            w = torch.cat(planes).float() - 1
+            w = torch.cat(planes).float() - 1  # (N, K)
         pack(path, name, w, scales.get(name, torch.ones(())), tensors)
 
 
 def fold(about, config, tensors):
-    """Granite's multipliers go into the weights: no model file has them. Two tied matrices become two."""
+    """Granite's multipliers go into the weights: no model file has them. A tied matrix becomes two."""
     embedding = about["embedding_multiplier"]
     logits = about["logits_scaling"]
     if embedding != 1 or logits != 1:
@@ -180,8 +187,9 @@ def fold(about, config, tensors):
         config["tie_embeddings"] = False
         tensors["head.weight"] = head / logits
         tensors["embed.weight"] = tensors["embed.weight"] * embedding
-    usual = (config["n_embd"] // config["n_head"]) ** -0.5
+    usual = (config["n_embd"] // config["n_head"]) ** -0.5  # what hybrid_ssm.py multiplies q k^T by
     for name in tensors:
+        # what a layer adds to the residual stream is linear in its last matrix
         if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")):
             tensors[name] = tensors[name] * about["residual_multiplier"]
         elif name.endswith("q_proj.weight") and about["attention_multiplier"] != usual:
@@ -196,7 +204,11 @@ def check_embedding(path, tensors):
 
 
 def pack(path, name, w, factor, tensors):
-    """Store a matrix w * factor of -s, 0 and s as the codes and the scale of a packed ternary.py."""
+    """Store a matrix w * factor of -s, 0 and s as the codes and the scale of a packed ternary.py.
+
+    The rounding of activations, which BitNet is trained with, is part of that model, whatever the format leaves to the
+    program that reads it.
+    """
     scale = w.abs().max()
     t = (w / scale.clamp(min=1e-30)).round()
     if not (w - t * scale).abs().max() <= 1e-6 * scale or factor.numel() != 1:

@@ -15,8 +15,10 @@ from thimble.files import UserError
 
 STOCK = {"llama": "llama", "tied": "llama", "chars": "llama", "qwen3": "qwen3", "arcee": "arcee", "bitnet": "bitnet",
          "wide": "bitnet", "relu2": "bitnet", "jamba": "jamba", "granite": "granitemoehybrid",
-         "granite, rope": "granitemoehybrid"}
-WHY = {"gelu": "qk_norm=True", "groups": "group_size=16", "streams": "n_streams=2", "mamba2": "qk_norm=True"}
+         "granite, rope": "granitemoehybrid", "mistral": "mistral", "nemo": "llama", "llama3": "llama", "yarn": "llama",
+         "linear": "llama", "qwen2": "qwen2", "qwen2 window": "qwen2", "qwen3 wide": "qwen3"}
+WHY = {"odd": "its tensors are not those of Qwen3: model.layers.0.self_attn.q_proj.bias",
+       "gelu": "qk_norm=True", "groups": "group_size=16", "streams": "n_streams=2", "mamba2": "qk_norm=True"}
 
 
 @pytest.mark.parametrize("case", CASES)

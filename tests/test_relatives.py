@@ -83,6 +83,22 @@ def off_each_other(*paths):
     return (one - other).abs().max().item()
 
 
+@pytest.mark.parametrize("case,values,message", [
+    ("arcee", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "cannot express"),
+    ("bitnet", {"rope_theta": ..., "rope_parameters": {"rope_type": "default"}}, "rope_theta=nothing"),
+    ("bitnet", {"hidden_act": ...}, "hidden_act=nothing"),
+    ("bitnet", {"tie_word_embeddings": False}, "tie_word_embeddings=False"),
+    ("bitnet", {"quantization_config": {"quant_method": "awq"}}, "quantization_config="),
+    ("bitnet", {"quantization_config": {"quant_method": "bitnet", "modules_to_not_convert": ["x"]}}, "not_convert="),
+    ("bitnet", {"quantization_config": None}, "does not hold -1, 0 and 1 times one scale"),
+])
+def test_what_export_wrote_and_somebody_changed_is_refused(tmp_path, case, values, message):
+    out(case, tmp_path / "m", "hf", check=False)
+    edit(tmp_path / "m", **values)
+    with pytest.raises(UserError, match=message):
+        load.read(tmp_path / "m")
+
+
 KEYS = ["mamba_d_state", "mamba_d_conv", "mamba_expand", "mamba_dt_rank", "mamba_conv_bias", "mamba_proj_bias",
         "mamba_n_heads", "mamba_d_head", "mamba_n_groups", "attn_layer_period", "attn_layer_offset", "num_experts",
         "num_local_experts", "num_experts_per_tok", "embedding_multiplier", "residual_multiplier", "logits_scaling",
