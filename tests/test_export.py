@@ -147,8 +147,8 @@ def test_every_key_changes_what_is_exported(places, tmp_path, capsys, key):
 
 
 @pytest.mark.parametrize("settings, name", [
-    ({}, "mine-hf"), ({"quant": "bf16"}, "mine-hf-bf16"), ({"format": "gguf"}, "mine.gguf"),
-    ({"format": "gguf", "quant": "q8_0"}, "mine-q8_0.gguf"), ({"format": "onnx", "quant": "int4"}, "mine-onnx-int4"),
+    ({}, "mine-hf"), ({"quant": "bf16"}, "mine-hf-bf16"), ({"format": "gguf"}, "mine-gguf"),
+    ({"format": "gguf", "quant": "q8_0"}, "mine-gguf-q8_0"), ({"format": "onnx", "quant": "int4"}, "mine-onnx-int4"),
     ({"format": "onnx", "window": True}, "mine-window.onnx"),
     ({"format": "onnx", "window": True, "quant": "int8"}, "mine-window-int8.onnx"), ({"format": "web"}, "mine-web")])
 def test_what_is_exported_is_named_after_its_form(settings, name):

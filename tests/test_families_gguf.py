@@ -125,7 +125,7 @@ def off_llama_cpp(path):
     idx = prompts(max(1, min(45, ours.config.block_size - 2)))
     try:
         logits = ours(idx)[0][:, -1]
-        return ((logits.log_softmax(-1) - there.logprobs(idx)).abs().max() / logits.std()).item()
+        return ((logits.log_softmax(-1) - there.logprobs(idx)[:, -1]).abs().max() / logits.std()).item()
     finally:
         there.close()
 
