@@ -18,6 +18,7 @@ import ast
 import contextlib
 import copy
 import ctypes
+import functools
 import importlib
 import json
 import os
@@ -59,6 +60,7 @@ CONFIGS = ("cfg", "config", "c", "self.cfg", "self.config", "cfg.model", "model.
 TWINS = {"min": "max", "max": "min", "any": "all", "all": "any", "floor": "ceil", "ceil": "floor"}
 MESSAGES = ("print", "warn", "UserError", "log", "say")  # calls whose arguments are text for people
 LOOKS = ("indent", "flush", "name", "label", "color", "alpha", "fontsize", "ha", "xytext", "textcoords")  # keywords
+NO_MISTAKE = ("strict", "ensure_ascii")  # keywords that only matter where something else is wrong already
 NEVER_SWAPPED = ("isinstance", "issubclass", "getattr", "hasattr", "suppress")
 
 
@@ -70,7 +72,7 @@ class Config:
     files: tuple[str, ...] = ()     # only in these; empty: in all
     # how to look
     retry: bool = False             # only the survivors of the last run with this seed
-    seconds: float = 20.0           # of processor time for the tests of each mistake
+    seconds: float = 15.0           # of processor time for the tests of each mistake
     workers: int = 2
 
     def __post_init__(self):
@@ -102,7 +104,7 @@ def one_more(node):
 def mistakes(node, known, configs, rng):
     """Yields (kind, the node it replaces, its new source) for each mistake that a person could make at this node.
 
-    known: names that the function has assigned before. configs: {field: type} of each Config of the project.
+    known: names that the function has assigned before. configs: {field: type} of each Config, that of this file first.
     """
     match node:
         case ast.Compare():
@@ -125,7 +127,7 @@ def mistakes(node, known, configs, rng):
                 if name not in NEVER_SWAPPED:
                     yield "arguments swapped", node, changed(node, args=swapped(node.args, i))
             for keyword in node.keywords:
-                if keyword.arg and keyword.arg not in LOOKS:
+                if keyword.arg and keyword.arg not in LOOKS + NO_MISTAKE:
                     rest = [other for other in node.keywords if other is not keyword]
                     yield "keyword dropped", node, changed(node, keywords=rest)
             if name in TWINS:
@@ -220,15 +222,14 @@ def in_file(name, configs, rng):
     return found
 
 
-def config_fields():
-    """{field: type} of each Config of the project."""
-    found = []
-    for name in files():
-        for node in ast.parse((ROOT / name).read_text()).body:
-            if isinstance(node, ast.ClassDef) and node.name == "Config":
-                fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
-                found.append({field.target.id: ast.unparse(field.annotation) for field in fields})
-    return found
+@functools.cache
+def config_fields(name):
+    """{field: type} of the Config of a file; empty if it has none."""
+    for node in ast.parse((ROOT / name).read_text()).body:
+        if isinstance(node, ast.ClassDef) and node.name == "Config":
+            fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
+            return {field.target.id: ast.unparse(field.annotation) for field in fields}
+    return {}
 
 
 def files():
@@ -239,7 +240,6 @@ def files():
 def draw(cfg):
     """cfg.count mistakes: the files by their length, in each the kind first, then the place."""
     rng = random.Random(cfg.seed)
-    configs = config_fields()
     names = list(cfg.files) or files()
     lengths = [len((ROOT / name).read_text().splitlines()) for name in names]
     offset = rng.random()
@@ -254,7 +254,7 @@ def draw(cfg):
     drawn = []
     for name, count in Counter(chosen).items():
         kinds = defaultdict(list)
-        for mistake in in_file(name, configs, rng):
+        for mistake in in_file(name, [config_fields(file) for file in (name, *files())], rng):
             kinds[mistake["kind"]].append(mistake)
         while count and kinds:
             kind = rng.choice(sorted(kinds))
@@ -313,9 +313,13 @@ def test_files(name):
 class Watch:
     """A pytest plugin: notes what fails, and stops where the time is up."""
 
-    def __init__(self, seconds):
+    def __init__(self, seconds, stem):
         self.end = used() + seconds
+        self.stem = stem
         self.failed = []
+
+    def pytest_collection_modifyitems(self, items):
+        items.sort(key=lambda item: self.stem not in item.name)  # of the contract, the cases of this model file first
 
     def pytest_runtest_logreport(self, report):
         if report.failed:
@@ -350,13 +354,13 @@ def planted(mistake, source):
     return source[:mistake["start"]] + mistake["after"].encode() + source[mistake["end"]:]
 
 
-def run_tests(tree, steps, seconds):
-    """The name of the first test that fails or "", and the seconds used. To be called in a process of its own."""
+def run_tests(tree, steps, seconds, stem):
+    """The name of the first test that fails or "". To be called in a process of its own."""
     os.chdir(tree)
     for name in [name for name in sys.modules if name.split(".")[0] == "thimble"]:
         del sys.modules[name]  # that of the copy counts
     sys.path[:] = [str(tree), *(path for path in sys.path if path != str(ROOT))]
-    watch = Watch(seconds)
+    watch = Watch(seconds, stem)
     for step in steps:
         code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={tree.parent}/basetemp", *step], [watch])
         if watch.failed:
@@ -368,7 +372,7 @@ def run_tests(tree, steps, seconds):
     return ""
 
 
-def start(tree, steps, seconds):
+def start(tree, steps, seconds, stem):
     """Process id of a run of these tests, which writes its result to result.txt beside the tree."""
     pid = os.fork()
     if pid:
@@ -383,7 +387,7 @@ def start(tree, steps, seconds):
         os.dup2(output, 2)
         resource.setrlimit(resource.RLIMIT_CPU, (int(4 * seconds) + 30,) * 2)  # a loop without end
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        failed = run_tests(tree, steps, seconds)
+        failed = run_tests(tree, steps, seconds, stem)
         (tree.parent / "result.txt").write_text(failed)
     except BaseException:
         traceback.print_exc()
@@ -425,7 +429,8 @@ def look(todo, seconds, workers, done):
                 (tree / mistake["file"]).write_bytes(planted(mistake, source))
                 (tree.parent / "result.txt").unlink(missing_ok=True)
                 steps = mistake.get("only") or test_files(mistake["file"])
-                running[start(tree, steps, seconds)] = (mistake, tree, source, time.monotonic())
+                pid = start(tree, steps, seconds, Path(mistake["file"]).stem)
+                running[pid] = (mistake, tree, source, time.monotonic())
             time.sleep(0.1)
             for pid, (mistake, tree, source, begin) in list(running.items()):
                 passed = time.monotonic() - begin
