@@ -434,7 +434,7 @@ def look(todo, seconds, workers, done):
             time.sleep(0.1)
             for pid, (mistake, tree, source, begin) in list(running.items()):
                 passed = time.monotonic() - begin
-                if passed > 20 * seconds:  # waits for something; a loop has met the limit of processor time
+                if passed > 300 + 20 * seconds:  # waits for something; a loop has met the limit of processor time
                     os.kill(pid, signal.SIGTERM)
                     os.waitpid(pid, 0)
                 elif os.waitpid(pid, os.WNOHANG)[0] == 0:
