@@ -43,6 +43,7 @@ from thimble import configurator
 
 ROOMS = ("", "thimble", "formats", "tasks", "prepare", "kernels")
 RESULTS = ROOT / "runs" / "mutate"
+SECONDS = RESULTS / "seconds.json"  # {test: how long it took when it last ran}
 READ_SOURCE = ("tests/test_copies.py", "tests/test_house.py")
 LIBRARIES = ("torch", "numpy", "safetensors.torch", "tokenizers", "transformers", "starlette", "uvicorn", "pydantic",
              "gguf", "onnx", "onnxruntime", "optuna", "matplotlib.pyplot")
@@ -311,17 +312,21 @@ def test_files(name):
 
 
 class Watch:
-    """A pytest plugin: notes what fails, and stops where the time is up."""
+    """A pytest plugin: the fastest tests first; notes what fails, and stops where the time is up."""
 
     def __init__(self, seconds, stem):
         self.end = used() + seconds
         self.stem = stem
         self.failed = []
+        self.seconds = {}
 
     def pytest_collection_modifyitems(self, items):
-        items.sort(key=lambda item: self.stem not in item.name)  # of the contract, the cases of this model file first
+        known = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
+        # of the contract, the cases of this model file before the others
+        items.sort(key=lambda item: (self.stem not in item.nodeid, known.get(item.nodeid, 0.5)))
 
     def pytest_runtest_logreport(self, report):
+        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0) + report.duration
         if report.failed:
             self.failed.append(report.nodeid)
 
@@ -355,7 +360,7 @@ def planted(mistake, source):
 
 
 def run_tests(tree, steps, seconds, stem):
-    """The name of the first test that fails or "". To be called in a process of its own."""
+    """(name of the first test that fails or "", {test: seconds}). To be called in a process of its own."""
     os.chdir(tree)
     for name in [name for name in sys.modules if name.split(".")[0] == "thimble"]:
         del sys.modules[name]  # that of the copy counts
@@ -364,16 +369,16 @@ def run_tests(tree, steps, seconds, stem):
     for step in steps:
         code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={tree.parent}/basetemp", *step], [watch])
         if watch.failed:
-            return watch.failed[0]
+            return watch.failed[0], watch.seconds
         if code in (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR):
-            return f"pytest: {code.name}"
+            return f"pytest: {code.name}", watch.seconds
         if used() > watch.end:
             break
-    return ""
+    return "", watch.seconds
 
 
 def start(tree, steps, seconds, stem):
-    """Process id of a run of these tests, which writes its result to result.txt beside the tree."""
+    """Process id of a run of these tests, which writes its result to result.json beside the tree."""
     pid = os.fork()
     if pid:
         return pid
@@ -387,8 +392,7 @@ def start(tree, steps, seconds, stem):
         os.dup2(output, 2)
         resource.setrlimit(resource.RLIMIT_CPU, (int(4 * seconds) + 30,) * 2)  # a loop without end
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        failed = run_tests(tree, steps, seconds, stem)
-        (tree.parent / "result.txt").write_text(failed)
+        (tree.parent / "result.json").write_text(json.dumps(run_tests(tree, steps, seconds, stem)))
     except BaseException:
         traceback.print_exc()
     finally:
@@ -415,6 +419,7 @@ def confine():
 def look(todo, seconds, workers, done):
     """Runs the tests of each mistake of `todo`, `workers` at a time; calls done(mistake, first failure, seconds)."""
     todo = list(todo)[::-1]
+    known = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
     running = {}  # process id: (mistake, tree, source of the file, begin)
     with contextlib.ExitStack() as stack:
         trees = []
@@ -427,7 +432,7 @@ def look(todo, seconds, workers, done):
                 tree = trees.pop()
                 source = (tree / mistake["file"]).read_bytes()
                 (tree / mistake["file"]).write_bytes(planted(mistake, source))
-                (tree.parent / "result.txt").unlink(missing_ok=True)
+                (tree.parent / "result.json").unlink(missing_ok=True)
                 steps = mistake.get("only") or test_files(mistake["file"])
                 pid = start(tree, steps, seconds, Path(mistake["file"]).stem)
                 running[pid] = (mistake, tree, source, time.monotonic())
@@ -441,10 +446,12 @@ def look(todo, seconds, workers, done):
                     continue
                 del running[pid]
                 (tree / mistake["file"]).write_bytes(source)
-                result = tree.parent / "result.txt"
+                result = tree.parent / "result.json"
                 by = f"no result after {passed:.0f} s: {last_line(tree.parent / 'output.txt')}"
                 if result.exists():
-                    by = result.read_text()
+                    by, times = json.loads(result.read_text())
+                    known.update(times)
+                    SECONDS.write_text(json.dumps(known))
                 done(mistake, by, passed)
                 trees.append(tree)
 
