@@ -323,7 +323,7 @@ class Watch:
     def pytest_collection_modifyitems(self, items):
         known = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
         # of the contract, the cases of this model file before the others
-        items.sort(key=lambda item: (self.stem not in item.nodeid, known.get(item.nodeid, 0.5)))
+        items.sort(key=lambda item: (self.stem not in item.nodeid, known.get(item.nodeid, 0)))
 
     def pytest_runtest_logreport(self, report):
         self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0) + report.duration

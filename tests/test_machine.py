@@ -1,4 +1,9 @@
 """What machine.py measures."""
+import os
+import signal
+import threading
+
+import pytest
 import torch
 
 from thimble import machine
@@ -17,3 +22,40 @@ def test_the_faster_dtype_is_chosen(monkeypatch):
         given = dict(zip((torch.float32, torch.bfloat16), rates, strict=True))
         monkeypatch.setattr(machine, "matmul_rate", lambda device, dtype, given=given: given[dtype])
         assert machine.fastest_dtype(torch.device("cpu")) == fastest
+
+
+def test_signals_are_caught_and_given_back():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    with machine.catch_signals() as caught:
+        assert caught == []
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        assert caught == [signal.SIGTERM, signal.SIGUSR1]
+    assert before == {number: signal.getsignal(number) for number in before}
+
+
+@pytest.mark.parametrize("handler, is_caught", [(signal.SIG_IGN, False), (signal.SIG_DFL, True)])
+def test_a_run_started_by_nohup_outlives_its_terminal(handler, is_caught):
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        with machine.catch_signals() as caught:
+            assert (signal.getsignal(signal.SIGHUP) != handler) == is_caught
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert caught == [signal.SIGHUP] * is_caught
+        assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_thread_catches_nothing():
+    found = []
+
+    def enter():
+        with machine.catch_signals() as caught:
+            found.append(caught)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert found == [[]]
