@@ -321,9 +321,9 @@ class Watch:
         self.seconds = {}
 
     def pytest_collection_modifyitems(self, items):
-        known = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
+        self.known = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
         # of the contract, the cases of this model file before the others
-        items.sort(key=lambda item: (self.stem not in item.nodeid, known.get(item.nodeid, 0)))
+        items.sort(key=lambda item: (self.stem not in item.nodeid, self.known.get(item.nodeid, 0)))
 
     def pytest_runtest_logreport(self, report):
         self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0) + report.duration
@@ -335,7 +335,7 @@ class Watch:
             self.failed.append(report.nodeid)
 
     def pytest_runtest_protocol(self, item):
-        if used() > self.end:
+        if used() + self.known.get(item.nodeid, 0) > self.end:
             item.session.shouldstop = "the time is up"
 
 
