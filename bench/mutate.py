@@ -43,7 +43,7 @@ from thimble import configurator
 
 ROOMS = ("", "thimble", "formats", "tasks", "prepare", "kernels")
 RESULTS = ROOT / "runs" / "mutate"
-SECONDS = RESULTS / "seconds.json"  # {test: how long it took when it last ran}
+SECONDS = RESULTS / "seconds.json"  # {test: processor seconds when it last ran}
 READ_SOURCE = ("tests/test_copies.py", "tests/test_house.py")
 LIBRARIES = ("torch", "numpy", "safetensors.torch", "tokenizers", "transformers", "starlette", "uvicorn", "pydantic",
              "gguf", "onnx", "onnxruntime", "optuna", "matplotlib.pyplot")
@@ -326,7 +326,6 @@ class Watch:
         items.sort(key=lambda item: (self.stem not in item.nodeid, self.known.get(item.nodeid, 0)))
 
     def pytest_runtest_logreport(self, report):
-        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0) + report.duration
         if report.failed:
             self.failed.append(report.nodeid)
 
@@ -337,6 +336,10 @@ class Watch:
     def pytest_runtest_protocol(self, item):
         if used() + self.known.get(item.nodeid, 0) > self.end:
             item.session.shouldstop = "the time is up"
+        self.begin = used()
+
+    def pytest_runtest_logfinish(self, nodeid):
+        self.seconds[nodeid] = used() - self.begin
 
 
 def used():
