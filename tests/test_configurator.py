@@ -591,3 +591,24 @@ def test_numbers_out_of_their_range_are_refused_by_name(command):
         Config(**{name: 1.0})
         if name not in positive:
             Config(**{name: 0.0})
+
+
+@dataclass(frozen=True)
+class Listed:
+    compile: bool | Literal["auto"] = "auto"  # a single choice is for the comment
+    which: Literal["best", "latest"] = "best"  # of a run
+    betas: tuple[float, ...] = (0.9, 0.5)
+    name: str | None = None
+
+    # above
+    text: str = "a\nb"  # beside
+
+
+def test_help_by_hand():
+    assert configurator.help_text(Listed).splitlines()[-6:] == [
+        "  --compile=auto                   a single choice is for the comment",
+        "  --which=best                     best | latest; of a run",
+        "  --betas=0.9,0.5",
+        "  --name=none",
+        "  # above",
+        "  --text=a\\nb                      beside"]
