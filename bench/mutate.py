@@ -60,7 +60,7 @@ OPERATORS = {
 CONFIGS = ("cfg", "config", "c", "self.cfg", "self.config", "cfg.model", "model.config")
 TWINS = {"min": "max", "max": "min", "any": "all", "all": "any", "floor": "ceil", "ceil": "floor"}
 MESSAGES = ("print", "warn", "UserError", "log", "say")  # calls whose arguments are text for people
-LOOKS = ("indent", "flush", "name", "label", "color", "alpha", "fontsize", "ha", "xytext", "textcoords")  # keywords
+LOOKS = ("indent", "flush", "name", "label", "color", "alpha", "fontsize", "ha", "linewidth", "textcoords")  # keywords
 NO_MISTAKE = ("strict", "ensure_ascii")  # keywords that only matter where something else is wrong already
 NEVER_SWAPPED = ("isinstance", "issubclass", "getattr", "hasattr", "suppress")
 
@@ -188,8 +188,11 @@ def parts(node):
         if name in ("annotation", "returns", "decorator_list"):
             continue
         for child in value if isinstance(value, list) else [value]:
-            if isinstance(child, ast.AST) and not (is_config and isinstance(child, ast.AnnAssign)):
-                yield child
+            if not isinstance(child, ast.AST) or is_config and isinstance(child, ast.AnnAssign):
+                continue
+            if isinstance(child, ast.keyword) and child.arg in LOOKS + NO_MISTAKE:
+                continue
+            yield child
 
 
 def in_file(name, configs, rng):
