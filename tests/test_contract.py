@@ -301,6 +301,7 @@ def test_attention_by_hand_on_both_sides_of_the_fused_threshold(arch, n_new, n_k
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(1, 2, n_new, 4, generator=generator)
     k, v = torch.randn(2, 1, 1, n_keys, 4, generator=generator)
+    v[:, :, 1 - n_new:] *= n_keys / 10  # what a query must not see would show, among however many keys
     y = attend(q, k, v)
     assert y.shape == q.shape
     for t in range(max(0, n_new - 3), n_new):
@@ -309,4 +310,4 @@ def test_attention_by_hand_on_both_sides_of_the_fused_threshold(arch, n_new, n_k
             scores = (k[0, 0, :seen].double() @ q[0, head, t].double()) / math.sqrt(4)
             p = (scores - scores.max()).exp()
             expected = p @ v[0, 0, :seen].double() / p.sum()
-            assert (y[0, head, t] - expected).abs().max() < 1e-4
+            assert (y[0, head, t] - expected).abs().max() < 1e-4 * max(1, n_keys / 100 if n_new == n_keys else 1)
