@@ -81,3 +81,23 @@ def test_only_what_the_mask_counts_is_measured(runs, monkeypatch):
     assert found["bits per byte"][0] == pytest.approx(loss / math.log(2) / 2.5, rel=1e-5)
     assert found["uniform bits per byte"][0] == pytest.approx(math.log2(speaker.tokenizer.vocab_size) / 2.5)
     assert found["perplexity"][0] == pytest.approx(math.exp(loss), rel=1e-5)
+
+
+@pytest.mark.parametrize("vocab_size, rows", [(2**24, [1, 1, 1]), (2**21, [2, 1]), (2**10, [3])])
+def test_rows_at_a_time_by_hand(vocab_size, rows):
+    """As many windows of 4 as fit 2^24 logits, at least one; five equally likely ids are ln 5 nats each."""
+    shapes = []
+
+    class Model:
+        config = SimpleNamespace(vocab_size=vocab_size)
+
+        def parameters(self):
+            return iter([torch.zeros(1)])
+
+        def __call__(self, x):
+            shapes.append(tuple(x.shape))
+            return torch.zeros(*x.shape, 5), None
+
+    sums, counts = bpb.window_nats(Model(), np.arange(11) % 5, 4)
+    assert [shape[0] for shape in shapes] == rows
+    assert counts.tolist() == [4, 4, 2] and sums.tolist() == pytest.approx([n * math.log(5) for n in (4, 4, 2)])
