@@ -1,7 +1,9 @@
 """Bits per byte against sums token by token, and a leaky dataset that must be found out."""
 import json
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,3 +57,47 @@ def test_mean_loss_by_hand():
     # windows of different lengths count by their tokens: 8 nats / 4 tokens, off by 3 - 2 and 5 - 6
     loss, error = bpb.mean_loss(torch.tensor([3.0, 5.0]), torch.tensor([1.0, 3.0]))
     assert (loss, error) == (2.0, pytest.approx(math.sqrt(2) / 4))
+
+
+def test_only_what_the_mask_counts_is_measured(runs, monkeypatch):
+    """Of a split with a mask: the tokens that count, in windows of the model, over the bytes that they stand for."""
+    speaker = Speaker(runs / "byte", Config())
+    size = speaker.model.config.block_size
+    val = np.random.default_rng(0).integers(256, size=2 * size + 1)
+    mask = np.arange(len(val)) % 3 == 0
+    dataset = SimpleNamespace(val=val, val_mask=mask.astype(np.uint8), row_length=0, meta={"baselines": {}},
+                              bytes_per_token=lambda split: 2.5)
+    monkeypatch.setattr(bpb, "own_dataset", lambda speaker, cfg: dataset)
+    nats = []
+    for start in (0, size):
+        window = torch.tensor(val[start:start + size + 1])[None]
+        with torch.no_grad():
+            logp = speaker.model(window[:, :-1])[0][0].log_softmax(-1).double()
+        nats += [-logp[t, window[0, t + 1]].item() for t in range(size) if mask[start + t + 1]]
+    found = bpb.run(speaker, Config())
+    loss = sum(nats) / len(nats)
+    assert found["loss"][2] == len(nats) == mask[1:].sum()
+    assert found["loss"][0] == pytest.approx(loss, rel=1e-5)
+    assert found["bits per byte"][0] == pytest.approx(loss / math.log(2) / 2.5, rel=1e-5)
+    assert found["uniform bits per byte"][0] == pytest.approx(math.log2(speaker.tokenizer.vocab_size) / 2.5)
+    assert found["perplexity"][0] == pytest.approx(math.exp(loss), rel=1e-5)
+
+
+@pytest.mark.parametrize("vocab_size, rows", [(2**24, [1, 1, 1]), (2**21, [2, 1]), (2**10, [3])])
+def test_rows_at_a_time_by_hand(vocab_size, rows):
+    """As many windows of 4 as fit 2^24 logits, at least one; five equally likely ids are ln 5 nats each."""
+    shapes = []
+
+    class Model:
+        config = SimpleNamespace(vocab_size=vocab_size)
+
+        def parameters(self):
+            return iter([torch.zeros(1)])
+
+        def __call__(self, x):
+            shapes.append(tuple(x.shape))
+            return torch.zeros(*x.shape, 5), None
+
+    sums, counts = bpb.window_nats(Model(), np.arange(11) % 5, 4)
+    assert [shape[0] for shape in shapes] == rows
+    assert counts.tolist() == [4, 4, 2] and sums.tolist() == pytest.approx([n * math.log(5) for n in (4, 4, 2)])

@@ -1,7 +1,9 @@
 """The code suite: floors score next to nothing, a good completion everything."""
+import math
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from evaluate import Config
@@ -40,3 +42,17 @@ def test_a_good_completion_passes_the_fair_suite():
 
 def cut(text, stops):
     return text[:min([len(text), *(text.find(s) for s in stops if s in text)])]
+
+
+def test_perplexity_of_the_snippets_by_hand():
+    """exp(nats per token) of each, then the mean; too large a loss is capped."""
+    class Speaker:
+        def text_nats(self, text):
+            nats = 2000.0 if text == code.SNIPPETS[0] else 6.0
+            return np.array([nats, 0.0]), np.array([1.0, 2.0] if nats == 6.0 else [1.0, 1.0])
+
+    n = len(code.SNIPPETS)
+    assert code.snippet_perplexity(Speaker()) == pytest.approx((math.exp(700) + (n - 1) * math.exp(2)) / n)
+    once = Speaker()
+    once.text_nats = lambda text: (np.array([6.0, 0.0]), np.array([1.0, 2.0]))
+    assert code.snippet_perplexity(once) == pytest.approx(math.exp(2))

@@ -1,10 +1,11 @@
 """What a person types, and what comes of it: values, precedence, messages, --help, exit codes."""
 
+import importlib
 import json
 import shlex
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError, dataclass, field, replace
+from dataclasses import FrozenInstanceError, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -563,3 +564,51 @@ def toy(folder, *args):
     write(SCRIPT, "toy.py")
     command = [sys.executable, "toy.py", *args]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment())
+
+
+# what each command refuses besides negative numbers: keys that must not be 0, keys that must not be above 1
+REFUSED = {
+    "train": ("batch_size max_steps eval_every log_every restart_steps lr rest_lr", "min_lr decay_frac restart_decay"),
+    "sample": ("num_samples max_new_tokens top_p repetition_penalty", "top_p min_p"),
+    "evaluate": ("n max_new_tokens", ""),
+    "export": ("prompts prompt_tokens", ""),
+    "search": ("n_trials n_evals", ""),
+    "serve": ("max_batch max_queue max_body client_seconds request_seconds", ""),
+}
+
+
+@pytest.mark.parametrize("command", REFUSED)
+def test_numbers_out_of_their_range_are_refused_by_name(command):
+    Config = importlib.import_module(command).Config
+    types = {f.name: f.type for f in fields(Config)}
+    positive, fractions = (keys.split() for keys in REFUSED[command])
+    for names, number in ((positive, 0), (fractions, 2)):
+        for name in names:
+            value = float(number) if types[name] is float else number
+            with pytest.raises(ValueError, match=f"{name}={value}"):
+                Config(**{name: value})
+    for name in fractions:  # both ends are allowed but where 0 is not
+        Config(**{name: 1.0})
+        if name not in positive:
+            Config(**{name: 0.0})
+
+
+@dataclass(frozen=True)
+class Listed:
+    compile: bool | Literal["auto"] = "auto"  # a single choice is for the comment
+    which: Literal["best", "latest"] = "best"  # of a run
+    betas: tuple[float, ...] = (0.9, 0.5)
+    name: str | None = None
+
+    # above
+    text: str = "a\nb"  # beside
+
+
+def test_help_by_hand():
+    assert configurator.help_text(Listed).splitlines()[-6:] == [
+        "  --compile=auto                   a single choice is for the comment",
+        "  --which=best                     best | latest; of a run",
+        "  --betas=0.9,0.5",
+        "  --name=none",
+        "  # above",
+        "  --text=a\\nb                      beside"]

@@ -264,3 +264,64 @@ def test_step_as_sample_py_loads_it_equals_forward(saved, chop, capsys):
     notes = capsys.readouterr().err
     assert notes.count("\n") == (arch == "mine_ternary" and kernel.library() is not None)
     assert not notes or "mine_ternary.py" in notes
+
+
+# ---- what only shows in training, or above a threshold
+
+# calls of dropout in a forward pass: on the embedding and on what each of the 2 halves of a layer adds, as the comment
+# of the key says. Cerebros has it on the output of each unit instead, and a unit may be silent on these tokens.
+DROPOUTS = {"model": 1 + 2 * 2, "hybrid_ssm": 1 + 2 * 2}
+
+
+@pytest.mark.parametrize("arch", [arch for arch in ARCHS if "dropout" in
+                                  {f.name for f in fields(importlib.import_module(arch).Config)}])
+def test_dropout_is_wherever_the_key_says(arch, monkeypatch):
+    """Each call by itself changes the result in training; with none of them training gives what evaluation gives."""
+    module = importlib.import_module(arch)
+    torch.manual_seed(0)
+    known = {f.name for f in fields(module.Config)}
+    model = shaken(module.Model(module.Config(**{k: v for k, v in BASE.items() if k in known}, dropout=0.5)))
+    idx = ids(2, 20)
+    whole, _ = model(idx)
+    assert torch.equal(whole, model(idx)[0])
+    calls = []
+    only = []  # number of the call that drops
+
+    def drop(dropout, x):
+        calls.append((dropout.p, dropout.training))
+        return x * 0.5 if [len(calls) - 1] == only else x
+
+    monkeypatch.setattr(torch.nn.Dropout, "forward", drop)
+    assert torch.equal(model.train()(idx)[0], whole)
+    assert set(calls) == {(0.5, True)}
+    n_calls = len(calls)
+    n_felt = 0
+    for i in range(n_calls):
+        only[:] = [i]
+        calls.clear()
+        n_felt += not torch.equal(model(idx)[0], whole)
+    if arch in DROPOUTS:
+        assert n_felt == n_calls == DROPOUTS[arch]
+    else:
+        assert n_felt > BASE["n_layer"]
+
+
+@pytest.mark.parametrize("arch", [arch for arch in ARCHS if hasattr(importlib.import_module(arch), "attend")])
+@pytest.mark.parametrize("n_new, n_keys", [(3, 9), (9, 9), (1, 9), (3, 2**20 // 3 + 2), (1100, 1100)])
+@torch.no_grad()
+def test_attention_by_hand_on_both_sides_of_the_fused_threshold(arch, n_new, n_keys):
+    """The last query of the last row, in plain arithmetic; grouped queries, with and without what is cached."""
+    attend = importlib.import_module(arch).attend
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 2, n_new, 4, generator=generator)
+    k, v = torch.randn(2, 1, 1, n_keys, 4, generator=generator)
+    v[:, :, 1 - n_new:] *= n_keys / 10  # what a query must not see would show, among however many keys
+    y = attend(q, k, v)
+    assert y.shape == q.shape
+    for t in range(max(0, n_new - 3), n_new):
+        seen = n_keys - n_new + t + 1  # the keys up to its own
+        for head in range(2):
+            scores = (k[0, 0, :seen].double() @ q[0, head, t].double()) / math.sqrt(4)
+            p = (scores - scores.max()).exp()
+            expected = p @ v[0, 0, :seen].double() / p.sum()
+            assert (y[0, head, t] - expected).abs().max() < 1e-4 * max(1, n_keys / 100 if n_new == n_keys else 1)

@@ -154,6 +154,24 @@ def test_a_missing_layer_is_told_before_anything_is_written(runs, monkeypatch):
         evaluate.main(Config(checkpoint=str(runs / "bpe"), suite="humaneval"), command=None)
 
 
+@pytest.mark.parametrize("metric, score, text", [
+    ("rank 1", (0.5, 0.25, 4), "50.0% +-25.0%"), ("all 35", (1.0, 0.0, 35), "100.0%"), ("top 5", (0.0, 0.0, 9), "0.0%"),
+    ("bits per byte", (0.75, 0.012, 9), "0.75 +-0.012"), ("trigram bits per byte", (0.9, 0.0, 9), "0.9"),
+    ("loss", (0.5, 0.1, 9), "0.5 +-0.1"), ("legacy code perplexity", (1.0, 0.0, 9), "1"),
+    ("wikitext bits_per_byte", (0.8, 0.0, 9), "0.8"), ("seconds", (1.25, 0.0, 9), "1.25"),
+    ("rank 1", (math.nan, 0.1, 9), "-"), ("rank 1", None, "-")])
+def test_a_score_as_text(metric, score, text):
+    """Shares in per cent, all else with four digits, an error of zero left out."""
+    assert evaluate.cell(metric, score) == text
+
+
+def test_a_table_by_hand():
+    columns = {"a": {"loss": (2.5, 0.0, 9), "rank 1": (0.25, 0.125, 8)}, "longer": {"rank 1": (1.0, 0.0, 8)}}
+    assert evaluate.table_lines("cloze", columns) == ["cloze               a  longer",
+                                                      "loss              2.5       -",
+                                                      "rank 1  25.0% +-12.5%  100.0%"]
+
+
 # ---- every key counts
 # (key, what it is changed to, further keys that it needs to be changed for it to count)
 GSM8K = {"suite": "gsm8k", "gsm8k": "{root}/gsm8k.jsonl", "max_new_tokens": 8}

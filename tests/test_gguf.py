@@ -9,6 +9,7 @@ import torch
 from cases import SHAPE, TEXT, refused, send, tokenizer
 
 from formats import gguf as gguf_format
+from formats import names
 from formats.check import LlamaCpp
 from thimble import checkpoint, load
 from thimble.files import UserError
@@ -297,3 +298,12 @@ def test_damaged_bytes_never_crash(tmp_path):
             load.read_tokenizer(path)
         except UserError as error:
             assert "\n" not in str(error)
+
+
+def test_pairs_of_rope_by_hand():
+    """Two heads of 4 rows: the pairs (0, 2), (1, 3) of each head side by side, and back."""
+    w = np.arange(8)[:, None] * np.ones((1, 3), int)
+    there = names.permute(w, 2)
+    assert there.shape == (8, 3) and there[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7] == there[:, 2].tolist()
+    assert (names.permute(there, 2, back=True) == w).all()
+    assert names.permute(w, 1)[:, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]

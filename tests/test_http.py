@@ -3,10 +3,13 @@ import json
 import re
 import socket
 import time
+import types
 
 import pytest
 from test_engine import tiny
 from test_serve import Script, ask, post, raw, running, until
+
+from thimble import http
 
 JSON = b"Host: localhost\r\nContent-Type: application/json\r\n"
 POST = b"POST /v1/completions HTTP/1.1\r\n" + JSON
@@ -114,3 +117,18 @@ def test_a_client_that_closes_only_its_sending_side_gets_its_answer(stream):
     text = re.findall(rb'"text": "(a+)"', rest)
     assert b"".join(text) == b"a" * 100
     assert b"[DONE]" in rest if stream else json.loads(re.search(rb"\r\n\r\n({.*})HTTP", rest, re.S)[1])
+
+
+# ---- what the settings make of uvicorn
+def test_settings_of_the_server_by_hand(monkeypatch):
+    """Two seconds more to drain than the engine takes; a second signal leaves it none."""
+    engine = types.SimpleNamespace(stop_at=None)
+    cfg = types.SimpleNamespace(host="[::1]", port=81, client_seconds=7.5, drain_seconds=5.5)
+    server = http.Uvicorn(cfg, types.SimpleNamespace(app=None, engine=engine, cfg=cfg))
+    made = server.config
+    assert (made.host, made.port, made.timeout_graceful_shutdown) == ("::1", 81, 7)
+    assert made.http.seconds == 7.5
+    monkeypatch.setattr(http.time, "monotonic", lambda: 1000.0)
+    for stop_at in (1005.5, 1000.0):
+        server.handle_exit(15, None)
+        assert engine.stop_at == stop_at and server.should_exit

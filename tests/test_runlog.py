@@ -1,9 +1,11 @@
 """What a run says about itself, and which number it gets."""
 import json
+import math
 import types
 from pathlib import Path
 
 import pytest
+import torch
 
 from thimble import runlog
 
@@ -78,3 +80,79 @@ def test_the_live_line_makes_room_for_others(tmp_path, capsys):
     assert live.startswith("\rstep 3/9") and "\n" not in live
     log.say("stopped")
     assert capsys.readouterr().out == "\r" + " " * (len(live) - 1) + "\rstopped\n"
+
+
+# ---- figures by hand
+class Bytes:
+    """A dataset of 300 tokens of 2 bytes each."""
+    train = range(200)
+    val = range(100)
+    vocab_size = 1000
+    meta = {"bytes": {"train": 400, "val": 200}, "baselines": {"uniform": 8.0, "bigram": 3.5, "trigram": 3.0}}
+
+    def bytes_per_token(self, split):
+        return {"train": 2, "val": 4}[split]
+
+
+def test_time_left_by_hand(tmp_path, monkeypatch, capsys):
+    """60 seconds for 3 of 9 steps leave 120; after a resume at step 6, 60 seconds for one step leave 120 for two."""
+    now = 1000.0
+    monkeypatch.setattr(runlog.time, "perf_counter", lambda: now)
+    for first, step in ((0, 3), (6, 7)):
+        log = new_log(tmp_path)
+        log.first_step = first
+        log.started = now - 60
+        for live, ago, shown in ((False, 9.9, False), (False, 10.1, True), (True, 0.1, False), (True, 0.3, True)):
+            log.live = live
+            log.shown = now - ago
+            log.progress(step, 1.25, 12345.6, 0.456)
+            expected = f"step {step}/9  loss 1.2500  12,346 tokens/s  MFU 46%  2:00 left"
+            assert capsys.readouterr().out.strip() == (expected if shown else "")
+            assert log.shown == (now if shown else now - ago)
+
+
+def test_an_evaluation_by_hand(tmp_path, monkeypatch, capsys):
+    """The line, and loss.png at most once a minute, the last one left to close()."""
+    drawn = []
+    now = 1000.0
+    monkeypatch.setattr(runlog, "plot", lambda run_dir, dataset: drawn.append(run_dir))
+    monkeypatch.setattr(runlog.time, "perf_counter", lambda: now)
+    log = new_log(tmp_path)
+    record = {"step": 8, "val_loss": 1.5, "val_error": 0.25, "val_bpb": 2.0, "val_ppl": 4.48, "seconds": 65.0}
+    for step, ago, better, n_drawn in ((8, 61, True, 1), (8, 59, False, 1), (9, 1e9, False, 1)):
+        log.plotted = now - ago
+        log.evaluated(record | {"step": step}, Bytes(), better)
+        best = " - best so far" if better else ""
+        assert capsys.readouterr().out == (
+            f"step {step}: val loss 1.5000 (+- 0.2500), 2.000 bits per byte, perplexity 4.48{best}   "
+            "[trigrams 3.000, bigrams 3.500, 1:05]\n")
+        assert len(drawn) == n_drawn
+    log.close(Bytes())
+    assert drawn == [tmp_path] * 2
+
+
+def test_the_curves_by_hand(tmp_path):
+    """4 bits a token of 2 bytes are 2 bits per byte; an evaluation has its bits per byte already."""
+    records = ({"step": 1, "event": "start", "loss": 9.0}, {"step": 1, "loss": 4 * math.log(2)},
+               {"step": 2, "loss": None}, {"step": 2, "val_loss": 1.0, "val_bpb": 2.5},
+               {"step": 3, "val_loss": None, "val_bpb": None})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    train, val = runlog.curves(tmp_path, Bytes())
+    assert train == [(1, pytest.approx(2.0))] and val == [(2, 2.5)]
+
+
+def test_what_is_about_to_be_trained_by_hand(capsys):
+    """30 steps of 4 x 5 tokens are 600 tokens: 3 epochs of 200. LoRA trains 3 of 12 parameters."""
+    model = types.SimpleNamespace(param_groups=lambda: {"embed": [torch.zeros(2, 3)], "matrix": [torch.zeros(6)]})
+    lora = types.SimpleNamespace(parameters=lambda: [torch.zeros(3)])
+    cfg = types.SimpleNamespace(dataset="ds", arch="model", batch_size=4, max_steps=30, lora_rank=2, optimizer="muon",
+                                rest_optimizer="lion", rest_lr=0.01, lr=0.02, model=types.SimpleNamespace(block_size=5))
+    environment = {"compile": True, "device": "a CPU", "dtype": "float32", "threads": 2}
+    runlog.describe(cfg, model, lora, Bytes(), environment, "runs/x")
+    assert capsys.readouterr().out.splitlines() == [
+        "ds: 200 tokens (400 bytes) to train on, 100 to validate, vocabulary 1,000",
+        "model.py: 12 parameters (embed 6, matrix 6)",
+        "LoRA of rank 2: trains 3 parameters, 25.0% of the model's, by lion at rest_lr=0.01",
+        "30 steps of 4 x 5 = 20 tokens, 3.0 epochs; a CPU, float32, 2 threads, compiled", "writing to runs/x"]
+    cfg.optimizer = "adamw"
+    assert runlog.lora_rate(cfg) == ("adamw", "lr", 0.02)

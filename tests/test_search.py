@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from dataclasses import fields
 from pathlib import Path
 
@@ -337,6 +338,52 @@ def test_killed_workers_lose_nothing(toy, count, score):
     process.join(300)
     assert process.exitcode == 0
     check_whole(cfg.n_trials, died=kills)
+
+
+class Clock:
+    """time.perf_counter: each measured thing takes as many seconds as its turn says, the last turn for ever."""
+
+    def __init__(self, *turns):
+        self.turns = list(turns)
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+    def pass_a_turn(self, *args):
+        self.now += self.turns.pop(0) if len(self.turns) > 1 else self.turns[0]
+
+
+def test_milliseconds_per_token_by_hand(monkeypatch):
+    """The median of the tokens behind half a context, the prompt not counted."""
+    def decoder(model, prompt, n):
+        prompts.append(prompt.shape)
+        return clock.pass_a_turn
+
+    monkeypatch.setattr(search, "Decoder", decoder)
+    monkeypatch.setattr(search.time, "perf_counter", lambda: clock())
+    for block_size, turns, milliseconds in ((32, [50, 0.25, 0.5, 4.0], 4000.0), (6, [50, 0.25, 0.5, 4.0], 500.0),
+                                            (1, [50, 0.25, 4.0], 250.0)):
+        prompts = []
+        clock = Clock(*turns)
+        config = types.SimpleNamespace(block_size=block_size, vocab_size=5)
+        assert search.ms_per_token(types.SimpleNamespace(config=config, eval=lambda: None)) == milliseconds
+        assert prompts == [(1, max(1, block_size // 2))]
+
+
+def test_a_budget_by_hand(toy, monkeypatch):
+    """A first step of 9 seconds does not count; the median of the others is 2, so 100 seconds are 50 steps."""
+    clock = Clock(9.0, 1.0, 2.0, 3.0, 2.0)
+    monkeypatch.setattr(search.time, "perf_counter", clock)
+    monkeypatch.setattr(search.train, "training_step", clock.pass_a_turn)
+    cfg = configurator.load(train.Config, dataset=str(toy), n_layer=1, n_embd=16, n_head=2, block_size=8, batch_size=2,
+                            device="cpu", dtype="float32")
+    dataset = data.load(toy)
+    assert search.fit_steps(cfg, dataset, 100.0) == 50
+    clock.turns = [9.0, 1.0, 2.0, 3.0, 2.0]
+    assert search.fit_steps(cfg, dataset, 0.5) == 1
+
+
     score(kills, kills, f"{cfg.n_trials} trials finished")
 
 

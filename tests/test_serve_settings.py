@@ -209,3 +209,12 @@ def test_usage_by_hand(stream):
         bias = {str(TOKENIZER.eot): -100}
         counted = usage("chat/completions", messages=messages, max_tokens=5, n=3, logit_bias=bias)
         assert counted[0] == len(prompt) and counted[1] <= 15
+
+
+def test_an_id_equal_to_the_vocabulary_is_refused():
+    server = SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=5))
+    for ids in ([], [0, 4], {4: 1.0}):
+        serve.Server.check_ids(server, ids, "prompt")
+    for ids in ([5], [0, 5, 1], {5: 1.0}):
+        with pytest.raises(serve.ApiError, match="prompt: token id 5 is outside the vocabulary of 5 tokens"):
+            serve.Server.check_ids(server, ids, "prompt")

@@ -168,3 +168,15 @@ def test_floors_of_the_skills_are_low(floors):
     for floor in floors:
         value, error, n = skills.run(floor, Config(waive=WAIVE))["all 35"]
         assert value <= 0.05 and n == 35, floor.name
+
+
+def test_syllables_by_hand():
+    for text, n in (("cat", 1), ("robot", 2), ("dream", 1), ("machine", 2), ("little", 2), ("free", 1),
+                    ("the", 1), ("hmm", 1), ("syllable", 3), ("silent metal mind", 5), ("a", 1), ("", 0)):
+        assert skills.syllables(text) == n, text
+
+
+@pytest.mark.parametrize("lines, right", [((5, 7, 5), True), ((4, 8, 6), True), ((3, 7, 5), False), ((5, 9, 5), False),
+                                          ((5, 7, 3), False), ((5, 7), False), ((5, 7, 5, 5), False)])
+def test_a_haiku_has_its_syllables_in_its_lines(lines, right):
+    assert skills.haiku("\n\n".join(" ".join(["cat"] * n) for n in lines)) == right

@@ -448,6 +448,7 @@ def test_a_packed_checkpoint_is_small_and_says_the_same(run, tmp_path):
     code, text, err = say(f"--checkpoint={run}", f"--packed={tmp_path / 'packed'}", *flags)
     assert code == 0, err
     file = tmp_path / "packed" / "step_000003" / "model.safetensors"
+    assert {(tmp_path / "packed" / name).read_text() for name in ("best", "latest")} == {"step_000003"}
     assert file.stat().st_size < 3 * 2**20 < (run / "step_000003" / "model.safetensors").stat().st_size / 4
     assert say(f"--checkpoint={tmp_path / 'packed'}", *flags)[:2] == (0, text)
     code, _, err = say(f"--checkpoint={run}", f"--packed={run}", *flags)

@@ -1247,6 +1247,27 @@ def test_what_the_keys_say_reaches_the_optimizer_as_it_is(toy, monkeypatch):
     assert scales[-1] == (3, "restarts", 3, 2, 0.2, 0.3, 5, 2.0, 0.6)
 
 
+def test_the_figures_of_a_run_by_hand(toy, monkeypatch):
+    """Speed, MFU and counts of metrics.jsonl, where a look at the clock takes 2 seconds and the peak is 1 GFLOP/s."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(train.machine, "matmul_rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: 2.0 * next(ticks))
+    record = train.train(config(toy, "run", max_steps=4, eval_every=2, batch_size=3, log_every=1))
+    dataset = data.load(toy)
+    model = checkpoint.load_model(checkpoint.load("run", "latest"))
+    block_size = model.config.block_size
+    logged = [r for r in map(json.loads, Path("run/metrics.jsonl").read_text().splitlines()) if "loss" in r]
+    assert [r["step"] for r in logged] == [1, 2, 3, 4]
+    for r in logged:
+        assert r["tokens"] == r["step"] * 3 * block_size
+        assert r["mfu"] == pytest.approx(r["tokens_per_second"] * model.flops_per_token(block_size) / 1e9)
+        # each step is timed by itself, or with those since the last evaluation: the same speed
+        assert r["tokens_per_second"] == pytest.approx(3 * block_size / (r["seconds"] / r["step"]))
+    assert record["val_ppl"] == pytest.approx(math.exp(record["val_loss"]))
+    assert record["val_bpb"] == pytest.approx(record["val_loss"] / math.log(2) / dataset.bytes_per_token("val"))
+    assert record["val_tokens"] == len(dataset.val) - 1
+
+
 # ---- patience
 def test_patience_counts_the_evaluations_from_before_a_resume(toy, monkeypatch, capsys):
     evaluate, losses = train.evaluate, iter([1.0, 1.1, 1.2, 0.9, 1.0, 1.0])

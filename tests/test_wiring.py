@@ -1,7 +1,9 @@
 """thimble/wiring.py and bench/wiring.py: a picture of what the seed draws, or of a checkpoint's wiring."""
 import json
+import math
 import subprocess
 import sys
+import types
 from dataclasses import asdict
 
 import pytest
@@ -53,3 +55,30 @@ def test_a_picture_is_whole_or_not_there(tmp_path):
     with pytest.raises(UserError, match="w.foo"):
         wiring.draw(cerebros.Config(**SMALL), tmp_path / "w.foo")
     assert list(tmp_path.iterdir()) == []
+
+
+LEVELS = [[{"places": [0, 2], "units": [], "neurons": 4}, {"places": [2], "units": [[1, 0]], "neurons": 6}],
+          [{"places": [], "units": [[1, 0], [1, 1]], "neurons": 8}]]
+
+
+def test_positions_by_hand():
+    """A window of 3: the newest at .98, the others by the logarithm of their age; level 1 is shifted to the left."""
+    at = wiring.positions(LEVELS, 3)
+    assert at == {(0, 0): (pytest.approx(0.98 - 0.96 * math.log(3) / math.log(4)), 0), (0, 1): (pytest.approx(0.5), 0),
+                  (0, 2): (0.98, 0), (1, 0): (pytest.approx(0.175), 1), (1, 1): (pytest.approx(0.675), 1),
+                  (2, 0): (0.5, 2)}
+
+
+def test_every_connection_is_a_line_and_what_is_not_read_is_gray(tmp_path, monkeypatch):
+    lines, windows = [], []
+    window = wiring.draw_window
+    monkeypatch.setattr(wiring, "levels_of", lambda config: LEVELS)
+    monkeypatch.setattr(wiring, "draw_line", lambda axes, source, target, color, **style: lines.append(
+        (source, target, color)))
+    monkeypatch.setattr(wiring, "draw_window", lambda *args: windows.append(args[1:3]) or window(*args))
+    wiring.draw(types.SimpleNamespace(window=3), tmp_path / "w.png")
+    at = wiring.positions(LEVELS, 3)
+    assert lines == [(at[0, 0], at[1, 0], wiring.ORANGE), (at[0, 2], at[1, 0], wiring.ORANGE),
+                     (at[0, 2], at[1, 1], wiring.ORANGE), (at[1, 0], at[1, 1], wiring.RED),
+                     (at[1, 0], at[2, 0], wiring.GRAY), (at[1, 1], at[2, 0], wiring.GRAY)]
+    assert windows == [(3, {0, 2})]
