@@ -25,7 +25,7 @@ def modelfile(file, tokenizer, block_size):
 
 
 def go_template(tokenizer):
-    """The lines with the template for one exchange, which Ollama writes again and again, and the default system text."""
+    """The lines with the default system text, and with the template of an exchange, which Ollama repeats for each."""
     asked = written(tokenizer, [USER], reply=True)
     with_system = written(tokenizer, [SYSTEM, USER], reply=True)
     answered = written(tokenizer, [USER, ASSISTANT])

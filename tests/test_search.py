@@ -338,6 +338,7 @@ def test_killed_workers_lose_nothing(toy, count, score):
     process.join(300)
     assert process.exitcode == 0
     check_whole(cfg.n_trials, died=kills)
+    score(kills, kills, f"{cfg.n_trials} trials finished")
 
 
 class Clock:
@@ -382,9 +383,6 @@ def test_a_budget_by_hand(toy, monkeypatch):
     assert search.fit_steps(cfg, dataset, 100.0) == 50
     clock.turns = [9.0, 1.0, 2.0, 3.0, 2.0]
     assert search.fit_steps(cfg, dataset, 0.5) == 1
-
-
-    score(kills, kills, f"{cfg.n_trials} trials finished")
 
 
 @pytest.mark.score("A17")
