@@ -65,6 +65,17 @@ def test_a_file_bears_the_name_of_its_run(tmp_path):
     assert gguf_format.parts(tmp_path / "m.gguf")[0]["general.name"] == "model"
 
 
+@pytest.mark.parametrize("quant", ["q4_0", "q4_1", "q5_0", "q5_1"])
+def test_embedding_and_head_keep_8_bits(tmp_path, quant):
+    pytest.importorskip("gguf", reason="pip install -r requirements-test.txt")
+    module = importlib.import_module("model")
+    model = module.Model(module.Config(**SHAPE, vocab_size=257)).eval()
+    send(model, tokenizer("byte"), tmp_path / "m.gguf", "gguf", quant, check=False)
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf_format.parts(tmp_path / "m.gguf")[2].tensors}
+    assert types["token_embd.weight"] == types["output.weight"] == "Q8_0"
+    assert {types[f"blk.1.{name}.weight"] for name in ("attn_q", "attn_output", "ffn_down")} == {quant.upper()}
+
+
 # ---- in
 def test_q4_1_is_read(tmp_path):
     gguf = pytest.importorskip("gguf", reason="pip install -r requirements-test.txt")
