@@ -118,6 +118,7 @@ def from_hf(path, about):
         config["head_dim"] = number(path, "head_dim", about["head_dim"])
     elif family == "qwen3":
         refuse(path, "head_dim", "nothing")  # transformers takes 128 for granted
+    # no key says so: the class has them
     config["qkv_bias"] = family == "qwen2"
     config["qk_norm"] = family == "qwen3"
     config |= rope_from_hf(path, about, config["block_size"])
@@ -148,6 +149,7 @@ def one_rope(path, where, rope, about, block_size):
         used = key in ROPE[kind] or key in ("rope_type", "type", "rope_theta")
         if value is not None and not used and value not in PLAIN_ROPE.get(key, ()):
             refuse(path, f"{where}.{key}", value, f" with RoPE of type {kind}")
+    # of two bases transformers 4 took this one, transformers 5 takes the other
     theta = about.get("rope_theta", 10000.0)
     if rope.get("rope_theta", theta) != theta and "rope_theta" in about:
         refuse(path, "rope_theta", theta, f" beside another one in {where}: remove one of the two")
@@ -189,6 +191,7 @@ def window_from_hf(path, about, config):
         number(path, "sliding_window", size, limit=MOST)
         if type(first) is not int or first < 0:
             refuse(path, "max_window_layers", first)
+    # a list of the same, which transformers writes besides
     kinds = [("full" if i < first else "sliding") + "_attention" for i in range(config["n_layer"])]
     if about.get("layer_types") not in (None, kinds):
         refuse(path, "layer_types", about["layer_types"], " with this sliding_window")

@@ -31,11 +31,13 @@ HALF_STEP = 3.1e-8
 # ---- config.json
 def from_hf(path, about):
     """(model_type, settings of the model file in ARCHS); UserError unless all of `about` is understood."""
+    readers = {"arcee": arcee, "bitnet": bitnet, "jamba": jamba, "granitemoehybrid": granite}
     family = about["model_type"]
-    return family, {"arcee": arcee, "bitnet": bitnet, "jamba": jamba, "granitemoehybrid": granite}[family](path, about)
+    return family, readers[family](path, about)
 
 
 def arcee(path, about):
+    # a Llama without a gate; Arcee's own models have ReLU^2, which model.py does not
     plain = {"hidden_act": ("gelu",), "attention_bias": (False,), "mlp_bias": (False,)}
     understood(path, about, {"head_dim"}, plain, required=("hidden_act",))
     config = common_settings(path, about) | rope_from_hf(path, about, about["max_position_embeddings"])
@@ -54,6 +56,7 @@ def bitnet(path, about):
     config |= rope_from_hf(path, about, about["max_position_embeddings"])
     usual_head(path, about, config)
     config["act"] = one_of(path, "hidden_act", about["hidden_act"], ("silu", "relu2"))
+    # what is rounded already can only be run: rounding it once more would shrink the scale
     config["packed"] = mode_of(path, about) != "online"
     return config
 
@@ -75,6 +78,7 @@ def mode_of(path, about):
 
 
 def usual_head(path, about, config):
+    """The width of a head, which must be that of the residual stream divided by the number of heads."""
     head_dim = config["n_embd"] // config["n_head"]
     if about.get("head_dim") not in (None, head_dim):
         refuse(path, "head_dim", about["head_dim"], f": only {head_dim}")
@@ -112,7 +116,8 @@ def granite(path, about):
     more = {"mamba_d_head", "mamba_chunk_size", "num_experts_per_tok", "router_aux_loss_coef", "init_method",
             "position_embedding_type"}
     understood(path, about, used | more, plain, required=("num_local_experts", *used))
-    about = about | {"intermediate_size": about["shared_intermediate_size"]}  # the other one is of the experts
+    # every layer has the shared MLP; the key intermediate_size is about the experts, of which there are none
+    about = about | {"intermediate_size": about["shared_intermediate_size"]}
     config = common_settings(path, about) | shape(path, about, MAMBA) | {"ssm": "mamba2"}
     for key in multipliers:
         number(path, key, about[key], float)
@@ -228,6 +233,7 @@ def from_gguf(path, values, arrays):
     if arch == "bitnet":
         used |= {"hidden_activation"}
     else:
+        # the scales are Granite's multipliers
         used |= {"ssm.conv_kernel", "ssm.inner_size", "ssm.state_size", "ssm.time_step_rank", "rope.scaling.finetuned",
                  "embedding_scale", "residual_scale", "logit_scale", "attention.scale"}
     about = gguf_keys(path, values, arch, used, plain)
@@ -287,12 +293,13 @@ def settle_gguf(path, values, family, config, tensors):
         return
     for name, tensor in tensors.items():
         if name.endswith("A_log"):
-            tensor = (-tensor).log()
+            tensor = (-tensor).log()  # llama.cpp stores A itself
         if name.endswith("conv1d.weight"):
             tensor = tensor[:, None]  # (E, 1, k)
         if family == "granitemoehybrid" and name.endswith(("A_log", ".D")):
             tensor = tensor.flatten()
         turned = {"q_proj": config["n_head"], "k_proj": config["n_kv_head"]}.get(name.split(".")[-2])
+        # Granite turns other pairs there, as Llama does
         if family == "granitemoehybrid" and config["rope"] and turned and tensor.size(0) % (2 * turned) == 0:
             tensor = names.permute(tensor, turned, back=True)
         tensors[name] = tensor.contiguous()
