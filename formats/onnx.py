@@ -568,7 +568,7 @@ def write(path, model, quant="fp32", window=False):
     if quant not in QUANTS["onnx"]:
         raise UserError(f"--quant={quant} is not an ONNX form; choose one of {', '.join(QUANTS['onnx'])}")
     if hasattr(getattr(model, "config", None), "wiring") and (not window or quant != "fp32"):
-        raise UserError(f"{arch}.py has one ONNX form, a window of ids to logits: add --window, without --quant")
+        raise NoForm(f"{arch}.py has one ONNX form, a window of ids to logits: add --window, without --quant")
     if quant == "q2" and not any(is_ternary(module) for module in model.modules()):
         raise UserError(f"--quant=q2 is for ternary models, not for {arch}.py; use int4 or int8")
     hold(model, window)
