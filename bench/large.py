@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import optim
@@ -69,14 +69,14 @@ def write(cfg, folder):
                                                           dtype=torch.bfloat16)
     model.save_pretrained(folder / "in")
     (folder / "in/tokenizer.json").write_text(byte_tokenizer().to_json())
-    np.save(folder / "theirs.npy", model.float()(ids(cfg)).logits.numpy())
+    save_file({"logits": model.float()(ids(cfg)).logits}, folder / "theirs.safetensors")
 
 
 @torch.no_grad()
 def read(cfg, folder):
     """Ours beside theirs -> the largest difference of two logits."""
     model = checkpoint.load_model(load.read(folder / "in")).eval()
-    theirs = torch.from_numpy(np.load(folder / "theirs.npy"))
+    theirs = load_file(folder / "theirs.safetensors")["logits"]
     return (model(ids(cfg))[0] - theirs).abs().max().item()
 
 
@@ -98,7 +98,7 @@ def tune(cfg, folder):
     (folder / "out").mkdir()
     with torch.no_grad():
         model.eval()
-        np.save(folder / "tuned.npy", model(row)[0].numpy())
+        save_file({"logits": model(row)[0]}, folder / "tuned.safetensors")
         stock = SHAPES[cfg.shape][0]
         hf.write(folder / "out", model, stock, byte_tokenizer(), "f32")
         return (model(row)[0] - before).abs().max().item()
@@ -109,7 +109,7 @@ def again(cfg, folder):
     """What left, read by transformers -> the largest difference to the tuned model's logits."""
     import transformers
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float32)
-    tuned = torch.from_numpy(np.load(folder / "tuned.npy"))
+    tuned = load_file(folder / "tuned.safetensors")["logits"]
     return (model(ids(cfg)).logits - tuned).abs().max().item()
 
 

@@ -551,7 +551,7 @@ def test_what_is_synced_is_all_that_was_written(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", record)
     folder = write(tmp_path / "ds", byte_tokenizer(), np.arange(50), np.arange(50), train_mask=np.ones(50))
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    assert len(sizes) == 5 and {name: synced[name] for name in sizes} == sizes
+    assert len(sizes) == 7 and {name: synced[name] for name in sizes} == sizes
 
 
 def test_training_refuses_an_id_equal_to_the_vocabulary(tmp_path, monkeypatch):

@@ -61,6 +61,7 @@ def test_what_no_architecture_has_leaves_with_its_code(tmp_path):
     assert found["delta"] <= 1e-4 and (tmp_path / "m/llama.py").is_file()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_onnx_is_the_model_or_refused(tmp_path):
     """A graph is compared with the model before it gets its name."""

@@ -68,7 +68,7 @@ def our_rotary(x, theta):
 
 
 def plain_rotary(x, theta):
-    return reference.rotary(x, float(theta))
+    return reference.rotary(x, {"rope_type": "default", "rope_theta": float(theta)})
 
 
 def our_scan(x, dt, A, B, C, h):
