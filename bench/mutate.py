@@ -373,7 +373,8 @@ def run_tests(tree, steps, seconds, stem):
     sys.path[:] = [str(tree), *(path for path in sys.path if path != str(ROOT))]
     watch = Watch(seconds, stem)
     for step in steps:
-        code = pytest.main(["-x", "-q", "-n0", "-p", "no:cacheprovider", f"--basetemp={tree.parent}/basetemp", *step], [watch])
+        options = ["-x", "-q", "-n0", "-p", "no:cacheprovider", f"--basetemp={tree.parent}/basetemp"]
+        code = pytest.main([*options, *step], [watch])
         if watch.failed:
             return watch.failed[0], watch.seconds
         if code in (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR):
