@@ -373,7 +373,7 @@ def run_tests(tree, steps, seconds, stem):
     sys.path[:] = [str(tree), *(path for path in sys.path if path != str(ROOT))]
     watch = Watch(seconds, stem)
     for step in steps:
-        options = ["-x", "-q", "-n0", "-p", "no:cacheprovider", f"--basetemp={tree.parent}/basetemp"]
+        options = ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={tree.parent}/basetemp"]
         code = pytest.main([*options, *step], [watch])
         if watch.failed:
             return watch.failed[0], watch.seconds

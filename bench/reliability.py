@@ -2,7 +2,7 @@
 
     python bench/reliability.py                        # all 49 rows
     python bench/reliability.py --rows=A1,B            # some: a row or a whole group; the others keep their results
-    python -m pytest -n0 --full -m "" --score=A1       # one row, with pytest's own output
+    python -m pytest --full -m "" --score=A1           # one row, with pytest's own output
 
 A row is what the tests marked @pytest.mark.score(row) do: the suite runs them with a small count, `--full` with that
 of the page. What was measured is kept in a JSON file beside the page, each row with its date, machine and commit.
@@ -136,7 +136,7 @@ def run_row(row, limit):
         return result("not tried")
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", *paths, "-q", "-n0", "--full", "-m", "", f"--score={row}",
+        command = [sys.executable, "-m", "pytest", *paths, "-q", "--full", "-m", "", f"--score={row}",
                    f"--junitxml={report}", "-o", "junit_family=xunit1"]  # the format that holds properties
         # a session of its own, so that the limit also ends what the tests have started
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
