@@ -375,6 +375,8 @@ def wired(g, model):
 def transformer(g, model, window):
     """What the norm before the head reads, (B, T, C) or (B, T, n, C); only the last token's with `window`."""
     config = model.config
+    if getattr(config, "window", 0):  # `hold` would see it only in texts that are longer
+        raise NoForm(f"it sees {config.window} tokens only (window)")
     ids, shared = inputs(g, config, window)
     weight = model.embedding() if hasattr(model, "embedding") else model.embed.weight
     x = embed(g, ids, weight.detach().numpy())  # (B, T, C)
