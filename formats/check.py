@@ -13,6 +13,7 @@ import importlib.util
 import json
 import math
 import unicodedata
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
@@ -404,8 +405,12 @@ class LlamaCpp:
     def ask(self, route, **body):
         data = json.dumps(body).encode() if body else None
         request = urllib.request.Request(self.server.listening_address + route, data)
-        with urllib.request.urlopen(request, timeout=600) as answer:
-            return json.load(answer)
+        try:
+            with urllib.request.urlopen(request, timeout=600) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:  # such as a chat template that it cannot read
+            reason = short(error.read().decode(errors="replace"), 200)
+            raise UserError(f"check failed: {self.name} refuses {route}: {reason}") from None
 
     def logprobs(self, rows):
         """rows (R, T) -> log p of the token after each, (R, T, V): of the likeliest LISTED and of the row's next.
