@@ -128,7 +128,16 @@ def validation_ids(tokenizer, meta):
         return []
     if dataset.tokenizer().to_json() != tokenizer.to_json():
         return []
-    return dataset.val[:N_TEXT].tolist()
+    if not dataset.row_length or dataset.val_mask is None:
+        return dataset.val[:N_TEXT].tolist()
+    ids = []
+    for start in range(0, len(dataset.val) - 1, dataset.row_length):
+        answers = np.flatnonzero(dataset.val_mask[start:start + dataset.row_length])
+        # behind the last answer there is only padding, which would count as text of no bytes
+        ids += dataset.val[start:start + answers.max(initial=-1) + 1].tolist()
+        if len(ids) >= N_TEXT:
+            break
+    return ids[:N_TEXT]
 
 
 def plain_ids(tokenizer):
