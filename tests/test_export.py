@@ -27,7 +27,8 @@ EXACT = [("llama", "hf", "f32"), ("tied", "hf", "f32"), ("gelu", "hf", "f32"), (
 ROUNDED = [("llama", "hf", "bf16"), ("llama", "gguf", "f16"), ("llama", "gguf", "bf16"), ("llama", "gguf", "q8_0"),
            ("llama", "gguf", "q4_0"), ("tied", "gguf", "q4_1"), ("llama", "gguf", "q5_0"), ("chars", "gguf", "q5_1"),
            ("jamba", "gguf", "q8_0"), ("granite", "gguf", "q8_0"), ("wide", "gguf", "tq1_0"), ("wide", "gguf", "tq2_0"),
-           ("bitnet", "onnx", "q2"), ("llama", "onnx", "int8"), ("jamba", "onnx", "int4")]
+           ("bitnet", "onnx", "q2"), ("llama", "onnx", "int8"), ("jamba", "onnx", "int4"),
+           ("qwen3 wide", "onnx", "int4")]
 
 
 @pytest.mark.parametrize("case,form,quant", EXACT)
