@@ -7,7 +7,6 @@
 #   python sample.py --checkpoint=runs/sft_tiny --chat
 dataset = "sft_tiny"
 init_from = "runs/tiny_cpu"
-arch = "ternary"
 
 block_size = 512  # the rows of the dataset
 batch_size = 8

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import math
 import unicodedata
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
@@ -127,7 +128,16 @@ def validation_ids(tokenizer, meta):
         return []
     if dataset.tokenizer().to_json() != tokenizer.to_json():
         return []
-    return dataset.val[:N_TEXT].tolist()
+    if not dataset.row_length or dataset.val_mask is None:
+        return dataset.val[:N_TEXT].tolist()
+    ids = []
+    for start in range(0, len(dataset.val) - 1, dataset.row_length):
+        answers = np.flatnonzero(dataset.val_mask[start:start + dataset.row_length])
+        # behind the last answer there is only padding, which would count as text of no bytes
+        ids += dataset.val[start:start + answers.max(initial=-1) + 1].tolist()
+        if len(ids) >= N_TEXT:
+            break
+    return ids[:N_TEXT]
 
 
 def plain_ids(tokenizer):
@@ -404,8 +414,12 @@ class LlamaCpp:
     def ask(self, route, **body):
         data = json.dumps(body).encode() if body else None
         request = urllib.request.Request(self.server.listening_address + route, data)
-        with urllib.request.urlopen(request, timeout=600) as answer:
-            return json.load(answer)
+        try:
+            with urllib.request.urlopen(request, timeout=600) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:  # such as a chat template that it cannot read
+            reason = short(error.read().decode(errors="replace"), 200)
+            raise UserError(f"check failed: {self.name} refuses {route}: {reason}") from None
 
     def logprobs(self, rows):
         """rows (R, T) -> log p of the token after each, (R, T, V): of the likeliest LISTED and of the row's next.

@@ -6,6 +6,7 @@
     TEMPLATE \"\"\"{{ .Prompt }}\"\"\"
 """
 from thimble import chat
+from thimble.files import UserError
 
 SYSTEM = {"role": "system", "content": "{{ .System }}"}  # Ollama fills these in, by the rules of Go's templates
 USER = {"role": "user", "content": "{{ .Prompt }}"}
@@ -27,19 +28,32 @@ def modelfile(file, tokenizer, block_size):
 def go_template(tokenizer):
     """The lines with the default system text, and with the template of an exchange, which Ollama repeats for each."""
     asked = written(tokenizer, [USER], reply=True)
-    with_system = written(tokenizer, [SYSTEM, USER], reply=True)
     answered = written(tokenizer, [USER, ASSISTANT])
-    later = written(tokenizer, [USER, ASSISTANT, USER], reply=True).removeprefix(answered)  # nothing before it
-    answer = answered.removeprefix(asked)
-    system = with_system.removesuffix(later)
+    talk = written(tokenizer, [USER, ASSISTANT, USER], reply=True)
+    # an earlier answer, which Qwen3 writes without the thoughts that it puts before the last one
+    before, _, behind = talk.partition(ASSISTANT["content"])
+    end = answered.partition(ASSISTANT["content"])[2]
+    answer = before.removeprefix(asked) + ASSISTANT["content"] + end
+    later = behind.removeprefix(end)  # a question with nothing before it
     lines = []
-    if asked != later:  # the template has a system text of its own, for who writes none
-        before, _, after = system.partition(SYSTEM["content"])
-        default = asked.removesuffix(later).removeprefix(before).removesuffix(after)
+    system = system_part(tokenizer, later)
+    if system and asked != later:  # the template has a system text of its own, for who writes none
+        start, _, rest = system.partition(SYSTEM["content"])
+        default = asked.removesuffix(later).removeprefix(start).removesuffix(rest)
         lines.append(f'SYSTEM """{default}"""')
+    if system:
+        system = f"{{{{ if .System }}}}{system}{{{{ end }}}}"
     # Ollama cuts the last exchange behind .Response, so what stands before an answer must not be there without one
-    go = f"{{{{ if .System }}}}{system}{{{{ end }}}}{later}{{{{ if .Response }}}}{answer}{{{{ end }}}}"
-    return [*lines, f'TEMPLATE """{go}"""']
+    return [*lines, f'TEMPLATE """{system}{later}{{{{ if .Response }}}}{answer}{{{{ end }}}}"""']
+
+
+def system_part(tokenizer, later):
+    """What a system text puts before the question `later`; "" where the template knows none, or has it elsewhere."""
+    try:
+        text = written(tokenizer, [SYSTEM, USER], reply=True)
+    except UserError:  # Mistral's first template refuses it
+        return ""
+    return text.removesuffix(later) if text.endswith(later) else ""
 
 
 def written(tokenizer, messages, reply=False):

@@ -27,7 +27,7 @@ from onnx.reference.op_run import OpRun
 
 from formats.check import empty_shape
 from formats.graph import Graph, embed, linear, tied_head
-from formats.names import QUANTS, n_hidden
+from formats.names import QUANTS, head_dim, n_hidden
 from formats.reference import differs, in_float64, own_logits, some_ids, widened
 from formats.rounding import twin
 from formats.weights import is_ternary
@@ -70,10 +70,10 @@ def softplus(g, x):
     return g.Softplus(x)
 
 
-def rope_table(g, positions, head_dim, theta):
+def rope_table(g, positions, D, theta):
     """positions (B, T) -> cos and signed sin, (B, T, 1, D), for `rotate`."""
-    pairs = torch.arange(0, head_dim, 2)
-    freqs = theta ** (-pairs / head_dim)  # (D/2,)
+    pairs = torch.arange(0, D, 2)
+    freqs = theta ** (-pairs / D)  # (D/2,)
     positions = g.Cast(positions, to=g.float)
     positions = g.Unsqueeze(positions, [2, 3])  # (B, T, 1, 1)
     angles = g.Mul(positions, freqs)
@@ -117,7 +117,7 @@ def attention(g, x, attn, name, i, shared):
     """x (B, T, C) -> (B, T, C); the keys and values of layer i come from the cache and go there."""
     D = attn.head_dim
     K = attn.n_kv_head
-    C = g.config.n_embd
+    width = g.config.n_head * D  # C, but for heads of another width, as Qwen3's
     q = heads(g, x, attn, name, "q", -1, shared.rope)  # (B, H, T, D)
     k = heads(g, x, attn, name, "k", K, shared.rope)  # (B, K, T, D)
     v = heads(g, x, attn, name, "v", K)
@@ -140,10 +140,10 @@ def attention(g, x, attn, name, i, shared):
     v = g.Unsqueeze(v, [2])  # (B, K, 1, S, D)
     y = g.MatMul(weights, v)  # (B, K, H / K, T, D)
     y = g.Transpose(y, perm=[0, 3, 1, 2, 4])
-    y = g.Reshape(y, [0, 0, C])  # (B, T, C)
+    y = g.Reshape(y, [0, 0, width])  # (B, T, H * D)
     if hasattr(attn, "sub_norm"):
         y = rms_norm(g, y, attn.sub_norm, f"{name}.sub_norm.weight")
-    return linear(g, y, attn.o_proj, f"{name}.o_proj", C)
+    return linear(g, y, attn.o_proj, f"{name}.o_proj", width)
 
 
 def mlp(g, x, module, name, n_hidden):
@@ -375,6 +375,8 @@ def wired(g, model):
 def transformer(g, model, window):
     """What the norm before the head reads, (B, T, C) or (B, T, n, C); only the last token's with `window`."""
     config = model.config
+    if getattr(config, "window", 0):  # `hold` would see it only in texts that are longer
+        raise NoForm(f"it sees {config.window} tokens only (window)")
     ids, shared = inputs(g, config, window)
     weight = model.embedding() if hasattr(model, "embedding") else model.embed.weight
     x = embed(g, ids, weight.detach().numpy())  # (B, T, C)
@@ -420,7 +422,7 @@ def inputs(g, config, window):
     mask = g.Where(allowed, 0.0, -1e9)  # (B or 1, 1, 1, T, S)
     rope = None
     if getattr(config, "rope", True):
-        rope = rope_table(g, positions, config.n_embd // config.n_head, config.rope_theta)
+        rope = rope_table(g, positions, head_dim(config), config.rope_theta)
     present = None
     if not window and hasattr(config, "attn_layer_period"):  # a state would remember padding, which attention masks
         start = g.Unsqueeze(g.Sub(S, T), [0])

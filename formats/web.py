@@ -6,7 +6,7 @@ from pathlib import Path
 
 from formats import hf
 from formats import onnx as onnx_format
-from formats.names import n_hidden, n_kv_head
+from formats.names import head_dim, n_hidden, n_kv_head
 from thimble.files import UserError
 
 SUFFIX = {"fp32": "", "int8": "_quantized", "int4": "_q4", "q2": "_q2"}  # transformers.js asks for these names
@@ -53,7 +53,7 @@ def architecture(model):
     """What config.json says of the model's shape: transformers.js derives number and shape of its caches from it."""
     config = model.config
     return {"model_type": "llama", "architectures": ["LlamaForCausalLM"],
-            "original_model_type": type(model).__module__, "head_dim": config.n_embd // config.n_head,
+            "original_model_type": type(model).__module__, "head_dim": head_dim(config),
             "intermediate_size": n_hidden(model), "max_position_embeddings": config.block_size,
             "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta, "hidden_act": "silu",
             "tie_word_embeddings": False, "vocab_size": config.vocab_size, "hidden_size": config.n_embd,
@@ -67,7 +67,7 @@ def genai_config(model, file, ids, pad):
               "past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}
     outputs = {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
     decoder = {"filename": file, "session_options": {"provider_options": []},
-               "head_size": config.n_embd // config.n_head, "inputs": inputs, "outputs": outputs,
+               "head_size": head_dim(config), "inputs": inputs, "outputs": outputs,
                "hidden_size": config.n_embd, "num_hidden_layers": config.n_layer} | heads(config)
     genai = {"type": "llama", "context_length": config.block_size, "vocab_size": config.vocab_size,
              "pad_token_id": pad, "decoder": decoder} | ids

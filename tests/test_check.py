@@ -170,6 +170,20 @@ def test_the_text_is_the_runs_own_where_it_is_here(toy, tmp_path):
     assert text_rows(char_tokenizer("αβγ"), {}, 20).shape == (25, 20)  # none of the passage's: any ids
 
 
+def test_the_padding_behind_conversations_is_no_text(tmp_path):
+    words = tokenizer("byte")
+    floors = dict.fromkeys(("uniform", "unigram", "bigram", "trigram"), 8.0)
+    with data.Writer(tmp_path / "d", words, "a test", {}, floors) as writer:
+        for split in data.SPLITS:
+            for row in ([1, 2, 3], [4, 5]):
+                n_pad = 8 - len(row)
+                writer.append(split, row + [words.eot] * n_pad, 1, 1, [0, *[1] * (len(row) - 1)] + [0] * n_pad)
+            writer.append(split, [words.eot], 0, 0, [0])
+        writer.meta |= {"row_length": 8, "template": "elite"}
+    rows = text_rows(words, {"dataset": {"path": str(tmp_path / "d")}}, 5)
+    assert rows.tolist() == [[1, 2, 3, 4, 5]]
+
+
 BUGS = {  # of the exporter itself: what is in the file is what was meant, but it is wrong
     "not permuted": ("llama", "gguf", "permute", lambda w, *_, **__: w),
     "up for gate": ("llama", "gguf", "NAMES", [tuple(x.replace("ffn_up", "?").replace("ffn_gate", "ffn_up").replace(

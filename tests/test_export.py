@@ -13,7 +13,7 @@ from cases import built, loaded, out, send, tokenizer
 import export
 from formats import ollama
 from formats.weights import with_weights
-from thimble import chat, checkpoint, files
+from thimble import chat, checkpoint, files, load
 from thimble.files import UserError
 from thimble.generate import generate
 
@@ -27,7 +27,8 @@ EXACT = [("llama", "hf", "f32"), ("tied", "hf", "f32"), ("gelu", "hf", "f32"), (
 ROUNDED = [("llama", "hf", "bf16"), ("llama", "gguf", "f16"), ("llama", "gguf", "bf16"), ("llama", "gguf", "q8_0"),
            ("llama", "gguf", "q4_0"), ("tied", "gguf", "q4_1"), ("llama", "gguf", "q5_0"), ("chars", "gguf", "q5_1"),
            ("jamba", "gguf", "q8_0"), ("granite", "gguf", "q8_0"), ("wide", "gguf", "tq1_0"), ("wide", "gguf", "tq2_0"),
-           ("bitnet", "onnx", "q2"), ("llama", "onnx", "int8"), ("jamba", "onnx", "int4")]
+           ("bitnet", "onnx", "q2"), ("llama", "onnx", "int8"), ("jamba", "onnx", "int4"),
+           ("qwen3 wide", "onnx", "int4")]
 
 
 @pytest.mark.parametrize("case,form,quant", EXACT)
@@ -199,12 +200,40 @@ def test_a_template_with_a_system_text_of_its_own():
     assert go(made, "Be brief.", "Hi", "Yes.") + go(made, prompt="So?") == "S:Be brief.\nU:Hi\nA:Yes.\nU:So?\nA:"
 
 
+TEXT = "{% if m.role == 'user' %}Q:{{ m.content }}\n{% elif m.role == 'assistant' %}A:{{ m.content }}\n{% endif %}"
+ODD = {
+    # as Mistral's first
+    "refuses a system text": "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+                             f"{TEXT}{{% endfor %}}{{% if add_generation_prompt %}}A:{{% endif %}}",
+    # as Mistral's later ones
+    "puts it before the last question": "{% for m in messages %}{% if loop.last and messages[0].role == 'system' %}"
+                                        "Q:{{ messages[0].content + m.content }}\n{% else %}"
+                                        f"{TEXT}{{% endif %}}{{% endfor %}}"
+                                        "{% if add_generation_prompt %}A:{% endif %}",
+    # as Qwen3's
+    "thinks before the last answer": "{% for m in messages %}{% if loop.last and m.role == 'assistant' %}A:<think>"
+                                     f"</think>{{{{ m.content }}}}\n{{% else %}}{TEXT}{{% endif %}}{{% endfor %}}"
+                                     "{% if add_generation_prompt %}A:{% endif %}"}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_templates_that_treat_some_message_otherwise(kind):
+    words = tokenizer("byte")
+    words.record = dataclasses.replace(words.record, template=ODD[kind])
+    head, _, made = ollama.modelfile("m.gguf", words, 48).partition("TEMPLATE")
+    assert "SYSTEM" not in head and ".System" not in made
+    made = made.strip(' "\n')
+    assert go(made, prompt="Hi", response="Yes.") + go(made, prompt="So?") == "Q:Hi\nA:Yes.\nQ:So?\nA:"
+
+
 def test_a_gguf_folder_has_a_modelfile(tmp_path):
     folder = tmp_path / "m"
     found = out("llama", folder, "gguf", "f16")
     assert sorted(path.name for path in folder.iterdir()) == ["Modelfile", "model.gguf"] and found["same"] == 6
     text = (folder / "Modelfile").read_text()
     assert text.startswith("FROM ./model.gguf\n") and text.endswith('TEMPLATE """{{ .Prompt }}"""\n')
+    loaded = load.load(folder)
+    assert loaded.name == "model" and loaded.tokenizer.to_json() == load.read_tokenizer(folder).to_json()
 
 
 # ---- transformers.js

@@ -9,6 +9,7 @@ import torch
 from cases import built, out
 
 import export
+import llama
 import train
 from formats.reference import stock_architecture
 from prepare.text import prepare
@@ -72,6 +73,14 @@ def test_onnx_is_the_model_or_refused(tmp_path):
             assert "llama.py" in str(error) or "differ" in str(error), error
             continue
         assert found["delta"] <= 1e-4
+
+
+def test_a_sliding_window_beyond_the_compared_text_is_not_left_out(tmp_path):
+    pytest.importorskip("onnx", reason="pip install -r requirements-test.txt")
+    from formats import onnx as onnx_format
+    config = llama.Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50, block_size=4096, window=2000)
+    with pytest.raises(onnx_format.NoForm, match="window"):
+        onnx_format.write(tmp_path / "m.onnx", llama.Model(config))
 
 
 def test_a_checkpoint_of_it_is_read_like_any_other(tmp_path):

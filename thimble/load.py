@@ -73,7 +73,7 @@ def read(path=None, which="latest"):
         found = read(path, which)
         found.meta["hub"] = name  # with its revision
         return found
-    path = Path(path) if path else checkpoint.newest_run()
+    path = gguf_inside(Path(path)) if path else checkpoint.newest_run()
     suffixes = {file.suffix for file in path.glob("*")}
     # a run has a config.json, too, but no weights beside it; a checkpoint has weights, but no config.json
     if path.is_file() or (suffixes & WEIGHTS and (path / "config.json").is_file()):
@@ -96,11 +96,18 @@ def read_tokenizer(path):
     """
     if hub.is_name(path):
         path, _ = hub.fetch(path)
-    if Path(path).is_file() and Path(path).suffix != ".json":
+    path = gguf_inside(Path(path))
+    if path.is_file() and path.suffix != ".json":
         from formats import gguf
         if gguf.is_gguf(path):
-            return gguf.read_tokenizer(Path(path))
+            return gguf.read_tokenizer(path)
     return load_tokenizer(path)
+
+
+def gguf_inside(path):
+    """The GGUF file of a folder that export.py has written for Ollama; any other path as it is."""
+    found = list(path.glob("*.gguf"))
+    return found[0] if len(found) == 1 and (path / "Modelfile").is_file() else path
 
 
 @torch.no_grad()
