@@ -23,7 +23,7 @@ from thimble.files import UserError
 
 HEAD_BYTES = 16_384  # longest head of a request: its first line and its headers
 AHEAD_BYTES = 65_536  # how much a client may send of its next requests while one is being answered
-LINGER_SECONDS = 2.0  # see Unread
+LINGER_SECONDS = 1.0  # see Unread
 
 
 # ---- responses
