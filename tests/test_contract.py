@@ -325,3 +325,13 @@ def test_attention_by_hand_on_both_sides_of_the_fused_threshold(arch, n_new, n_k
             p = (scores - scores.max()).exp()
             expected = p @ v[0, 0, :seen].double() / p.sum()
             assert (y[0, head, t] - expected).abs().max() < 1e-4 * max(1, n_keys / 100 if n_new == n_keys else 1)
+
+
+@pytest.mark.parametrize("arch", ["model", "llama", "hybrid_ssm"])
+def test_the_head_is_tied_where_the_key_says(arch):
+    module = importlib.import_module(arch)
+    apart = module.Model(module.Config(**BASE, tie_embeddings=False))
+    tied = module.Model(module.Config(**BASE, tie_embeddings=True))
+    assert "head" in apart.param_groups() and "head" not in tied.param_groups()
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (apart, tied)]
+    assert sizes[0] - sizes[1] == BASE["vocab_size"] * BASE["n_embd"]

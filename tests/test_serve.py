@@ -434,6 +434,7 @@ HOSTILE_CHAT = [
     {"messages": [{"role": "user", "content": "a"}] * 1001},
     {"messages": [{"role": "user", "content": "a" * 100}]}, {"messages": [{"role": "user", "content": "\ud800"}]},
     {"messages": [{"role": "user", "content": "a"}], "top_logprobs": 3},
+    {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": -1},
     {"messages": [{"role": "user", "content": "a"}], "logprobs": 3},
     {"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json_schema"}},
     {"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": 0},
@@ -818,3 +819,9 @@ def test_sigterm_ends_streams_cleanly(tmp_path, seconds, signals):
     assert rest.endswith("data: [DONE]\n\n") and '"finish_reason": "length"' in rest
     _, err = process.communicate(timeout=10)
     assert process.returncode == 0 and "Traceback" not in err
+
+
+def test_a_request_may_have_as_many_texts_as_wait():
+    with running(Script("aa", 0), max_batch=2, max_queue=3) as (port, _):
+        for n, status in ((3, 200), (4, 400)):
+            assert ask(port, "/v1/completions", {"prompt": ["a"] * n, "max_tokens": 1})[0] == status
