@@ -178,7 +178,9 @@ def test_it_can_overfit_one_batch(model):
             p.grad = None
         loss.backward()
         optimizer.step(1 - i / 120)
-    assert loss < 0.5
+        if loss < 0.5:
+            return
+    raise AssertionError(f"loss {loss:.2f} after 120 steps")
 
 
 def test_float64_works(model):
