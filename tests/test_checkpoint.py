@@ -967,3 +967,11 @@ def test_the_state_of_a_missing_device_is_one_warning(capsys):
     good = checkpoint.random_state()
     checkpoint.set_random_state(good | {"random.cuda.99": good["random.torch"]})
     assert capsys.readouterr().err.startswith("warning: random.cuda.99 was saved")
+
+
+def test_best_points_at_a_whole_checkpoint_or_nowhere(tmp_path):
+    run = tmp_path / "run"
+    for step in (1, 2):
+        put(run, step)
+    assert checkpoint.point_best(run, 1) and (run / "best").read_text() == "step_000001"
+    assert not checkpoint.point_best(run, 3) and not (run / "best").exists()
