@@ -86,6 +86,21 @@ def test_vertical_links_are_as_many_as_the_affinities_say():
         assert expected - 0.3 < sum(counts[name]) / len(counts[name]) < expected + 1, name  # repair adds a few
 
 
+def test_a_share_of_a_unit_is_a_unit():
+    """30 % of a window of 5 places are 2 draws, and a level of the middle draws one at least."""
+    config = cerebros.Config(window=5, affinity_first=0.3, affinity=0.01, affinity_decay=1.0)
+
+    class Count:
+        def choices(self, among, weights, k):
+            drawn.append(k)
+            return []
+
+    for k, expected in ((1, [2]), (2, [1, 1])):
+        drawn = []
+        cerebros.draw_below(config, Count(), [5, 4, 3, 2], k)
+        assert drawn == expected
+
+
 def test_recent_places_are_drawn_more_often():
     """At one draw a unit, and a recency of 2, place of age a is read in a share of 1 / a^2 over the sum of all."""
     kind = {"n_layer": 1, "min_units": 200, "max_units": 200, "p_lateral": 0.0, "window": 5, "affinity_first": 0.2}

@@ -156,6 +156,13 @@ def test_what_is_exported_is_named_after_its_form(settings, name):
     assert export.default_name(loaded(*built("tied"), "mine"), export.Config(**settings)) == name
 
 
+@pytest.mark.parametrize("form, stock, packed, quant", [
+    ("hf", "llama", False, "f32"), ("hf", "bitnet", False, "online"), ("hf", "bitnet", True, "packed"),
+    ("gguf", "llama", False, "f32"), ("onnx", "llama", False, "fp32"), ("web", "llama", False, "fp32")])
+def test_without_quant_no_weight_is_rounded(form, stock, packed, quant):
+    assert export.choose_quant(export.Config(format=form), stock, packed)[0] == quant
+
+
 # ---- Ollama
 def go(template, system="", prompt="", response=None):
     """What Ollama makes of a template: `if` with text inside, and names; without a response, up to where it stands."""
