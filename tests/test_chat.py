@@ -559,3 +559,10 @@ def test_the_page_chats_if_the_model_was_taught_to(tmp_path):
         done = subprocess.run(["node", "browser.mjs", search], cwd=folder, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout) == [False, "done", *(" ".join(map(str, ids)) for ids in want)]
+
+
+def test_small_products_are_computed_and_no_power_is():
+    from thimble import template
+    assert template.render("{{ 2 * 3 }}") == "6"
+    with pytest.raises(UserError):
+        template.render("{{ 2 ** 3 }}")
