@@ -125,13 +125,13 @@ def write(path, loaded, cfg, quant, stock, why_not):
             text = ollama.modelfile(file.name, tokenizer, model.config.block_size)
             (path / "Modelfile").write_text(text, encoding="utf-8")
         return gguf.write(file, model, stock, tokenizer, quant, loaded.name)
+    if cfg.format == "hf":
+        path.mkdir()
+        return hf.write(path, model, stock, tokenizer, quant)
+    from formats import onnx as onnx_format  # takes half a second
     if cfg.format == "onnx" and (cfg.window or path.suffix == ".onnx"):
-        from formats import onnx as onnx_format  # takes half a second
         return onnx_format.write(path, model, quant, cfg.window)
     path.mkdir()
-    if cfg.format == "hf":
-        return hf.write(path, model, stock, tokenizer, quant)
-    from formats import onnx as onnx_format
     from formats import traced, web
     if cfg.format == "web":
         return web.write_page(path, model, tokenizer, quant)

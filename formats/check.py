@@ -1,7 +1,7 @@
 """Compare what was written with the model, in the program it is for: transformers, llama.cpp or onnxruntime.
 
     artefact = Artefact(path, "gguf", "q8_0", twin, stored)
-    print(check(artefact, model, tokenizer))
+    print(check(artefact, model, tokenizer, meta))
     run = OnnxRuntime("model.onnx")                                # or use a graph: a prompt, then token by token
     logits, cache = run.step([[1, 2, 3]], run.empty_cache(1))
 
@@ -124,9 +124,10 @@ def validation_ids(tokenizer, meta):
         return []
     try:
         dataset = data.load(data.folder_of(name))
+        theirs = dataset.tokenizer()
     except UserError:
         return []
-    if dataset.tokenizer().to_json() != tokenizer.to_json():
+    if theirs.to_json() != tokenizer.to_json():
         return []
     if not dataset.row_length or dataset.val_mask is None:
         return dataset.val[:N_TEXT].tolist()

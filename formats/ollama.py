@@ -18,10 +18,10 @@ def modelfile(file, tokenizer, block_size):
     record = tokenizer.record
     lines = [f"FROM ./{file}", f"PARAMETER num_ctx {block_size}"]
     lines += [f'PARAMETER stop "{tokenizer.token(i)}"' for i in record.ends]
-    if not record.template:  # it was not taught to answer
+    if record.template:
+        lines += go_template(tokenizer)
+    else:  # it was not taught to answer
         lines.append('TEMPLATE """{{ .Prompt }}"""')
-        return "\n".join(lines) + "\n"
-    lines += go_template(tokenizer)
     return "\n".join(lines) + "\n"
 
 
