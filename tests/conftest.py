@@ -1,7 +1,12 @@
 import itertools
 import os
 import random
+import runpy
+import subprocess
 import sys
+import tempfile
+import traceback
+import warnings
 from pathlib import Path
 
 import pytest
@@ -37,6 +42,15 @@ def count(request):
 
 
 @pytest.fixture
+def lean(monkeypatch):
+    """Runs without what takes longer than a tiny one and is no part of its result: the machine's speed, the curve."""
+    from thimble import machine, runlog
+
+    monkeypatch.setattr(machine, "matmul_rate", lambda *_: 1e11)
+    monkeypatch.setattr(runlog, "plot", lambda *_: None)
+
+
+@pytest.fixture
 def score(record_property):
     """`score(held, tried, figures="")`: what bench/reliability.py writes into its table for this test; then assert."""
 
@@ -46,6 +60,57 @@ def score(record_property):
         record_property("figures", figures)
 
     return record
+
+
+def forked(work):
+    """Start work() in a fork, where all is imported that is imported here: a Python of its own takes 2 s for that.
+
+    -> a function that waits for the end and returns (exit code, what was printed, what was printed as an error).
+    """
+    out = tempfile.TemporaryFile("w+")
+    err = tempfile.TemporaryFile("w+")
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            import torch
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            sys.stdout = os.fdopen(1, "w", buffering=1)
+            sys.stderr = os.fdopen(2, "w", buffering=1)
+            torch.set_num_threads(1)  # the threads of a pool do not survive a fork
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # nor do these
+            warnings.simplefilter("default")  # no errors, as those of pytest are
+            for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+                warnings.simplefilter("ignore", kind)
+            work()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def finish():
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        printed = []
+        for file in (out, err):
+            with file:
+                file.seek(0)
+                printed.append(file.read())
+        return code, *printed
+
+    return finish
+
+
+def command(script, *flags, cwd=ROOT):
+    """What `python SCRIPT FLAGS` does, in a fork -> what subprocess.run returns of it."""
+    def work():
+        os.chdir(cwd)
+        sys.argv = [script, *map(str, flags)]
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    return subprocess.CompletedProcess(script, *forked(work)())
 
 
 @pytest.fixture(scope="session")

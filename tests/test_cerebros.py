@@ -18,6 +18,8 @@ import train
 from cerebros import Config, Model, draw_wiring
 from thimble import checkpoint, configurator
 
+pytestmark = pytest.mark.usefixtures("lean")
+
 SMALL = {"n_layer": 2, "n_embd": 8, "min_neurons": 4, "max_neurons": 9, "vocab_size": 30, "block_size": 24, "window": 6}
 
 

@@ -205,23 +205,23 @@ def test_sigkill_at_random_times(tmp_path):
 def three(run):
     for step in (1, 2, 3):
         put(run, step, keep_last=2, best=step == 1)
-    return 3, lambda: put(run, 4, keep_last=2, best=True)
+    return 3, lambda run: put(run, 4, keep_last=2, best=True)
 
 
 def again(run):  # the only checkpoint is written once more
     put(run, 1, keep_last=1, best=True)
-    return 1, lambda: put(run, 1, keep_last=1, best=True)
+    return 1, lambda run: put(run, 1, keep_last=1, best=True)
 
 
 def earlier_life(run):
     for step in (1, 2, 3):
         put(run, step, best=step == 3)
     (run / "latest").write_text("step_000001")
-    return 1, lambda: put(run, 2, keep_last=1)
+    return 1, lambda run: put(run, 2, keep_last=1)
 
 
 def first(run):
-    return None, lambda: put(run, 1)
+    return None, lambda run: put(run, 1)
 
 
 @pytest.mark.parametrize("scene", [three, again, earlier_life, first])
@@ -233,13 +233,16 @@ def first(run):
 ])
 def test_die_at_every_system_call(tmp_path, capsys, score, scene, strike, lasting):
     fates = 0
+    built = tmp_path / "built"
+    before, save = scene(built)
     while True:
         run = tmp_path / str(fates)
-        before, save = scene(run)
+        if built.exists():
+            shutil.copytree(built, run)  # to build it anew, with its syncs, takes longer than the rest
         with pytest.MonkeyPatch.context() as patch:
             fate = Fate(patch, fates, strike, lasting)
             try:
-                after = int(save().name[5:])
+                after = int(save(run).name[5:])
             except (Killed, UserError) as error:
                 assert fate.struck and "\n" not in str(error)
                 after = None

@@ -11,7 +11,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, command
 
 import evaluate
 from evaluate import Config
@@ -58,9 +58,10 @@ def test_command_line(runs, tmp_path):
     assert list(report) == ["bpe/step_000000", "empty", "echo", "random", "n-gram", "bpe/step_000005"]
     assert set(report["random"]["rank 1"]) == {"value", "error", "n"} and "mean 1/rank" in out.stdout
     assert (runs / "bpe" / "evaluation_steps.png").read_bytes().startswith(b"\x89PNG")
-    out = call(f"--compare={runs / 'bpe'},{runs / 'byte'}", "--suite=bpb", f"--text={runs / 'text.txt'}", cwd=tmp_path)
+    out = command("evaluate.py", f"--compare={runs / 'bpe'},{runs / 'byte'}", "--suite=bpb",
+                  f"--text={runs / 'text.txt'}", cwd=tmp_path)
     assert out.returncode == 0 and "bpe/step_000005" in out.stdout and "byte/step_000005" in out.stdout, out.stderr
-    out = call(f"--checkpoint={runs / 'bpe'}", "--suite=humaneval", "--humaneval=no.gz", cwd=tmp_path)
+    out = command("evaluate.py", f"--checkpoint={runs / 'bpe'}", "--suite=humaneval", "--humaneval=no.gz", cwd=tmp_path)
     assert out.returncode == 1 and "no.gz" in out.stderr.strip().splitlines()[-1] and "Traceback" not in out.stderr
 
 

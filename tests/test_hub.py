@@ -9,6 +9,8 @@ import sample
 from thimble import hub, load
 from thimble.files import UserError
 
+pytestmark = pytest.mark.usefixtures("lean")
+
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
 

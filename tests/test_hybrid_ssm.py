@@ -28,11 +28,14 @@ def shaken(config, seed=0):
 
 def recurrence(x, dt, dt_in, A, B, C, h):
     """One token after the other. x, dt, dt_in (the dt of the input): (b, T, E); A: (N or 1, E); B, C: (b, T, N)."""
-    y = []
-    for t in range(x.size(1)):
-        h = (dt[:, t, None] * A).exp() * h + (dt_in[:, t] * x[:, t])[:, None] * B[:, t, :, None]
-        y.append((C[:, t, :, None] * h).sum(1))
-    return torch.stack(y, 1), h
+    decay = (dt[:, :, None] * A).exp()                     # (b, T, N or 1, E)
+    added = (dt_in * x)[:, :, None] * B[..., None]         # (b, T, N, E)
+    states = []
+    # unbind, as the gradient of an index [:, t] would be as long as all tokens, at each of them
+    for decay_t, added_t in zip(decay.unbind(1), added.unbind(1), strict=True):
+        h = decay_t * h + added_t
+        states.append(h)
+    return (C[..., None] * torch.stack(states, 1)).sum(2), h
 
 
 def scan(x, dt, A, B, C, h):

@@ -16,6 +16,8 @@ from prepare.text import prepare
 from thimble import checkpoint, configurator, load
 from thimble.files import UserError
 
+pytestmark = pytest.mark.usefixtures("lean")
+
 STOCK = {"mistral": "mistral", "nemo": "llama", "llama3": "llama", "yarn": "llama", "linear": "llama",
          "qwen2": "qwen2", "qwen2 window": "qwen2", "qwen3 wide": "qwen3"}
 WINDOWED = ("mistral", "qwen2 window")  # which llama.cpp does not have

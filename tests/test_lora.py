@@ -10,6 +10,8 @@ from thimble import checkpoint, configurator
 from thimble.files import UserError
 from thimble.lora import Lora
 
+pytestmark = pytest.mark.usefixtures("lean")
+
 
 def tiny(module=model, **kwargs):
     torch.manual_seed(0)

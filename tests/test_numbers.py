@@ -28,6 +28,8 @@ import train
 from formats import names, reference
 from thimble import configurator
 
+pytestmark = pytest.mark.usefixtures("lean")
+
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 GOLDEN = FIXTURES / "golden.json"
 

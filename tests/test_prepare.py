@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, prose
+from conftest import ROOT, command, prose
 
 from prepare import bible, download, python_code, sft, shakespeare, synthetic_code, text
 from prepare import documents as reading
@@ -40,8 +40,7 @@ def texts(dataset, split):
 
 
 def run(script, *flags):
-    command = [sys.executable, str(ROOT / "prepare" / script), *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, cwd="/")
+    return command(f"prepare/{script}", *flags, cwd="/")
 
 
 # ---- splitting and tokenizing
@@ -387,7 +386,9 @@ def test_records(tmp_path):
 
 def test_command_line(tmp_path):
     (tmp_path / "in.txt").write_text(prose(3000))
-    done = run("text.py", f"--input={tmp_path / 'in.txt'}", "--name=mine", "--vocab_size=400", f"--data_dir={tmp_path}")
+    typed = [sys.executable, ROOT / "prepare" / "text.py", f"--input={tmp_path / 'in.txt'}", "--name=mine",
+             "--vocab_size=400", f"--data_dir={tmp_path}"]
+    done = subprocess.run(typed, capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr
     assert f"next: python train.py config/tiny_cpu.py --dataset={tmp_path}/mine" in done.stdout
     assert data.load(tmp_path / "mine").meta["source"] == "in.txt"

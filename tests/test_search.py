@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import train
-from thimble import checkpoint, configurator, data, files
+from thimble import checkpoint, configurator, data, files, machine, runlog
 from thimble.files import UserError
 
 optuna = pytest.importorskip("optuna", reason="needs optuna: pip install -r requirements-search.txt")
@@ -30,9 +30,16 @@ LOOP = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 32, "batch_size":
 SPACE = ("lr=0.0001..0.1 log", "n_layer=1..2", "mlp=swiglu|gelu", "n_embd=16..32 step 16", "tie_embeddings=true|false")
 
 
+PLOT_SEARCH = search.plot_search
+
+
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # what takes longer than a tiny run and does not change its result: measuring the machine, and drawing the curves
+    monkeypatch.setattr(machine, "matmul_rate", lambda *_: 1e11)
+    monkeypatch.setattr(runlog, "plot", lambda *_: None)
+    monkeypatch.setattr(search, "plot_search", lambda *_: None)
 
 
 def config(toy, **changes):
@@ -53,7 +60,8 @@ def table(folder):
         return list(csv.DictReader(f))
 
 
-def test_what_it_reports_is_what_the_checkpoints_score(toy):
+def test_what_it_reports_is_what_the_checkpoints_score(toy, monkeypatch):
+    monkeypatch.setattr(search, "plot_search", PLOT_SEARCH)
     best = run(config(toy))
     rows = table("study")
     assert [int(row["trial"]) for row in rows] == list(range(6))
@@ -242,7 +250,7 @@ def cheap_trial(study, trial, space, dataset, command):
 
 
 def worker(cfg):
-    search.run_trial, search.plot_search = cheap_trial, lambda *_: None
+    search.run_trial = cheap_trial
     with open(os.devnull, "w") as sys.stdout:
         run(cfg)
     os._exit(0)
@@ -386,8 +394,7 @@ def test_a_budget_by_hand(toy, monkeypatch):
 
 
 @pytest.mark.score("A17")
-def test_a_worker_killed_while_it_trains_has_its_trial_run_again(toy, monkeypatch, count, score):
-    monkeypatch.setattr(search, "plot_search", lambda *_: None)
+def test_a_worker_killed_while_it_trains_has_its_trial_run_again(toy, count, score):
     kills = count(1, 5)
     cfg = config(toy, n_trials=kills + 2, prune=False, eval_every=3)
     rng = random.Random(0)
@@ -501,7 +508,6 @@ def test_every_key_changes_the_study(toy, tmp_path, monkeypatch, key):
     monkeypatch.setattr(optuna, "create_study", lambda **options: studies.append(create(**options)) or studies[-1])
     monkeypatch.setattr(train, "train", quick_train)
     monkeypatch.setattr(search, "measure", measure)
-    monkeypatch.setattr(search, "plot_search", lambda *_: None)  # takes half a second
     monkeypatch.setattr(search, "fit_steps", lambda cfg, dataset, seconds: round(10 * seconds))  # has a test of its own
     value, needed = KEYS[key]
     plain = result(**needed)
@@ -580,6 +586,7 @@ def test_a_trial_counts_by_its_best_checkpoint_and_not_by_its_latest(toy, monkey
 
 def test_a_trial_that_was_stopped_early_is_never_the_best(toy, monkeypatch, capsys):
     """One evaluation may be a stroke of luck: it says nothing about where the trial would have ended."""
+    monkeypatch.setattr(search, "plot_search", PLOT_SEARCH)
     scripted(monkeypatch, 3.0, 2.5, 0.5, 2.0, 1.0)
     monkeypatch.setattr(optuna.Trial, "should_prune", lambda trial: trial.number == 1)
     drawn = []  # the line of the best so far
@@ -595,6 +602,7 @@ def test_a_trial_that_was_stopped_early_is_never_the_best(toy, monkeypatch, caps
 
 
 def test_where_all_were_stopped_early_there_is_no_best(toy, monkeypatch):
+    monkeypatch.setattr(search, "plot_search", PLOT_SEARCH)
     scripted(monkeypatch, 1.0)
     monkeypatch.setattr(optuna.Trial, "should_prune", lambda trial: True)
     cfg = config(toy, n_trials=1, max_steps=2, out_dir="study", space=("lr=0.001..0.01",))

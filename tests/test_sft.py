@@ -1,14 +1,13 @@
 """Templates, masks and rows: a model is asked exactly as it was taught, and only answers are in the loss."""
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import command
 
 import model
 import train
@@ -266,8 +265,7 @@ def test_the_terminal_asks_as_training_did(rows, tmp_path, monkeypatch, capsys):
 
 def test_command_line(tmp_path):
     def call(*flags):
-        return subprocess.run([sys.executable, ROOT / "prepare" / "sft.py", *flags, f"--data_dir={tmp_path}"],
-                              capture_output=True, text=True)
+        return command("prepare/sft.py", *flags, f"--data_dir={tmp_path}")
 
     file = tmp_path / "a.jsonl"
     file.write_text("\n".join(json.dumps({"question": f"q{i}", "answer": f"a{i} ä"}) for i in range(50)))

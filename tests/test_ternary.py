@@ -2,7 +2,6 @@
 import copy
 import itertools
 import math
-import subprocess
 import sys
 import types
 from dataclasses import asdict, replace
@@ -10,7 +9,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, command
 
 import optim
 import ternary
@@ -439,7 +438,7 @@ def run(tmp_path_factory):
 
 
 def say(*args):
-    done = subprocess.run([sys.executable, "sample.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+    done = command("sample.py", *args)
     return done.returncode, done.stdout, done.stderr
 
 

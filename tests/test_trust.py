@@ -3,14 +3,13 @@ import ast
 import json
 import os
 import shutil
-import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, forked
 
 import train
-from thimble import checkpoint, configurator
+from thimble import checkpoint, configurator, machine
 
 V1 = ROOT / "tests" / "fixtures" / "v1"
 
@@ -153,12 +152,17 @@ def things(toy, tmp_path_factory):
 
 @pytest.mark.score("B3")
 @pytest.mark.parametrize("kind", ["run", "resume", "data", "hf", "gguf"])
-def test_nothing_loaded_is_executed(things, kind, score):
-    env = os.environ | {"PYTHONPATH": str(things / "evil"), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-c", CHILD, str(ROOT), str(things), kind], cwd=things, env=env,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+def test_nothing_loaded_is_executed(things, kind, score, monkeypatch):
+    monkeypatch.setattr(machine, "matmul_rate", lambda *_: 1e11)  # of each resumed run most of the time
+    def child():
+        os.chdir(things)
+        sys.argv = ["child", str(ROOT), str(things), kind]
+        sys.path.insert(0, str(things / "evil"))
+        sys.dont_write_bytecode = True
+        exec(CHILD, {"__name__": "child"})
+    code, out, err = forked(child)()
+    assert code == 0, err[-2000:]
+    found = json.loads(out.splitlines()[-1])
     score(found["n"] - len(found["seen"]), found["n"], f"{kind}: {len(found['seen'])} events")
     assert found["seen"] == [] and found["n"] > 5
     assert not (things / "pwned").exists()
