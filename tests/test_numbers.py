@@ -195,22 +195,23 @@ def root_mean_square(numbers):
 
 
 def compare_with_formulas(arch, stock, seed, dtype):
-    """-> whether a random model is exact enough, and the error of its logits."""
+    """-> whether a random model is exact enough, the error of its logits, whether models nearby had to decide."""
     torch.manual_seed(seed)
     dice = random.Random(seed)
     made = random_model(arch, dice)
     idx = torch.randint(made.config.vocab_size, (dice.randint(1, 3), dice.randint(1, 48)))
     off, plain = errors(made, stock, idx, dtype)
     if dtype == torch.float32 and off**2 > 1e-7:
-        return False, off
+        return False, off, False
     held = off <= 2 * plain + torch.finfo(dtype).eps
-    if not held:
+    in_mean = not held
+    if in_mean:
         # Where a norm divides by next to nothing, chance decides which of two ways to round comes out ahead. Of 60
         # models beside that of seed 433 the plain formulas lose by a factor of 2 in 7, ours in 14. So the mean decides.
         pairs = [errors(nearby(made), stock, idx, dtype) for _ in range(40)]
         ours, plain = (root_mean_square(side) for side in zip(*pairs, strict=True))
         held = ours <= 2 * plain + torch.finfo(dtype).eps
-    return held, off
+    return held, off, in_mean
 
 
 @pytest.mark.score("E1")
@@ -218,13 +219,14 @@ def compare_with_formulas(arch, stock, seed, dtype):
 @torch.no_grad()
 def test_no_model_is_less_exact_than_the_plain_formulas(arch, stock, count, score):
     n = count(8, 500)
-    found = {dtype: [compare_with_formulas(arch, stock, seed, dtype) for seed in range(n)]
-             for dtype in (torch.float32, torch.bfloat16)}
-    held = sum(good for tried in found.values() for good, _ in tried)
+    held = 0
     offs = []
-    for dtype, tried in found.items():
-        worst = max(off for _, off in tried)
-        offs.append(f"{str(dtype)[6:]} logits off by {worst:.1e} of their size")
+    for dtype in (torch.float32, torch.bfloat16):
+        tried = [compare_with_formulas(arch, stock, seed, dtype) for seed in range(n)]
+        goods, sizes, in_mean = zip(*tried, strict=True)
+        held += sum(goods)
+        offs.append(f"{str(dtype)[6:]} logits off by {max(sizes):.1e} of their size, {sum(in_mean)} of {n} compared in "
+                    "the mean")
     score(held, 2 * n, f"{arch}.py: {', '.join(offs)}")
     assert held == 2 * n
 
