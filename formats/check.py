@@ -191,9 +191,10 @@ def onnx_weights(path):
     import onnx
     try:
         proto = onnx.load(onnx_file(path))
-    except Exception as error:  # protobuf's own
-        raise UserError(f"{path} is not an ONNX file ({short(error, 100)})") from None
-    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+        # a tensor may claim another shape than its bytes fill, or a type that does not exist
+        return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+    except Exception as error:  # protobuf's own, and several kinds of to_array
+        raise UserError(f"{path} is not a sound ONNX file ({short(error, 100)})") from None
 
 
 def tolerance_of(artefact, spread):

@@ -41,6 +41,7 @@ HYBRIDS = ("jamba", "granitemoehybrid")
 NO_MERGE = "ÿ ÿ"  # bytes FF FF, which no text holds: llama.cpp wants at least one merge
 END_KEYS = ("eos", "eot", "eom")  # llama.cpp ends a text at each; without the first, at id 11
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of tokens
+TYPES = {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE}
 
 
 # ---- out
@@ -432,8 +433,9 @@ def read_tokenizer(path):
         raise UserError(f"{path}: its tokenizer ({str(model)[:20]}, {str(pre)[:20]}) cannot be read: only "
                         f"SentencePiece (llama) and byte-level BPE (gpt2) with {', '.join(PRETOKENIZER_OF)}; use the "
                         "Hugging Face folder of this model")
-    sound = all(isinstance(part, list) for part in (tokens, types, ranks))
-    if not sound or len(tokens) != len(types) or len(set(tokens)) < len(tokens):
+    lists = all(isinstance(part, list) for part in (tokens, types, ranks))
+    # a token of a type that does not exist would be left out, and with it what its merges make
+    if not lists or len(tokens) != len(types) or len(set(tokens)) < len(tokens) or not TYPES.issuperset(types):
         raise UserError(f"{path}: its tokenizer is damaged: download it again")
     build = functools.partial(make, tokens, types, ranks, **options, said=read_record(values), name=str(path))
     return guard(f"{path}: its tokenizer is damaged", build)
@@ -502,11 +504,17 @@ def build_tokenizer(tokens, types, merges, pre, said, name):
         if left in normal and right in normal and left + right in normal:
             pairs.append((left, right))
     if not pairs and len(normal) != 256:  # characters, each made of its bytes
+        # the bytes of a character are not tokens: a merge of a token is left over from BPE, and what it made is lost
+        for merge in merges:
+            if not normal.keys().isdisjoint(merge.split(" ")):
+                raise ValueError(f"the merge {merge!r} does not make a token")
         byte_of = {char: byte for byte, char in enumerate(byte_alphabet())}
         chars = {}
         for token, i in normal.items():
-            encoded = bytes(byte_of[char] for char in token)
-            chars[encoded.decode()] = i
+            char = bytes(byte_of[char] for char in token).decode()
+            if len(char) != 1:
+                raise ValueError(f"no merge makes the token {token!r}")
+            chars[char] = i
         hf = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=chars | inside, merges=[]))
         hf.decoder = tokenizers.decoders.Fuse()
     else:

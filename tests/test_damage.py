@@ -6,8 +6,11 @@ import sys
 from collections import Counter
 
 import damage
+import onnx
 import pytest
 from conftest import ROOT
+
+from thimble.files import UserError
 
 SLOWEST = 1.0  # seconds of the CPU that a load may take
 
@@ -55,3 +58,26 @@ def test_no_mutation_escapes(tmp_path, loader, count, score):
           f"{found['slowest']:.2f} s")
     assert held == n, found["escapes"]
     assert outcomes["refused"] > n / 4
+
+
+@pytest.mark.parametrize("name, field, value", [
+    ("blocks.0.mlp_norm.weight", "dims", [24]),
+    ("blocks.0.mlp_norm.weight", "dims", [2**60]),
+    ("blocks.0.mlp_norm.weight", "dims", [-1, 7]),
+    ("blocks.1.attn.q_proj", "raw_data", b""),
+    ("blocks.1.attn.q_proj", "raw_data", bytes(1023)),
+    ("constant_13", "data_type", 6),  # numbers of half the size
+    ("constant_13", "data_type", 0),
+    ("constant_13", "data_type", 99),
+])
+def test_a_tensor_that_does_not_fit_its_bytes_is_refused(tmp_path, name, field, value):
+    path = damage.make_onnx(tmp_path)
+    proto = onnx.load(path)
+    tensor = next(tensor for tensor in proto.graph.initializer if tensor.name == name)
+    if field == "dims":
+        tensor.dims[:] = value
+    else:
+        setattr(tensor, field, value)
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(UserError, match="is not a sound ONNX file"):
+        damage.use_onnx(path)
