@@ -185,7 +185,12 @@ def _prune(run_dir, keep_last):
         trash = path.with_name(f".trash-{path.name}")
         remove(trash)
         os.rename(path, trash)
-    for path in run_dir.iterdir():
+    remove_junk(run_dir)
+
+
+def remove_junk(run_dir):
+    """Delete what killed processes have left in a run, of which a whole checkpoint must have been read."""
+    for path in Path(run_dir).iterdir():
         if JUNK.fullmatch(path.name):
             remove(path)
 
