@@ -216,15 +216,15 @@ def test_an_end_token_with_a_quote(end):
 
 def test_a_template_that_cannot_be_rendered_leaves_as_it_came(tmp_path, capsys):
     model, words = built("llama")
-    words = Tokenizer(tokenizers.Tokenizer.from_str(words.to_json()), said={"template": "{{ raise_exception('not like this') }}"})
-    for form, package in (("hf", "transformers"), ("gguf", "xllamacpp")):
-        pytest.importorskip(package, reason="pip install -r requirements-test.txt")
-        found = send(model, words, tmp_path / form, form, prompts=2, prompt_tokens=8)
-        told = capsys.readouterr().err
-        assert found["same"] == 2 and "--template" not in told and "no conversation was compared" in told
-        assert load.read_tokenizer(tmp_path / form).record.template == words.record.template
-    assert "has a plain prompt in its place" in told
-    assert 'TEMPLATE """{{ .Prompt }}"""' in (tmp_path / "gguf/Modelfile").read_text()
+    said = {"template": "{{ raise_exception('not like this') }}"}
+    words = Tokenizer(tokenizers.Tokenizer.from_str(words.to_json()), said=said)
+    pytest.importorskip("transformers", reason="pip install -r requirements-test.txt")
+    found = send(model, words, tmp_path / "hf", "hf", prompts=2, prompt_tokens=8)
+    told = capsys.readouterr().err
+    assert found["same"] == 2 and "--template" not in told and "no conversation was compared" in told
+    assert load.read_tokenizer(tmp_path / "hf").record.template == words.record.template
+    assert 'TEMPLATE """{{ .Prompt }}"""' in ollama.modelfile("m.gguf", words, 48)
+    assert "has a plain prompt in its place" in capsys.readouterr().err
 
 
 def test_a_template_with_a_system_text_of_its_own():
