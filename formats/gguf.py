@@ -40,7 +40,6 @@ ARCHITECTURES = {"granitemoehybrid": "granitehybrid"}  # llama.cpp's names, wher
 HYBRIDS = ("jamba", "granitemoehybrid")
 NO_MERGE = "ÿ ÿ"  # bytes FF FF, which no text holds: llama.cpp wants at least one merge
 END_KEYS = ("eos", "eot", "eom")  # llama.cpp ends a text at each; without the first, at id 11
-END_NAMES = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>")  # and at each of these
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of tokens
 
 
@@ -444,8 +443,8 @@ def read_record(values):
     """What the file says of how the model is spoken to, for thimble/chat.py."""
     # llama.cpp's default where the file does not say it
     adds_bos = values.get("tokenizer.ggml.add_bos_token", values.get("tokenizer.ggml.pre") == "llama-bpe")
-    ends = [values.get(f"tokenizer.ggml.{key}_token_id") for key in END_KEYS]
-    said = {"ends": [*ends, *END_NAMES], "adds_bos": adds_bos, "template": values.get("tokenizer.chat_template")}
+    said = {"ends": [values.get(f"tokenizer.ggml.{key}_token_id") for key in END_KEYS], "adds_bos": adds_bos,
+            "template": values.get("tokenizer.chat_template")}
     for role, key in (("bos", "bos"), ("pad", "padding"), ("unk", "unknown")):
         said[role] = [values.get(f"tokenizer.ggml.{key}_token_id")]
     return said

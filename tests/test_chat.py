@@ -298,19 +298,18 @@ def test_an_end_token_of_another_name(tmp_path):
         assert again.stop_ids == {tokenizer.eot} and again.tokenizer.vocab_size == 300
 
 
-def test_three_end_ids_in_a_gguf_file_and_those_that_llama_cpp_knows_by_name(tmp_path):
-    """llama.cpp itself stops at each of them; compare_conversation of formats/check.py asks it."""
+def test_llama_cpp_stops_at_the_three_end_ids_of_a_gguf_file(tmp_path):
     pytest.importorskip("xllamacpp", reason="pip install -r requirements-test.txt")
     hf = train_bpe([TEXT], 300).hf
-    hf.add_special_tokens(["<stop>", "<halt>", "<|eom_id|>", "<other>"])
+    hf.add_special_tokens(["<stop>", "<halt>", "<other>"])
     tokenizer = Tokenizer(hf, said={"ends": ["<stop>", "<halt>"]})
     send(untrained(tokenizer), tokenizer, tmp_path / "three.gguf", "gguf", prompts=1, prompt_tokens=4)
-    ends = ["<stop>", "<halt>", "<|endoftext|>", "<|eom_id|>"]
+    ends = ["<stop>", "<halt>", "<|endoftext|>"]
     back = load.read_tokenizer(tmp_path / "three.gguf")
-    assert [back.token(i) for i in back.record.ends] == [*ends[:3], "<|eom_id|>"]
+    assert [back.token(i) for i in back.record.ends] == ends
     program = LlamaCpp(tmp_path / "three.gguf")
     ids = [back.special(name) for name in (*ends, "<other>")]
-    assert program.ends(ids) == ids[:4]
+    assert program.ends(ids) == ids[:3]
     program.close()
 
 

@@ -115,8 +115,11 @@ def pack_tensors(tensors):
 def write_tensors(path, tensors):
     """Write {name: tensor} as a safetensors file, one tensor after the other: its bytes are never in memory at once."""
     try:
+        path.touch()
+        mode = path.stat().st_mode  # of any new file (the umask): the library's is for its owner alone
         safetensors.torch.save_file(dense(tensors), path, {"format": "pt"})
-    except safetensors.SafetensorError as error:  # such as a full disk
+        path.chmod(mode)
+    except (safetensors.SafetensorError, OSError) as error:  # such as a full disk
         raise UserError(f"{path} cannot be written: {short(error)}") from None
 
 
