@@ -220,7 +220,11 @@ def starting_model(cfg, dataset, given):
     tokenizer = start.path  # a GGUF file holds its own
     if start.path.is_dir():
         tokenizer = start.path / "tokenizer.json"
-    if dataset.tokenizer().to_json() != load.read_tokenizer(tokenizer).to_json():
+    spoken = load.read_tokenizer(tokenizer)
+    if spoken.record.template and not dataset.tokenizer().record.template:
+        files.warn(f"{cfg.init_from} was taught to answer, but {dataset.path} has no chat template, so the new run has "
+                   f"none: to keep it, prepare the text with --tokenizer={tokenizer}")
+    if dataset.tokenizer().to_json() != spoken.to_json():
         raise UserError(f"--init_from={cfg.init_from} was trained with another tokenizer than {dataset.path}: "
                         f"prepare the text with --tokenizer={tokenizer}")
 
@@ -503,16 +507,20 @@ def loop(cfg, run_dir, dataset, device, state, report, command):
     if device.type == "cpu":
         machine.keep_freed_memory()
     resumed = open_run(run_dir) if cfg.resume else None
-    if hub.is_name(cfg.init_from) and not resumed:
-        cfg = replace(cfg, init_from=hub.fetch(cfg.init_from)[1])  # the run says the revision
+    source = cfg.init_from
+    if hub.is_name(source) and not resumed:
+        folder, source = hub.fetch(source)  # the run says the revision
+        cfg = replace(cfg, init_from=str(folder))
     model, lora, optimizer = build(cfg, dataset, device, resumed, command.given)
     learner = lora or model  # the module whose parameters learn
     # with what the dataset or --init_from decided
-    cfg = replace(cfg, arch=type(model).__module__, model=model.config)
+    cfg = replace(cfg, arch=type(model).__module__, model=model.config, init_from=source)
     environment = choose_environment(cfg, device, resumed)
     if resumed:
         check_resume(cfg, resumed, dataset, environment)
         restore(model, lora, optimizer, state, resumed)
+        if not checkpoint.JUNK.fullmatch(resumed.path.name):  # the only copy may be in the trash
+            checkpoint.remove_junk(run_dir)  # now, since a run that is finished saves nothing
 
     dtype = getattr(torch, environment["dtype"])
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -645,8 +653,11 @@ def main(cfg, command):
 
     record = train(cfg, command=command)
     best = math.nan if record["best_loss"] is None else record["best_loss"]
+    ask = '--prompt "To be"'
+    if "template" in files.read_json(data.folder_of(cfg.dataset) / "meta.json", {}):  # it was taught to answer
+        ask = "--chat"
     print(f"best: {best:.4f} nats per token at step {record['best_step']:,}. The curve: {cfg.out_dir}/loss.png. "
-          f"Now try:\npython sample.py --checkpoint={shlex.quote(cfg.out_dir)} --prompt \"To be\"")
+          f"Now try:\npython sample.py --checkpoint={shlex.quote(cfg.out_dir)} {ask}")
 
 
 def recipe_values(files, arch):

@@ -105,6 +105,14 @@ def tune(cfg, folder):
 
 
 @torch.no_grad()
+def back(cfg, folder):
+    """What left, read here again -> the largest difference to the tuned model's logits."""
+    model = checkpoint.load_model(load.read(folder / "out")).eval()
+    tuned = load_file(folder / "tuned.safetensors")["logits"]
+    return (model(ids(cfg))[0] - tuned).abs().max().item()
+
+
+@torch.no_grad()
 def again(cfg, folder):
     """What left, read by transformers -> the largest difference to the tuned model's logits."""
     import transformers
@@ -125,7 +133,7 @@ def stage(name, cfg, folder, pipe):
 def main(cfg):
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("write", "read", "tune", "again"):
+        for name in ("write", "read", "tune", "back", "again"):
             ours, theirs = spawn.Pipe()
             process = spawn.Process(target=stage, args=(name, cfg, Path(folder), theirs))
             process.start()

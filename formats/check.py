@@ -315,7 +315,11 @@ def compare_conversation(consumer, tokenizer):
         return
     roles = ("user", "assistant", "user")
     messages = [{"role": role, "content": content} for role, content in zip(roles, said, strict=True)]
-    ours = chat.prompt(tokenizer, messages, chat.OWN)
+    try:
+        ours = chat.prompt(tokenizer, messages, chat.OWN)
+    except UserError as error:  # of a foreign model: it leaves as it came
+        warn(f"{str(error).rpartition(':')[0]}: no conversation was compared")
+        return
     theirs = consumer.conversation(messages)
     if theirs == [tokenizer.record.bos, *ours]:
         warn(f"{consumer.name} puts bos in front of a conversation, which the model's template does not")

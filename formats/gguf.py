@@ -408,7 +408,7 @@ def read(path):
 def read_array(path, name, kind, array):
     """The float32 tensor of a function that `parts` gives."""
     try:
-        return torch.from_numpy(np.array(array(), np.float32))  # a copy: the file is mapped, and read-only
+        return torch.tensor(array(), dtype=torch.float32)  # a copy: the file is mapped, and read-only
     except NotImplementedError:  # the package's
         raise UserError(f"{path}: tensor {name} is {kind}, which cannot be read: use another file of this "
                         "model") from None

@@ -137,7 +137,14 @@ def linear(g, x, module, name, n_in):
     """x (..., K) -> (..., N) by an nn.Linear, a TernaryLinear or a PackedLinear."""
     if is_ternary(module):
         return ternary_linear(g, x, module, name, n_in)
-    weight = module.weight.detach().numpy()
+    y = product_with(g, x, module.weight.detach().numpy(), name)
+    if module.bias is None:
+        return y
+    return g.Add(y, g.weight(module.bias, f"{name}.bias"))
+
+
+def product_with(g, x, weight, name):
+    """x (..., K), weight (N, K) -> (..., N), in the number format of the graph."""
     # a head at 4 bits would cost more than it saves
     if g.quant == "int8" or (g.quant == "int4" and name == "head"):
         codes, scales = quantise8(weight)

@@ -15,7 +15,7 @@ import safetensors
 import torch
 
 from formats import families, names, relatives
-from formats.weights import plain, ternary_parts, weights, with_weights
+from formats.weights import is_ternary, plain, ternary_parts, weights, with_weights
 from thimble import chat, checkpoint, configurator
 from thimble.files import UserError, read_json, short
 
@@ -73,7 +73,7 @@ def write(folder, model, stock, tokenizer, quant):
         remedy = "use --quant=packed or plain" if stock else "export the run it was packed from"
         raise UserError(f"a packed checkpoint has no weights to train on or to run elsewhere: {remedy}")
     twin = model
-    if stock and quant not in ("online", "packed"):
+    if stock and quant not in ("online", "packed") and any(map(is_ternary, model.modules())):
         twin = plain(model)
     dtype = HALVES.get(quant, torch.float32)
     if quant in HALVES:  # what a program makes of halves in float32
@@ -103,7 +103,7 @@ def write(folder, model, stock, tokenizer, quant):
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
             tensors[name] = tensor.to(dtype)
-    (folder / "model.safetensors").write_bytes(checkpoint.pack_tensors(tensors))
+    checkpoint.write_tensors(folder / "model.safetensors", tensors)
     write_json(folder / "config.json", about)
     write_side_files(folder, model, tokenizer)
     return twin, tensors
@@ -266,7 +266,7 @@ def read_safetensors(file, packed=False):
                     kind = str(tensor.dtype).removeprefix("torch.")
                     raise UserError(f"{file}: tensor {name} is {kind}, which cannot be read: convert it to float32, "
                                     "float16 or bfloat16")
-                yield name, tensor.float()
+                yield name, tensor.to(torch.float32, copy=True)  # the file is mapped: it may change, or be deleted
     except UserError:
         raise
     except Exception as error:  # the library's errors share no base class

@@ -6,7 +6,7 @@
     TEMPLATE \"\"\"{{ .Prompt }}\"\"\"
 """
 from thimble import chat
-from thimble.files import UserError
+from thimble.files import UserError, warn
 
 SYSTEM = {"role": "system", "content": "{{ .System }}"}  # Ollama fills these in, by the rules of Go's templates
 USER = {"role": "user", "content": "{{ .Prompt }}"}
@@ -17,12 +17,17 @@ def modelfile(file, tokenizer, block_size):
     """The text of the Modelfile of a GGUF file."""
     record = tokenizer.record
     lines = [f"FROM ./{file}", f"PARAMETER num_ctx {block_size}"]
-    lines += [f'PARAMETER stop "{tokenizer.token(i)}"' for i in record.ends]
+    for i in record.ends:
+        token = tokenizer.token(i)
+        quote = '"""' if '"' in token else '"'  # three of them may have others in between
+        lines.append(f"PARAMETER stop {quote}{token}{quote}")
+    asks = ['TEMPLATE """{{ .Prompt }}"""']  # where it was not taught to answer
     if record.template:
-        lines += go_template(tokenizer)
-    else:  # it was not taught to answer
-        lines.append('TEMPLATE """{{ .Prompt }}"""')
-    return "\n".join(lines) + "\n"
+        try:
+            asks = go_template(tokenizer)
+        except UserError as error:
+            warn(f"{str(error).rpartition(':')[0]}: the Modelfile has a plain prompt in its place")
+    return "\n".join([*lines, *asks]) + "\n"
 
 
 def go_template(tokenizer):

@@ -272,6 +272,11 @@ def test_the_server_begins_with_bos(tmp_path):
         talk = chat.prompt(tokenizer, TALK[:1], chat.OWN)
         assert n_read("/v1/chat/completions", messages=TALK[:1]) == len(talk)
         assert ask(port, "/tokenize", {"prompt": "the"})[1]["tokens"] == [tokenizer.record.bos, *plain]
+        given = ask(port, "/v1/completions", {"prompt": "the", "echo": True, "logprobs": 1, "max_tokens": 0})[1]
+        given = given["choices"][0]["logprobs"]  # bos is a token of the prompt, but not in its text
+        assert given["text_offset"][:2] == [0, 0] and len(given["tokens"]) == 1 + len(plain)
+        for token, offset in zip(given["tokens"][1:], given["text_offset"][1:], strict=True):
+            assert "the"[offset:].startswith(token)
         assert ask(port, "/tokenize", {"prompt": "the", "add_special_tokens": False})[1]["tokens"] == plain
 
 
@@ -291,6 +296,21 @@ def test_an_end_token_of_another_name(tmp_path):
     for path in ("hf", "m.gguf"):
         again = load.load(tmp_path / path)
         assert again.stop_ids == {tokenizer.eot} and again.tokenizer.vocab_size == 300
+
+
+def test_llama_cpp_stops_at_the_three_end_ids_of_a_gguf_file(tmp_path):
+    pytest.importorskip("xllamacpp", reason="pip install -r requirements-test.txt")
+    hf = train_bpe([TEXT], 300).hf
+    hf.add_special_tokens(["<stop>", "<halt>", "<other>"])
+    tokenizer = Tokenizer(hf, said={"ends": ["<stop>", "<halt>"]})
+    send(untrained(tokenizer), tokenizer, tmp_path / "three.gguf", "gguf", prompts=1, prompt_tokens=4)
+    ends = ["<stop>", "<halt>", "<|endoftext|>"]
+    back = load.read_tokenizer(tmp_path / "three.gguf")
+    assert [back.token(i) for i in back.record.ends] == ends
+    program = LlamaCpp(tmp_path / "three.gguf")
+    ids = [back.special(name) for name in (*ends, "<other>")]
+    assert program.ends(ids) == ids[:3]
+    program.close()
 
 
 # ---- templates that must not be believed

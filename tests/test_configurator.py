@@ -85,7 +85,7 @@ def toys(tmp_path, monkeypatch):
 
 
 def argv(*args):
-    return configurator.from_argv(Config, args)
+    return configurator.parse(Config, args)[0]
 
 
 def write(text, name="x.py"):
@@ -449,8 +449,8 @@ def test_every_setting_of_nanogpt_is_a_key_or_gets_a_hint():
     for script, names in ((train, NANOGPT), (sample, of_sample)):
         for name in names:
             if name not in configurator.flat(script.Config()):
-                assert "no such key" not in mistake(configurator.from_argv, script.Config, [f"--{name}=1"])
-    text = mistake(configurator.from_argv, train.Config, ["--gradient_accumulation_steps=8"])
+                assert "no such key" not in mistake(configurator.parse, script.Config, [f"--{name}=1"])
+    text = mistake(configurator.parse, train.Config, ["--gradient_accumulation_steps=8"])
     assert "=8: batch_size is what the optimizer sees; micro_batch_size is how many of its sequences" in text
 
 

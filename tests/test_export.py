@@ -7,6 +7,7 @@ import subprocess
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from cases import built, loaded, out, send, tokenizer
 
@@ -16,6 +17,7 @@ from formats.weights import with_weights
 from thimble import chat, checkpoint, files, load
 from thimble.files import UserError
 from thimble.generate import generate
+from thimble.tokenizer import Tokenizer
 
 EXACT = [("llama", "hf", "f32"), ("tied", "hf", "f32"), ("gelu", "hf", "f32"), ("groups", "hf", "f32"),
          ("streams", "hf", "f32"), ("jamba", "hf", "f32"), ("mamba2", "hf", "f32"), ("bitnet", "hf", "plain"),
@@ -23,12 +25,12 @@ EXACT = [("llama", "hf", "f32"), ("tied", "hf", "f32"), ("gelu", "hf", "f32"), (
          ("jamba", "gguf", "f32"), ("qwen3", "hf", "f32"), ("qwen3", "gguf", "f32"), ("arcee", "hf", "f32"),
          ("granite", "hf", "f32"), ("granite", "gguf", "f32"), ("granite, rope", "hf", "f32"),
          ("granite, rope", "gguf", "f32"), ("llama", "onnx", "fp32"), ("jamba", "onnx", "fp32"),
-         ("mamba2", "onnx", "fp32")]
+         ("mamba2", "onnx", "fp32"), ("qwen2", "onnx", "fp32")]
 ROUNDED = [("llama", "hf", "bf16"), ("llama", "gguf", "f16"), ("llama", "gguf", "bf16"), ("llama", "gguf", "q8_0"),
            ("llama", "gguf", "q4_0"), ("tied", "gguf", "q4_1"), ("llama", "gguf", "q5_0"), ("chars", "gguf", "q5_1"),
            ("jamba", "gguf", "q8_0"), ("granite", "gguf", "q8_0"), ("wide", "gguf", "tq1_0"), ("wide", "gguf", "tq2_0"),
            ("bitnet", "onnx", "q2"), ("llama", "onnx", "int8"), ("jamba", "onnx", "int4"),
-           ("qwen3 wide", "onnx", "int4")]
+           ("qwen3 wide", "onnx", "int4"), ("qwen2", "onnx", "int8"), ("qwen2", "onnx", "int4")]
 
 
 @pytest.mark.parametrize("case,form,quant", EXACT)
@@ -194,6 +196,35 @@ def test_a_modelfile_speaks_to_the_model_as_it_was_taught(template):
     for n, part in enumerate(written.split("<|endoftext|>")):  # Ollama reads the names of special tokens as those
         ids += [words.eot] * (n > 0) + words.encode(part)
     assert ids == chat.prompt(words, talk, template)
+
+
+@pytest.mark.parametrize("end", ['"', '"stop', 'stop"', '""', 'a"b'])
+def test_an_end_token_with_a_quote(end):
+    """Read as Ollama's parser/parser.go reads a value: without its three quotes, or else without its one."""
+    hf = tokenizers.Tokenizer.from_str(tokenizer("byte").to_json())
+    hf.add_special_tokens([tokenizers.AddedToken(end, special=True, normalized=False)])
+    words = Tokenizer(hf, said={"ends": [end]})
+    values = [line.removeprefix("PARAMETER stop ") for line in ollama.modelfile("m.gguf", words, 48).splitlines()
+              if line.startswith("PARAMETER stop ")]
+    read = []
+    for value in values:
+        quote = '"""' if value.startswith('"""') else '"'
+        assert value.endswith(quote) and len(value) > 2 * len(quote)
+        read.append(value[len(quote):-len(quote)])
+    assert read == [end, "<|endoftext|>"]
+
+
+def test_a_template_that_cannot_be_rendered_leaves_as_it_came(tmp_path, capsys):
+    model, words = built("llama")
+    said = {"template": "{{ raise_exception('not like this') }}"}
+    words = Tokenizer(tokenizers.Tokenizer.from_str(words.to_json()), said=said)
+    pytest.importorskip("transformers", reason="pip install -r requirements-test.txt")
+    found = send(model, words, tmp_path / "hf", "hf", prompts=2, prompt_tokens=8)
+    told = capsys.readouterr().err
+    assert found["same"] == 2 and "--template" not in told and "no conversation was compared" in told
+    assert load.read_tokenizer(tmp_path / "hf").record.template == words.record.template
+    assert 'TEMPLATE """{{ .Prompt }}"""' in ollama.modelfile("m.gguf", words, 48)
+    assert "has a plain prompt in its place" in capsys.readouterr().err
 
 
 def test_a_template_with_a_system_text_of_its_own():

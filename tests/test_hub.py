@@ -106,7 +106,9 @@ def test_a_run_says_the_revision_that_it_started_from(fake, monkeypatch):
     prepare(lambda: iter(["the cat sat on the mat. " * 99]), "mine", "tests", "org/tiny", data_dir=here)
     argv = ["--dataset=mine", "--init_from=org/tiny@v1", "--max_steps=1", "--eval_every=1", "--batch_size=2",
             "--device=cpu", "--dtype=float32", "--out_dir=tuned"]
+    fake.asked.clear()
     train.main(*configurator.parse(train.Config, argv))
+    assert len(fake.asked) == 1
     assert checkpoint.load("tuned").meta["config"]["init_from"] == f"org/tiny@{SHA}"
 
 

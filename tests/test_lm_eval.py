@@ -9,6 +9,7 @@ from dataclasses import asdict
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import tokenizers
 import torch
 from conftest import ROOT
 
@@ -81,6 +82,32 @@ def test_results_of_a_stub(stubbed, speaker):
     assert stubbed.run(Floor("empty", lambda prompt, n: ""), Config(suite="lm_eval", tasks=("pets",))) == {}
     with pytest.raises(UserError, match="--tasks=plants"):
         stubbed.run(speaker, Config(suite="lm_eval", tasks=("plants",)))
+
+
+def test_a_stub_is_asked_behind_bos(stubbed, tmp_path):
+    """Where the model knows texts with bos in front, each context begins with it, once; a text without one, too."""
+    words = byte_tokenizer()
+    hf = words.hf
+    hf.add_special_tokens(["<s>"])
+    hf.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 257)])
+    (tmp_path / "tokenizer.json").write_text(hf.to_str())
+    torch.manual_seed(1)
+    m = model.Model(model.Config(n_layer=1, n_head=2, n_embd=16, vocab_size=258, block_size=32))
+    with torch.no_grad():
+        for p in m.parameters():
+            p += 0.3 * torch.randn_like(p)
+    checkpoint.save(tmp_path, 0, m.state_dict(), None, {"arch": "model", "model_config": asdict(m.config)},
+                    tmp_path / "tokenizer.json", best=True)
+    adapter = stubbed.Adapter.__new__(stubbed.Adapter)
+    adapter.speaker = Speaker(tmp_path, Config())
+    assert adapter.prefix_token_id == 257 and adapter.tok_encode("ab") == [97, 98]
+    said = [97, 98]
+    for context in ([120, 121], [257, 120, 121], [257], []):
+        (logp, _), = adapter._loglikelihood_tokens([(None, list(context), said)])
+        ids = [257, *(i for i in context if i != 257), *said]
+        with torch.no_grad():
+            table = m(torch.tensor([ids[:-1]]))[0][0].log_softmax(-1)
+        assert logp == pytest.approx(sum(table[-2 + i, said[i]].item() for i in range(2)), rel=1e-5)
 
 
 def test_rolling_and_greedy_of_a_stub(stubbed, speaker):

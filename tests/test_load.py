@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import send
 
+import hybrid_ssm
 import model
 import sample
 import ternary
@@ -126,6 +127,67 @@ def test_what_is_not_a_model_says_what_it_is(toy, tmp_path):
     (tmp_path / "exported/onnx").mkdir(parents=True)
     (tmp_path / "exported/config.json").write_text("{}")
     assert "is an ONNX export" in refused(load.load, tmp_path / "exported")
+
+
+def test_half_a_hugging_face_folder_says_what_is_missing(tmp_path):
+    send(tiny(), byte_tokenizer(), tmp_path / "hf", "hf", check=False)
+    (tmp_path / "hf/config.json").rename(tmp_path / "config.json")
+    assert "hf has weights, but no config.json" in refused(load.load, tmp_path / "hf")
+    (tmp_path / "config.json").rename(tmp_path / "hf/config.json")
+    (tmp_path / "hf/model.safetensors").unlink()
+    assert "hf has a config.json, but no model.safetensors" in refused(load.load, tmp_path / "hf")
+    (tmp_path / "run").mkdir()  # one that has not saved yet
+    (tmp_path / "run/config.json").write_text('{"n_layer": 2}')
+    assert "no checkpoint in" in refused(load.load, tmp_path / "run")
+
+
+class Computed(model.Model):
+    """Two names for one matrix, and a buffer that is computed from a weight."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.twin = self.embed
+        self.register_buffer("row", 2 * self.embed.weight[0].detach(), persistent=False)
+
+
+@pytest.mark.parametrize("make", [lambda: tiny(), lambda: tiny(tie_embeddings=True), lambda: tiny(ternary),
+                                  lambda: tiny(hybrid_ssm, attn_layer_period=2)])
+def test_a_large_model_is_in_memory_once(tmp_path, monkeypatch, make):
+    made = make()
+    save(tmp_path / "run", made)
+    found = checkpoint.load(tmp_path / "run")
+    found.model.update({name: tensor.clone() for name, tensor in found.model.items()})  # in torch's own memory
+    monkeypatch.setattr(checkpoint, "LARGE", 0)
+    with torch.random.fork_rng():
+        back = checkpoint.load_model(found).eval()
+    assert same(made, back)
+    assert {name: p.data_ptr() for name, p in back.state_dict().items() if name in dict(back.named_parameters())} \
+        == {name: found.model[name].data_ptr() for name, _ in back.named_parameters()}
+    assert [p.requires_grad for p in back.parameters()] == [p.requires_grad for p in made.parameters()]
+    back(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))[1].backward()  # it learns
+
+
+@pytest.mark.parametrize("large", [0, 2**40])
+def test_a_large_fork_has_its_ties_and_its_buffers(tmp_path, monkeypatch, large):
+    """Its buffer is computed from a weight: so it is built with weights, and filled."""
+    monkeypatch.setattr(model, "Model", Computed)
+    made = Computed(tiny().config)
+    tensors = {name: tensor for name, tensor in made.state_dict().items() if not name.startswith("twin")}
+    checkpoint.save(tmp_path / "run", 1, tensors, None, {"arch": "model", "model_config": asdict(made.config)})
+    monkeypatch.setattr(checkpoint, "LARGE", large)
+    back = checkpoint.load_model(checkpoint.load(tmp_path / "run")).eval()
+    assert back.twin.weight is back.embed.weight and not back.row.is_meta and same(made.eval(), back)
+
+
+def test_tensors_that_share_memory_or_have_gaps_are_written(tmp_path):
+    whole = torch.arange(12.0).view(3, 4)
+    tensors = {"whole": whole, "again": whole, "turned": whole.T, "part": whole[1:], "none": torch.empty(0)}
+    checkpoint.write_tensors(tmp_path / "x.safetensors", tensors)
+    data = (tmp_path / "x.safetensors").read_bytes()
+    assert data == checkpoint.pack_tensors(tensors)
+    back = checkpoint.unpack_tensors(tmp_path / "x.safetensors", data)
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+    assert "cannot be written" in refused(checkpoint.write_tensors, tmp_path / "nowhere/x.safetensors", tensors)
 
 
 def test_a_tokenizer_that_does_not_fit(tmp_path):

@@ -13,7 +13,8 @@ import model
 import train
 from prepare import sft
 from prepare.make_tokenizer import train_bpe
-from thimble import chat, checkpoint, configurator, data
+from prepare.text import prepare
+from thimble import chat, checkpoint, configurator, data, load
 from thimble.files import UserError
 from thimble.ngrams import NGrams, baselines
 from thimble.tokenizer import Tokenizer, byte_tokenizer, char_tokenizer
@@ -232,6 +233,25 @@ def test_training_learns_answers_only(rows, tmp_path):
     assert record["val_tokens"] == dataset.val_mask.sum()
     with pytest.raises(UserError, match="--block_size=96"):
         train.train(replace(cfg, out_dir=str(tmp_path / "other"), model=replace(cfg.model, block_size=32)))
+
+
+def test_it_says_to_chat_next_and_that_plain_text_loses_the_template(rows, toy, tmp_path, capsys):
+    small = ["--max_steps=1", "--eval_every=1", "--batch_size=2", "--device=cpu", "--dtype=float32"]
+    shape = ["--block_size=96", "--n_layer=1", "--n_embd=32", "--n_head=2"]
+    train.main(*configurator.parse(train.Config, [*small, *shape, f"--dataset={rows}", f"--out_dir={tmp_path}/a"]))
+    said = capsys.readouterr()
+    assert said.out.endswith(f"python sample.py --checkpoint={tmp_path}/a --chat\n")
+    assert "no chat template" not in said.err
+    again = [*small, f"--init_from={tmp_path}/a", f"--dataset={toy}", f"--out_dir={tmp_path}/b"]
+    train.main(*configurator.parse(train.Config, again))
+    said = capsys.readouterr()
+    assert said.out.endswith('--prompt "To be"\n') and "has no chat template" in said.err
+    prepare(lambda: iter(["the cat sat. " * 99]), "kept", "tests", str(tmp_path / "a/step_000001/tokenizer.json"),
+            data_dir=tmp_path)  # the remedy
+    again[-2:] = [f"--dataset={tmp_path}/kept", f"--out_dir={tmp_path}/c"]
+    train.main(*configurator.parse(train.Config, again))
+    assert "no chat template" not in capsys.readouterr().err
+    assert load.load(tmp_path / "c").tokenizer.record.template == load.load(tmp_path / "a").tokenizer.record.template
 
 
 def test_the_terminal_asks_as_training_did(rows, tmp_path, monkeypatch, capsys):

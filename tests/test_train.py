@@ -118,7 +118,9 @@ def test_it_runs_exactly_max_steps_at_the_closed_form_rate(toy):
     assert [r["step"] for r in steps("run")] == list(range(1, 14))
     for r in steps("run"):
         assert r["lr"] == cfg.lr * lr_scale(r["step"], "wsd", 13, 4, cfg.min_lr, cfg.decay_frac)
+    (Path(cfg.out_dir) / ".trash-step_000004").mkdir()  # a kill has left it
     assert train.train(replace(cfg, resume=True))["step"] == 13  # nothing left to do
+    assert not list(Path(cfg.out_dir).glob(".trash-*"))
     assert [r["step"] for r in steps("run")] == list(range(1, 14))
 
 

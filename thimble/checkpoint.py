@@ -38,6 +38,7 @@ STEP = re.compile(r"(\.trash-)?step_([0-9]{6}|[1-9][0-9]{6,17})")
 # what a process that was killed leaves behind: of a save, and of the files of a run that are replaced as a whole
 JUNK = re.compile(r"\.step_[0-9]+\.tmp|\.trash-step_[0-9]+|\.(latest|best|config|metrics|loss)\.tmp[-.a-z0-9]*")
 TABLE_LIMIT = 2**32  # bytes of a model's buffers (position tables and such); a config that asks for more is broken
+LARGE = 2**27  # numbers of a model (512 MB) from which on its parameters are not made first and filled then
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,11 +109,33 @@ def _contents(step, model_tensors, optimizer_tensors, meta, tokenizer):
 
 def pack_tensors(tensors):
     """{name: tensor} -> the bytes of a safetensors file."""
-    dense = {}
+    return safetensors.torch.save(dense(tensors), {"format": "pt"})
+
+
+def write_tensors(path, tensors):
+    """Write {name: tensor} as a safetensors file, one tensor after the other: its bytes are never in memory at once."""
+    try:
+        path.touch()
+        mode = path.stat().st_mode  # of any new file (the umask): the library's is for its owner alone
+        safetensors.torch.save_file(dense(tensors), path, {"format": "pt"})
+        path.chmod(mode)
+    except (safetensors.SafetensorError, OSError) as error:  # such as a full disk
+        raise UserError(f"{path} cannot be written: {short(error)}") from None
+
+
+def dense(tensors):
+    """{name: tensor} as safetensors takes them: on the CPU, without gaps, each in memory of its own."""
+    found = {}
+    taken = set()
     for name, tensor in tensors.items():
-        # a copy of each, since safetensors refuses tensors that share memory or have gaps
-        dense[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-    return safetensors.torch.save(dense, {"format": "pt"})
+        tensor = tensor.detach().cpu()
+        memory = tensor.untyped_storage()
+        # copied only where it must be: a large model is there once as it is
+        if memory.data_ptr() in taken or memory.nbytes() != tensor.nbytes or not tensor.is_contiguous():
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        taken.add(memory.data_ptr())
+        found[name] = tensor
+    return found
 
 
 def _meta_sha256(meta):
@@ -165,7 +188,12 @@ def _prune(run_dir, keep_last):
         trash = path.with_name(f".trash-{path.name}")
         remove(trash)
         os.rename(path, trash)
-    for path in run_dir.iterdir():
+    remove_junk(run_dir)
+
+
+def remove_junk(run_dir):
+    """Delete what killed processes have left in a run, of which a whole checkpoint must have been read."""
+    for path in Path(run_dir).iterdir():
         if JUNK.fullmatch(path.name):
             remove(path)
 
@@ -409,7 +437,10 @@ def unpack_tensors(path, data):
 
 # ---- rebuilding the model
 def load_model(checkpoint):
-    """meta["arch"].Model of meta["model_config"], with its weights. UserError if they do not fit or are not finite."""
+    """meta["arch"].Model of meta["model_config"], with its weights. UserError if they do not fit or are not finite.
+
+    A LARGE model takes the tensors of the checkpoint over, so that they are in memory once.
+    """
     path = checkpoint.path
     tensors = checkpoint.model
     arch = checkpoint.meta.get("arch")
@@ -424,13 +455,19 @@ def load_model(checkpoint):
             with contextlib.suppress(NotImplementedError), torch.device("meta"):  # some cannot be built there
                 _check_fit(_build(module, config, tensors, math.inf), tensors)
         # generous, since tied weights are registered more often than they are stored
-        limit = 2 * sum(tensor.numel() for tensor in tensors.values()) + 2**26
-        model = _build(module, config, tensors, limit)
+        size = sum(tensor.numel() for tensor in tensors.values())
+        limit = 2 * size + 2**26
+        model = None
+        if size >= LARGE:
+            with contextlib.suppress(Exception):  # of a model file whose __init__ reads its own weights
+                model = _build(module, config, tensors, limit, hollow=True)
+        if model is None or any(buffer.is_meta for buffer in model.buffers()):  # computed from weights
+            model = _build(module, config, tensors, limit)
         _check_fit(model, tensors)
     except Exception as error:  # whatever a model file raises on a config that is not its own
         raise UserError(f"{path} does not fit {arch}.py: {short(error)}; use the {arch}.py that trained it") from error
     _check_finite(path, tensors)
-    model.load_state_dict(tensors, strict=False)  # not strict for tied weights; _check_fit has compared the names
+    _fill(model, tensors)
     return model
 
 
@@ -451,11 +488,13 @@ def model_file(path, arch):
     return module
 
 
-def _build(module, config, tensors, limit):
+def _build(module, config, tensors, limit, hollow=False):
     """module.Model(config), stopped as soon as its parameters hold more than `limit` numbers.
 
     A config of a few bytes can ask for terabytes. A parameter is registered before its values are drawn, while its
-    memory is reserved but not in use yet, so stopping there costs nothing.
+    memory is reserved but not in use yet, so stopping there costs nothing. For the same reason a `hollow` model costs
+    nothing: its parameters go to torch's meta device as they are registered. Its buffers, which no file may hold, are
+    real.
     """
     sizes = []  # numbers in each parameter so far
 
@@ -464,12 +503,32 @@ def _build(module, config, tensors, limit):
         # also by their count, since a billion tiny layers would take forever
         if len(sizes) > 4 * len(tensors) + 64 or sum(sizes) > limit:
             raise ValueError("the config asks for more than the file holds")
+        if hollow and parameter is not None and not parameter.is_meta:  # it is registered again where it is tied
+            return torch.nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        return None
 
     hook = torch.nn.modules.module.register_module_parameter_registration_hook(check)
     try:
         return module.Model(config)
     finally:
         hook.remove()
+
+
+@torch.no_grad()
+def _fill(model, tensors):
+    """Copy `tensors` into a model, or put them into the parameters of a hollow one."""
+    for name, own in model.state_dict(keep_vars=True).items():
+        if name not in tensors:  # tied, and stored under its other name
+            continue
+        tensor = tensors[name]
+        if not own.is_meta:
+            own.copy_(tensor)
+            continue
+        tensor = tensor.to(own.dtype)
+        if tensor.data_ptr() % 64:  # as torch aligns its own: some kernels add in another order elsewhere
+            tensor = tensor.clone()
+        # the same object, which other modules may hold as well, gets the tensor's memory
+        torch.utils.swap_tensors(own, torch.nn.Parameter(tensor, own.requires_grad))
 
 
 def _check_fit(model, tensors):

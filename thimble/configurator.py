@@ -175,11 +175,6 @@ def parse(Config, argv):
     return cfg, Command(shlex.join([sys.argv[0], *argv]), paths, typed, given)
 
 
-def from_argv(Config, argv):
-    """The `Config` of `parse` without its Command. Raises UserError."""
-    return parse(Config, argv)[0]
-
-
 def flat(cfg):
     """{key: value} of `cfg` and of its sub config on one level, ready for JSON (tuples are lists)."""
     values = {}

@@ -388,7 +388,10 @@ class Engine:
             stream = self.tokenizer.stream(skip_special=False)
             for i, token in enumerate(sequence.prompt):
                 logprobs = logits[i - 1].log_softmax(-1) if i else None
-                entries.append(self.entry(sequence, token, stream.step(token), logprobs))
+                new = stream.step(token)
+                if i == 0 and not sequence.echo.startswith(new):  # bos, which is in the prompt but not in its text
+                    new = ""
+                entries.append(self.entry(sequence, token, new, logprobs))
         sequence.length = len(sequence.echo)
         finished = sequence.max_new_tokens == 0
         self.events.append((sequence, sequence.echo, entries, "length" if finished else None))

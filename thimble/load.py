@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from thimble import chat, checkpoint, hub
-from thimble.files import UserError, short, warn
+from thimble.files import UserError, read_json, short, warn
 from thimble.tokenizer import Tokenizer, load_tokenizer
 
 # what other programs keep weights in; all but the first are pickles, which are refused by name
@@ -86,7 +86,19 @@ def read(path=None, which="latest"):
                         "merge_and_unload(), and save that")
     if (path / "onnx").is_dir():  # else it would be taken for a run without a checkpoint
         raise UserError(f"{path} is an ONNX export, which cannot be read back: name the run that it was made from")
+    if path.is_dir() and not checkpoint.holds_run(path) and not (path / "meta.json").is_file():
+        what_is_missing(path, bool(suffixes & WEIGHTS))
     return checkpoint.load(path, which)
+
+
+def what_is_missing(folder, has_weights):
+    """UserError if `folder` is half of a Hugging Face folder."""
+    about = folder / "config.json"
+    if has_weights and not checkpoint.STEP.fullmatch(folder.name):
+        raise UserError(f"{folder} has weights, but no config.json to say of which architecture: copy that file from "
+                        "where they are from")
+    if about.is_file() and "model_type" in read_json(about):  # which the config.json of a run lacks
+        raise UserError(f"{folder} has a config.json, but no model.safetensors or shards of one: download it again")
 
 
 def read_tokenizer(path):
