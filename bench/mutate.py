@@ -2,14 +2,15 @@
 
     python bench/mutate.py --count=100 --seed=0                 # over all files, in proportion to their length
     python bench/mutate.py --count=20 --files=train.py,optim.py
-    python bench/mutate.py --count=100 --seed=0 --retry         # only what nobody noticed, with five times the time
+    python bench/mutate.py --count=100 --seed=0 --retry --seconds=60   # only what nobody noticed or looked at so far
 
-The mistakes are those that people make (see `mistakes`), drawn by the seed: the kind first, then the place. The tests
-of the file's own name run first, then those that import it, then those that import what imports it, and so on (a static
-map, no coverage), until one fails or the time is up. A mistake is noticed if a test fails, or if they do not end; tests
-that fail without the mistake as well are named at the end. Left alone are messages (`raise`, `print`, f-strings),
-docstrings, annotations, imports, and the defaults of a Config, which are choices. tests/test_copies.py and
-tests/test_house.py read the source itself and would notice anything, so they have no say.
+The mistakes are those that people make (see `mistakes`), drawn by the seed: the kind first, then the place. Tests that
+have entered the function of the mistake before (KNOWN fills with each run) run first, then those of the file's own
+name, those that import it, those that import what imports it, and so on, until one fails or the time is up. A mistake
+is noticed if a test fails, or if they do not end; tests that fail without the mistake as well are named at the end.
+Left alone are messages (`raise`, `print`, f-strings), docstrings, annotations, imports, and the defaults of a Config,
+which are choices. tests/test_copies.py and tests/test_house.py read the source itself and would notice anything, so
+they have no say.
 
 Each run is a fork of this process, which has the large libraries in memory, with mounts and processes of its own: a
 mistake in tasks/worker.py could hide this machine's files, one in a kill end other processes. Hence Linux, and root.
@@ -29,6 +30,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter, defaultdict
@@ -43,7 +45,7 @@ from thimble import configurator
 
 ROOMS = ("", "thimble", "formats", "tasks", "prepare", "kernels")
 RESULTS = ROOT / "runs" / "mutate"
-SECONDS = RESULTS / "seconds.json"  # {test: processor seconds when it last ran}
+KNOWN = RESULTS / "known.json"  # {test: (processor seconds when it last ran, ["FILE FUNCTION" that it entered])}
 READ_SOURCE = ("tests/test_copies.py", "tests/test_house.py")
 LIBRARIES = ("torch", "numpy", "safetensors.torch", "tokenizers", "transformers", "starlette", "uvicorn", "pydantic",
              "gguf", "onnx", "onnxruntime", "optuna", "matplotlib.pyplot")
@@ -72,7 +74,7 @@ class Config:
     seed: int = 0
     files: tuple[str, ...] = ()     # only in these; empty: in all
     # how to look
-    retry: bool = False             # only the survivors of the last run with this seed
+    retry: bool = False             # go on with the last run of this seed
     seconds: float = 15.0           # of processor time for the tests of each mistake
     workers: int = 2
 
@@ -208,11 +210,12 @@ def in_file(name, configs, rng):
     def visit(node, function):
         if is_left_alone(node):
             return
+        function_name = getattr(function, "name", "<module>")  # as co_name of its code
         for kind, at, after in mistakes(node, known[function], configs, rng):
             start = starts[at.lineno - 1] + at.col_offset
             end = starts[at.end_lineno - 1] + at.end_col_offset
             found.append({"file": name, "line": at.lineno, "kind": kind, "before": source[start:end].decode(),
-                          "after": after, "start": start, "end": end})
+                          "after": after, "start": start, "end": end, "function": f"{name} {function_name}"})
         if isinstance(node, ast.arg):
             known[function].add(node.arg)
         inside = node if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else function
@@ -315,18 +318,27 @@ def test_files(name):
 
 
 class Watch:
-    """A pytest plugin: the fastest tests first; notes what fails, and stops where the time is up."""
+    """A pytest plugin: the likeliest and fastest tests first; notes what fails, and stops where the time is up."""
 
-    def __init__(self, seconds, stem):
+    def __init__(self, seconds, mistake, known, tree):
         self.end = used() + seconds
-        self.stem = stem
+        self.mistake = mistake
+        self.known = known
+        self.tree = f"{tree}/"
+        self.only = None  # these tests and no others
         self.failed = []
-        self.seconds = {}
+        self.ran = {}     # as KNOWN
 
     def pytest_collection_modifyitems(self, items):
-        self.known = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
+        wanted = {item.nodeid for item in items} if self.only is None else self.only
+        items[:] = [item for item in items if item.nodeid in wanted - self.ran.keys()]
+        items.sort(key=self.order)
+
+    def order(self, item):
+        seconds, entered = self.known.get(item.nodeid, (0, None))
+        misses = entered is not None and self.mistake["function"] not in entered
         # of the contract, the cases of this model file before the others
-        items.sort(key=lambda item: (self.stem not in item.nodeid, self.known.get(item.nodeid, 0)))
+        return misses, Path(self.mistake["file"]).stem not in item.nodeid, seconds
 
     def pytest_runtest_logreport(self, report):
         if report.failed:
@@ -337,12 +349,27 @@ class Watch:
             self.failed.append(report.nodeid)
 
     def pytest_runtest_protocol(self, item):
-        if used() + self.known.get(item.nodeid, 0) > self.end:
+        if used() + self.known.get(item.nodeid, (0,))[0] > self.end:
             item.session.shouldstop = "the time is up"
         self.begin = used()
+        self.entered = set()
+        if item.nodeid not in self.known:  # it costs time
+            sys.settrace(self.enter)
+            threading.settrace(self.enter)
+
+    def enter(self, frame, event, arg):
+        """Called with every call of a function; returns None, so that its lines are not traced."""
+        code = frame.f_code
+        if code.co_filename.startswith(self.tree):
+            self.entered.add((code.co_filename, code.co_name))
 
     def pytest_runtest_logfinish(self, nodeid):
-        self.seconds[nodeid] = used() - self.begin
+        sys.settrace(None)
+        threading.settrace(None)
+        entered = [f"{file.removeprefix(self.tree)} {function}" for file, function in self.entered]
+        if nodeid in self.known:
+            entered = self.known[nodeid][1]
+        self.ran[nodeid] = (used() - self.begin, entered)
 
 
 def used():
@@ -365,27 +392,33 @@ def planted(mistake, source):
     return source[:mistake["start"]] + mistake["after"].encode() + source[mistake["end"]:]
 
 
-def run_tests(tree, steps, seconds, stem):
-    """(name of the first test that fails or "", {test: seconds}). To be called in a process of its own."""
+def run_tests(tree, mistake, seconds, known):
+    """(name of the first test that fails or "", {test: as in KNOWN}). To be called in a process of its own."""
     os.chdir(tree)
     for name in [name for name in sys.modules if name.split(".")[0] == "thimble"]:
         del sys.modules[name]  # that of the copy counts
     sys.path[:] = [str(tree), *(path for path in sys.path if path != str(ROOT))]
-    watch = Watch(seconds, stem)
+    watch = Watch(seconds, mistake, known, tree)
+    steps = mistake.get("only") or test_files(mistake["file"])
+    enter = {test for test, (_, entered) in known.items() if mistake["function"] in entered}
+    if enter:
+        steps.insert(0, sorted({test.split("::")[0] for test in enter}))
+        watch.only = enter
     for step in steps:
         options = ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={tree.parent}/basetemp"]
         code = pytest.main([*options, *step], [watch])
+        watch.only = None
         if watch.failed:
-            return watch.failed[0], watch.seconds
+            return watch.failed[0], watch.ran
         if code in (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR):
-            return f"pytest: {code.name}", watch.seconds
+            return f"pytest: {code.name}", watch.ran
         if used() > watch.end:
             break
-    return "", watch.seconds
+    return "", watch.ran
 
 
-def start(tree, steps, seconds, stem):
-    """Process id of a run of these tests, which writes its result to result.json beside the tree."""
+def start(tree, mistake, seconds, known):
+    """Process id of a run of the tests for a mistake, which writes its result to result.json beside the tree."""
     pid = os.fork()
     if pid:
         return pid
@@ -399,7 +432,7 @@ def start(tree, steps, seconds, stem):
         os.dup2(output, 2)
         resource.setrlimit(resource.RLIMIT_CPU, (int(4 * seconds) + 30,) * 2)  # a loop without end
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        (tree.parent / "result.json").write_text(json.dumps(run_tests(tree, steps, seconds, stem)))
+        (tree.parent / "result.json").write_text(json.dumps(run_tests(tree, mistake, seconds, known)))
     except BaseException:
         traceback.print_exc()
     finally:
@@ -426,7 +459,7 @@ def confine():
 def look(todo, seconds, workers, done):
     """Runs the tests of each mistake of `todo`, `workers` at a time; calls done(mistake, first failure, seconds)."""
     todo = list(todo)[::-1]
-    known = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
+    known = json.loads(KNOWN.read_text()) if KNOWN.exists() else {}
     running = {}  # process id: (mistake, tree, source of the file, begin)
     with contextlib.ExitStack() as stack:
         trees = []
@@ -440,8 +473,7 @@ def look(todo, seconds, workers, done):
                 source = (tree / mistake["file"]).read_bytes()
                 (tree / mistake["file"]).write_bytes(planted(mistake, source))
                 (tree.parent / "result.json").unlink(missing_ok=True)
-                steps = mistake.get("only") or test_files(mistake["file"])
-                pid = start(tree, steps, seconds, Path(mistake["file"]).stem)
+                pid = start(tree, mistake, seconds, known)
                 running[pid] = (mistake, tree, source, time.monotonic())
             time.sleep(0.1)
             for pid, (mistake, tree, source, begin) in list(running.items()):
@@ -456,9 +488,9 @@ def look(todo, seconds, workers, done):
                 result = tree.parent / "result.json"
                 by = f"no result after {passed:.0f} s: {last_line(tree.parent / 'output.txt')}"
                 if result.exists():
-                    by, times = json.loads(result.read_text())
-                    known.update(times)
-                    SECONDS.write_text(json.dumps(known))
+                    by, ran = json.loads(result.read_text())
+                    known.update(ran)
+                    KNOWN.write_text(json.dumps(known))
                 done(mistake, by, passed)
                 trees.append(tree)
 
@@ -485,14 +517,13 @@ def main(cfg):
         print(f"{'noticed' if by else 'SURVIVED':8} {passed:4.0f} s  {show(mistake)}  {by}", flush=True)
         written.write_text(json.dumps(drawn, indent=1))
 
-    seconds = 5 * cfg.seconds if cfg.retry else cfg.seconds
-    look([mistake for mistake in drawn if not mistake.get("by")], seconds, cfg.workers, done)
+    look([mistake for mistake in drawn if not mistake.get("by")], cfg.seconds, cfg.workers, done)
 
     # the same tests without a mistake: what fails here says nothing
     broken = []
-    nothing = {"file": "model.py", "start": 0, "end": 0, "after": ""}
+    nothing = {"file": "model.py", "function": "", "start": 0, "end": 0, "after": ""}
     tests = sorted({mistake["by"] for mistake in drawn if "::" in mistake["by"]})
-    look([nothing | {"only": [[test]]} for test in tests], seconds, cfg.workers,
+    look([nothing | {"only": [[test]]} for test in tests], cfg.seconds, cfg.workers,
          lambda run, by, _: broken.append(run["only"][0][0]) if by else None)
 
     print()
