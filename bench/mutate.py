@@ -2,15 +2,14 @@
 
     python bench/mutate.py --count=100 --seed=0                 # over all files, in proportion to their length
     python bench/mutate.py --count=20 --files=train.py,optim.py
-    python bench/mutate.py --count=100 --seed=0 --retry --seconds=60   # only what nobody noticed or looked at so far
+    python bench/mutate.py --count=100 --seed=0 --retry --seconds=60   # go on: what nobody noticed or looked at so far
 
-The mistakes are those that people make (see `mistakes`), drawn by the seed: the kind first, then the place. Tests that
-have entered the function of the mistake before (KNOWN fills with each run) run first, then those of the file's own
-name, those that import it, those that import what imports it, and so on, until one fails or the time is up. A mistake
-is noticed if a test fails, or if they do not end; tests that fail without the mistake as well are named at the end.
-Left alone are messages (`raise`, `print`, f-strings), docstrings, annotations, imports, and the defaults of a Config,
-which are choices. tests/test_copies.py and tests/test_house.py read the source itself and would notice anything, so
-they have no say.
+The mistakes are those that people make (see `mistakes`), drawn by the seed: the kind first, then the place. The tests
+whose text has most in common with the function around it run first (see `nearest`), until one fails or the time is up.
+A mistake is noticed if a test fails, or if they do not end; tests that fail without the mistake as well are named at
+the end. Left alone are messages (`raise`, `print`, f-strings), docstrings, annotations, imports, and the defaults of a
+Config, which are choices. tests/test_copies.py and tests/test_house.py read the source itself and would notice
+anything, so they have no say.
 
 Each run is a fork of this process, which has the large libraries in memory, with mounts and processes of its own: a
 mistake in tasks/worker.py could hide this machine's files, one in a kill end other processes. Hence Linux, and root.
@@ -22,15 +21,16 @@ import ctypes
 import functools
 import importlib
 import json
+import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections import Counter, defaultdict
@@ -45,7 +45,8 @@ from thimble import configurator
 
 ROOMS = ("", "thimble", "formats", "tasks", "prepare", "kernels")
 RESULTS = ROOT / "runs" / "mutate"
-KNOWN = RESULTS / "known.json"  # {test: (processor seconds when it last ran, ["FILE FUNCTION" that it entered])}
+SECONDS = RESULTS / "seconds.json"  # {test: processor seconds when it last ran}
+SHARE = 12  # test functions that are collected together
 READ_SOURCE = ("tests/test_copies.py", "tests/test_house.py")
 LIBRARIES = ("torch", "numpy", "safetensors.torch", "tokenizers", "transformers", "starlette", "uvicorn", "pydantic",
              "gguf", "onnx", "onnxruntime", "optuna", "matplotlib.pyplot")
@@ -207,25 +208,29 @@ def in_file(name, configs, rng):
     known = defaultdict(set)  # function: names that it has assigned so far
     found = []
 
-    def visit(node, function):
+    def visit(node, function, around):
         if is_left_alone(node):
             return
-        function_name = getattr(function, "name", "<module>")  # as co_name of its code
         for kind, at, after in mistakes(node, known[function], configs, rng):
             start = starts[at.lineno - 1] + at.col_offset
             end = starts[at.end_lineno - 1] + at.end_col_offset
             found.append({"file": name, "line": at.lineno, "kind": kind, "before": source[start:end].decode(),
-                          "after": after, "start": start, "end": end, "function": f"{name} {function_name}"})
+                          "after": after, "start": start, "end": end, "around": around})
         if isinstance(node, ast.arg):
             known[function].add(node.arg)
-        inside = node if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else function
+        inside = function
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            inside = node
+            around = [*around[:1], node.lineno, node.end_lineno]
+        elif isinstance(node, ast.ClassDef):
+            around = [node.name, node.lineno, node.end_lineno]
         for child in parts(node):
-            visit(child, inside)
+            visit(child, inside, around)
         if isinstance(node, ast.Assign):
             known[function] |= {target.id for target in node.targets if isinstance(target, ast.Name)}
 
     for statement in tree.body:
-        visit(statement, None)
+        visit(statement, None, ["", statement.lineno, statement.end_lineno])
     return found
 
 
@@ -284,61 +289,73 @@ def is_another(mistake):
 
 
 # ---- which tests may notice it
-def imported(path, modules):
-    """Those of `modules` (name: file) that a file imports, or names as NAME.py to run it in a process of its own."""
-    text = path.read_text()
-    found = {name for name, file in modules.items() if f"{Path(file).name}\"" in text}
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return found & modules.keys()
+def terms(text):
+    return set(re.findall(r"[A-Za-z_]{3,}", text))
 
 
-def test_files(name):
-    """Lists of test files: those named after the file, those that import it, those one step further, and so on."""
-    modules = {file.removesuffix(".py").replace("/", "."): file for file in files()}
-    users = defaultdict(set)  # file: files that import it
-    tests = {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_*.py")} - set(READ_SOURCE)
-    for user in [*modules.values(), *tests]:
-        for module in imported(ROOT / user, modules):
-            users[modules[module]].add(user)
-    own = {test for test in tests if Path(test).stem.startswith(f"test_{Path(name).stem}")}
-    if "class Model(" in (ROOT / name).read_text():
-        own.add("tests/test_contract.py")  # finds the model files by itself
-    steps = [sorted(own)]
-    seen = own | {name}
-    at = {name}
-    while at:
-        at = set().union(*(users[file] for file in at)) - seen
-        seen |= at
-        steps.append(sorted(at & tests))
-    return [step for step in steps if step]
+@functools.cache
+def test_functions():
+    """{"FILE::FUNCTION": terms} of all tests."""
+    found = {}
+    for path in sorted(ROOT.glob("tests/test_*.py")):
+        name = str(path.relative_to(ROOT))
+        if name in READ_SOURCE:
+            continue
+        text = path.read_text()
+        lines = text.splitlines()
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+                found[f"{name}::{node.name}"] = terms("\n".join(lines[first - 1:node.end_lineno]))
+    return found
+
+
+def nearest(mistake):
+    """All test functions; first those that share most terms with the class and function around the mistake.
+
+    A term weighs the logarithm of how rare it is among the tests. Those of the mistake itself weigh three times as
+    much, and so do tests of the file's own name, and the contract, which finds the model files by itself.
+    """
+    tests = test_functions()
+    common = Counter(term for found in tests.values() for term in found)
+    class_name, first, last = mistake["around"]
+    source = (ROOT / mistake["file"]).read_text()
+    stem = Path(mistake["file"]).stem
+    weights = Counter()
+    for times, text in ((1, "\n".join(source.splitlines()[first - 1:last])), (1, class_name), (1, stem),
+                        (3, mistake["before"]), (3, source.splitlines()[first - 1])):
+        for term in terms(text):
+            weights[term] += times * math.log(len(tests) / max(1, common[term]))
+    own = f"tests/test_{stem}"
+    score = {}
+    for test, found in tests.items():
+        score[test] = sum(weights[term] for term in found) / math.sqrt(len(found))
+        if test.startswith(own) or "class Model(" in source and test.startswith("tests/test_contract"):
+            score[test] *= 3
+    return sorted(tests, key=score.get, reverse=True)
 
 
 class Watch:
-    """A pytest plugin: the likeliest and fastest tests first; notes what fails, and stops where the time is up."""
+    """A pytest plugin: orders the tests, notes what fails, and stops where the time is up."""
 
-    def __init__(self, seconds, mistake, known, tree):
+    def __init__(self, seconds, stem):
         self.end = used() + seconds
-        self.mistake = mistake
-        self.known = known
-        self.tree = f"{tree}/"
-        self.only = None  # these tests and no others
+        self.stem = stem
         self.failed = []
-        self.ran = {}     # as KNOWN
+        self.seconds = {}
 
     def pytest_collection_modifyitems(self, items):
-        wanted = {item.nodeid for item in items} if self.only is None else self.only
-        items[:] = [item for item in items if item.nodeid in wanted - self.ran.keys()]
-        items.sort(key=self.order)
-
-    def order(self, item):
-        seconds, entered = self.known.get(item.nodeid, (0, None))
-        misses = entered is not None and self.mistake["function"] not in entered
-        # of the contract, the cases of this model file before the others
-        return misses, Path(self.mistake["file"]).stem not in item.nodeid, seconds
+        self.known = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
+        cases = Counter()
+        places = {}
+        for place, item in enumerate(items):
+            # of the contract, the cases of this model file before the others
+            other = "test_contract" in item.nodeid and f"[{self.stem}-" not in item.nodeid
+            function = item.nodeid.split("[")[0], other
+            cases[function] += 1
+            # one case of each function, then the second of each: they notice different things
+            places[item] = (other, cases[function], place)
+        items.sort(key=places.get)
 
     def pytest_runtest_logreport(self, report):
         if report.failed:
@@ -349,27 +366,12 @@ class Watch:
             self.failed.append(report.nodeid)
 
     def pytest_runtest_protocol(self, item):
-        if used() + self.known.get(item.nodeid, (0,))[0] > self.end:
+        if used() + self.known.get(item.nodeid, 0) > self.end:
             item.session.shouldstop = "the time is up"
         self.begin = used()
-        self.entered = set()
-        if item.nodeid not in self.known:  # it costs time
-            sys.settrace(self.enter)
-            threading.settrace(self.enter)
-
-    def enter(self, frame, event, arg):
-        """Called with every call of a function; returns None, so that its lines are not traced."""
-        code = frame.f_code
-        if code.co_filename.startswith(self.tree):
-            self.entered.add((code.co_filename, code.co_name))
 
     def pytest_runtest_logfinish(self, nodeid):
-        sys.settrace(None)
-        threading.settrace(None)
-        entered = [f"{file.removeprefix(self.tree)} {function}" for file, function in self.entered]
-        if nodeid in self.known:
-            entered = self.known[nodeid][1]
-        self.ran[nodeid] = (used() - self.begin, entered)
+        self.seconds[nodeid] = used() - self.begin
 
 
 def used():
@@ -392,33 +394,28 @@ def planted(mistake, source):
     return source[:mistake["start"]] + mistake["after"].encode() + source[mistake["end"]:]
 
 
-def run_tests(tree, mistake, seconds, known):
-    """(name of the first test that fails or "", {test: as in KNOWN}). To be called in a process of its own."""
+def run_tests(tree, tests, seconds, stem):
+    """(name of the first test that fails or "", {test: seconds}). To be called in a process of its own."""
     os.chdir(tree)
     for name in [name for name in sys.modules if name.split(".")[0] == "thimble"]:
         del sys.modules[name]  # that of the copy counts
     sys.path[:] = [str(tree), *(path for path in sys.path if path != str(ROOT))]
-    watch = Watch(seconds, mistake, known, tree)
-    steps = mistake.get("only") or test_files(mistake["file"])
-    enter = {test for test, (_, entered) in known.items() if mistake["function"] in entered}
-    if enter:
-        steps.insert(0, sorted({test.split("::")[0] for test in enter}))
-        watch.only = enter
-    for step in steps:
+    watch = Watch(seconds, stem)
+    while tests:
         options = ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={tree.parent}/basetemp"]
-        code = pytest.main([*options, *step], [watch])
-        watch.only = None
+        code = pytest.main([*options, *tests[:SHARE]], [watch])
+        tests = tests[SHARE:]
         if watch.failed:
-            return watch.failed[0], watch.ran
+            return watch.failed[0], watch.seconds
         if code in (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR):
-            return f"pytest: {code.name}", watch.ran
+            return f"pytest: {code.name}", watch.seconds
         if used() > watch.end:
             break
-    return "", watch.ran
+    return "", watch.seconds
 
 
-def start(tree, mistake, seconds, known):
-    """Process id of a run of the tests for a mistake, which writes its result to result.json beside the tree."""
+def start(tree, tests, seconds, stem):
+    """Process id of a run of these tests, which writes its result to result.json beside the tree."""
     pid = os.fork()
     if pid:
         return pid
@@ -432,7 +429,7 @@ def start(tree, mistake, seconds, known):
         os.dup2(output, 2)
         resource.setrlimit(resource.RLIMIT_CPU, (int(4 * seconds) + 30,) * 2)  # a loop without end
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        (tree.parent / "result.json").write_text(json.dumps(run_tests(tree, mistake, seconds, known)))
+        (tree.parent / "result.json").write_text(json.dumps(run_tests(tree, tests, seconds, stem)))
     except BaseException:
         traceback.print_exc()
     finally:
@@ -459,7 +456,7 @@ def confine():
 def look(todo, seconds, workers, done):
     """Runs the tests of each mistake of `todo`, `workers` at a time; calls done(mistake, first failure, seconds)."""
     todo = list(todo)[::-1]
-    known = json.loads(KNOWN.read_text()) if KNOWN.exists() else {}
+    known = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
     running = {}  # process id: (mistake, tree, source of the file, begin)
     with contextlib.ExitStack() as stack:
         trees = []
@@ -473,7 +470,8 @@ def look(todo, seconds, workers, done):
                 source = (tree / mistake["file"]).read_bytes()
                 (tree / mistake["file"]).write_bytes(planted(mistake, source))
                 (tree.parent / "result.json").unlink(missing_ok=True)
-                pid = start(tree, mistake, seconds, known)
+                tests = mistake.get("only") or nearest(mistake)
+                pid = start(tree, tests, seconds, Path(mistake["file"]).stem)
                 running[pid] = (mistake, tree, source, time.monotonic())
             time.sleep(0.1)
             for pid, (mistake, tree, source, begin) in list(running.items()):
@@ -488,9 +486,9 @@ def look(todo, seconds, workers, done):
                 result = tree.parent / "result.json"
                 by = f"no result after {passed:.0f} s: {last_line(tree.parent / 'output.txt')}"
                 if result.exists():
-                    by, ran = json.loads(result.read_text())
-                    known.update(ran)
-                    KNOWN.write_text(json.dumps(known))
+                    by, times = json.loads(result.read_text())
+                    known.update(times)
+                    SECONDS.write_text(json.dumps(known))
                 done(mistake, by, passed)
                 trees.append(tree)
 
@@ -521,10 +519,10 @@ def main(cfg):
 
     # the same tests without a mistake: what fails here says nothing
     broken = []
-    nothing = {"file": "model.py", "function": "", "start": 0, "end": 0, "after": ""}
+    nothing = {"file": "model.py", "start": 0, "end": 0, "after": ""}
     tests = sorted({mistake["by"] for mistake in drawn if "::" in mistake["by"]})
-    look([nothing | {"only": [[test]]} for test in tests], cfg.seconds, cfg.workers,
-         lambda run, by, _: broken.append(run["only"][0][0]) if by else None)
+    look([nothing | {"only": [test]} for test in tests], cfg.seconds, cfg.workers,
+         lambda run, by, _: broken.append(run["only"][0]) if by else None)
 
     print()
     noticed = Counter(mistake["file"] for mistake in drawn if mistake["by"])
