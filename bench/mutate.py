@@ -45,7 +45,6 @@ from thimble import configurator
 
 ROOMS = ("", "thimble", "formats", "tasks", "prepare", "kernels")
 RESULTS = ROOT / "runs" / "mutate"
-SECONDS = RESULTS / "seconds.json"  # {test: processor seconds when it last ran}
 SHARE = 12  # test functions that are collected together
 READ_SOURCE = ("tests/test_copies.py", "tests/test_house.py")
 LIBRARIES = ("torch", "numpy", "safetensors.torch", "tokenizers", "transformers", "starlette", "uvicorn", "pydantic",
@@ -205,32 +204,27 @@ def in_file(name, configs, rng):
     starts = [0]  # of the lines, in bytes as the columns of ast
     for line in source.splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
-    known = defaultdict(set)  # function: names that it has assigned so far
+    known = defaultdict(set)  # function or statement of the file: names that it has assigned so far
     found = []
 
-    def visit(node, function, around):
+    def visit(node, around):
         if is_left_alone(node):
             return
-        for kind, at, after in mistakes(node, known[function], configs, rng):
+        for kind, at, after in mistakes(node, known[around], configs, rng):
             start = starts[at.lineno - 1] + at.col_offset
             end = starts[at.end_lineno - 1] + at.end_col_offset
             found.append({"file": name, "line": at.lineno, "kind": kind, "before": source[start:end].decode(),
-                          "after": after, "start": start, "end": end, "around": around})
+                          "after": after, "start": start, "end": end, "around": (around.lineno, around.end_lineno)})
         if isinstance(node, ast.arg):
-            known[function].add(node.arg)
-        inside = function
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            inside = node
-            around = [*around[:1], node.lineno, node.end_lineno]
-        elif isinstance(node, ast.ClassDef):
-            around = [node.name, node.lineno, node.end_lineno]
+            known[around].add(node.arg)
+        inside = node if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else around
         for child in parts(node):
-            visit(child, inside, around)
+            visit(child, inside)
         if isinstance(node, ast.Assign):
-            known[function] |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+            known[around] |= {target.id for target in node.targets if isinstance(target, ast.Name)}
 
     for statement in tree.body:
-        visit(statement, None, ["", statement.lineno, statement.end_lineno])
+        visit(statement, statement)
     return found
 
 
@@ -311,26 +305,27 @@ def test_functions():
 
 
 def nearest(mistake):
-    """All test functions; first those that share most terms with the class and function around the mistake.
+    """All test functions, as pytest names them; first those that share most terms with the function of the mistake.
 
-    A term weighs the logarithm of how rare it is among the tests. Those of the mistake itself weigh three times as
-    much, and so do tests of the file's own name, and the contract, which finds the model files by itself.
+    A term weighs the logarithm of how rare it is among the tests. Those of the mistake itself and of the function's
+    first line weigh four times as much, and tests of the file's own name three times; so does the contract, which finds
+    the model files by itself.
     """
     tests = test_functions()
     common = Counter(term for found in tests.values() for term in found)
-    class_name, first, last = mistake["around"]
     source = (ROOT / mistake["file"]).read_text()
+    first, last = mistake["around"]
+    lines = source.splitlines()[first - 1:last]
     stem = Path(mistake["file"]).stem
     weights = Counter()
-    for times, text in ((1, "\n".join(source.splitlines()[first - 1:last])), (1, class_name), (1, stem),
-                        (3, mistake["before"]), (3, source.splitlines()[first - 1])):
+    for times, text in ((1, f"{stem} {' '.join(lines)}"), (3, f"{lines[0]} {mistake['before']}")):
         for term in terms(text):
             weights[term] += times * math.log(len(tests) / max(1, common[term]))
-    own = f"tests/test_{stem}"
     score = {}
     for test, found in tests.items():
         score[test] = sum(weights[term] for term in found) / math.sqrt(len(found))
-        if test.startswith(own) or "class Model(" in source and test.startswith("tests/test_contract"):
+        is_contract = "class Model(" in source and test.startswith("tests/test_contract")
+        if is_contract or test.startswith(f"tests/test_{stem}"):
             score[test] *= 3
     return sorted(tests, key=score.get, reverse=True)
 
@@ -342,10 +337,8 @@ class Watch:
         self.end = used() + seconds
         self.stem = stem
         self.failed = []
-        self.seconds = {}
 
     def pytest_collection_modifyitems(self, items):
-        self.known = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
         cases = Counter()
         places = {}
         for place, item in enumerate(items):
@@ -366,12 +359,8 @@ class Watch:
             self.failed.append(report.nodeid)
 
     def pytest_runtest_protocol(self, item):
-        if used() + self.known.get(item.nodeid, 0) > self.end:
+        if used() > self.end:
             item.session.shouldstop = "the time is up"
-        self.begin = used()
-
-    def pytest_runtest_logfinish(self, nodeid):
-        self.seconds[nodeid] = used() - self.begin
 
 
 def used():
@@ -395,7 +384,7 @@ def planted(mistake, source):
 
 
 def run_tests(tree, tests, seconds, stem):
-    """(name of the first test that fails or "", {test: seconds}). To be called in a process of its own."""
+    """The name of the first test that fails, or "". To be called in a process of its own."""
     os.chdir(tree)
     for name in [name for name in sys.modules if name.split(".")[0] == "thimble"]:
         del sys.modules[name]  # that of the copy counts
@@ -406,16 +395,16 @@ def run_tests(tree, tests, seconds, stem):
         code = pytest.main([*options, *tests[:SHARE]], [watch])
         tests = tests[SHARE:]
         if watch.failed:
-            return watch.failed[0], watch.seconds
+            return watch.failed[0]
         if code in (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR):
-            return f"pytest: {code.name}", watch.seconds
+            return f"pytest: {code.name}"
         if used() > watch.end:
             break
-    return "", watch.seconds
+    return ""
 
 
 def start(tree, tests, seconds, stem):
-    """Process id of a run of these tests, which writes its result to result.json beside the tree."""
+    """Process id of a run of these tests, which writes its result to result.txt beside the tree."""
     pid = os.fork()
     if pid:
         return pid
@@ -429,7 +418,7 @@ def start(tree, tests, seconds, stem):
         os.dup2(output, 2)
         resource.setrlimit(resource.RLIMIT_CPU, (int(4 * seconds) + 30,) * 2)  # a loop without end
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        (tree.parent / "result.json").write_text(json.dumps(run_tests(tree, tests, seconds, stem)))
+        (tree.parent / "result.txt").write_text(run_tests(tree, tests, seconds, stem))
     except BaseException:
         traceback.print_exc()
     finally:
@@ -456,7 +445,6 @@ def confine():
 def look(todo, seconds, workers, done):
     """Runs the tests of each mistake of `todo`, `workers` at a time; calls done(mistake, first failure, seconds)."""
     todo = list(todo)[::-1]
-    known = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
     running = {}  # process id: (mistake, tree, source of the file, begin)
     with contextlib.ExitStack() as stack:
         trees = []
@@ -469,7 +457,7 @@ def look(todo, seconds, workers, done):
                 tree = trees.pop()
                 source = (tree / mistake["file"]).read_bytes()
                 (tree / mistake["file"]).write_bytes(planted(mistake, source))
-                (tree.parent / "result.json").unlink(missing_ok=True)
+                (tree.parent / "result.txt").unlink(missing_ok=True)
                 tests = mistake.get("only") or nearest(mistake)
                 pid = start(tree, tests, seconds, Path(mistake["file"]).stem)
                 running[pid] = (mistake, tree, source, time.monotonic())
@@ -483,12 +471,10 @@ def look(todo, seconds, workers, done):
                     continue
                 del running[pid]
                 (tree / mistake["file"]).write_bytes(source)
-                result = tree.parent / "result.json"
+                result = tree.parent / "result.txt"
                 by = f"no result after {passed:.0f} s: {last_line(tree.parent / 'output.txt')}"
                 if result.exists():
-                    by, times = json.loads(result.read_text())
-                    known.update(times)
-                    SECONDS.write_text(json.dumps(known))
+                    by = result.read_text()
                 done(mistake, by, passed)
                 trees.append(tree)
 
@@ -524,12 +510,8 @@ def main(cfg):
     look([nothing | {"only": [test]} for test in tests], cfg.seconds, cfg.workers,
          lambda run, by, _: broken.append(run["only"][0]) if by else None)
 
-    print()
-    noticed = Counter(mistake["file"] for mistake in drawn if mistake["by"])
-    for name, count in sorted(Counter(mistake["file"] for mistake in drawn).items()):
-        print(f"{name:28} {noticed[name]:3} of {count}")
     print(f"\nFail without a mistake: {', '.join(broken) or 'none'}")
-    print(f"{sum(noticed.values())} of {len(drawn)} noticed. Not noticed:")
+    print(f"{sum(bool(mistake['by']) for mistake in drawn)} of {len(drawn)} noticed. Not noticed:")
     for mistake in drawn:
         if not mistake["by"]:
             print(f"  {show(mistake)}")
