@@ -293,14 +293,9 @@ def test_functions():
     found = {}
     for path in sorted(ROOT.glob("tests/test_*.py")):
         name = str(path.relative_to(ROOT))
-        if name in READ_SOURCE:
-            continue
-        text = path.read_text()
-        lines = text.splitlines()
-        for node in ast.parse(text).body:
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-                found[f"{name}::{node.name}"] = terms("\n".join(lines[first - 1:node.end_lineno]))
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") and name not in READ_SOURCE:
+                found[f"{name}::{node.name}"] = terms(ast.unparse(node))
     return found
 
 
@@ -354,9 +349,7 @@ class Watch:
         if report.failed:
             self.failed.append(report.nodeid)
 
-    def pytest_collectreport(self, report):
-        if report.failed:
-            self.failed.append(report.nodeid)
+    pytest_collectreport = pytest_runtest_logreport
 
     def pytest_runtest_protocol(self, item):
         if used() > self.end:
@@ -472,15 +465,9 @@ def look(todo, seconds, workers, done):
                 del running[pid]
                 (tree / mistake["file"]).write_bytes(source)
                 result = tree.parent / "result.txt"
-                by = f"no result after {passed:.0f} s: {last_line(tree.parent / 'output.txt')}"
-                if result.exists():
-                    by = result.read_text()
+                by = result.read_text() if result.exists() else f"no result after {passed:.0f} s"
                 done(mistake, by, passed)
                 trees.append(tree)
-
-
-def last_line(path):
-    return (path.read_text(errors="replace").strip().splitlines() or [""])[-1]
 
 
 def show(mistake):
