@@ -2,14 +2,14 @@
 
     python bench/mutate.py --count=100 --seed=0                 # over all files, in proportion to their length
     python bench/mutate.py --count=20 --files=train.py,optim.py
-    python bench/mutate.py --count=100 --seed=0 --retry         # only what nobody noticed, with five times the time
+    python bench/mutate.py --count=100 --seed=0 --retry --seconds=60   # go on: what nobody noticed or looked at so far
 
 The mistakes are those that people make (see `mistakes`), drawn by the seed: the kind first, then the place. The tests
-of the file's own name run first, then those that import it, then those that import what imports it, and so on (a static
-map, no coverage), until one fails or the time is up. A mistake is noticed if a test fails, or if they do not end; tests
-that fail without the mistake as well are named at the end. Left alone are messages (`raise`, `print`, f-strings),
-docstrings, annotations, imports, and the defaults of a Config, which are choices. tests/test_copies.py and
-tests/test_house.py read the source itself and would notice anything, so they have no say.
+whose text has most in common with the function around it run first (see `nearest`), until one fails or the time is up.
+A mistake is noticed if a test fails, or if they do not end; tests that fail without the mistake as well are named at
+the end. Left alone are messages (`raise`, `print`, f-strings), docstrings, annotations, imports, and the defaults of a
+Config, which are choices. tests/test_copies.py and tests/test_house.py read the source itself and would notice
+anything, so they have no say.
 
 Each run is a fork of this process, which has the large libraries in memory, with mounts and processes of its own: a
 mistake in tasks/worker.py could hide this machine's files, one in a kill end other processes. Hence Linux, and root.
@@ -21,8 +21,10 @@ import ctypes
 import functools
 import importlib
 import json
+import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -43,7 +45,7 @@ from thimble import configurator
 
 ROOMS = ("", "thimble", "formats", "tasks", "prepare", "kernels")
 RESULTS = ROOT / "runs" / "mutate"
-SECONDS = RESULTS / "seconds.json"  # {test: processor seconds when it last ran}
+SHARE = 12  # test functions that are collected together
 READ_SOURCE = ("tests/test_copies.py", "tests/test_house.py")
 LIBRARIES = ("torch", "numpy", "safetensors.torch", "tokenizers", "transformers", "starlette", "uvicorn", "pydantic",
              "gguf", "onnx", "onnxruntime", "optuna", "matplotlib.pyplot")
@@ -72,7 +74,7 @@ class Config:
     seed: int = 0
     files: tuple[str, ...] = ()     # only in these; empty: in all
     # how to look
-    retry: bool = False             # only the survivors of the last run with this seed
+    retry: bool = False             # go on with the last run of this seed
     seconds: float = 15.0           # of processor time for the tests of each mistake
     workers: int = 2
 
@@ -202,27 +204,27 @@ def in_file(name, configs, rng):
     starts = [0]  # of the lines, in bytes as the columns of ast
     for line in source.splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
-    known = defaultdict(set)  # function: names that it has assigned so far
+    known = defaultdict(set)  # function or statement of the file: names that it has assigned so far
     found = []
 
-    def visit(node, function):
+    def visit(node, around):
         if is_left_alone(node):
             return
-        for kind, at, after in mistakes(node, known[function], configs, rng):
+        for kind, at, after in mistakes(node, known[around], configs, rng):
             start = starts[at.lineno - 1] + at.col_offset
             end = starts[at.end_lineno - 1] + at.end_col_offset
             found.append({"file": name, "line": at.lineno, "kind": kind, "before": source[start:end].decode(),
-                          "after": after, "start": start, "end": end})
+                          "after": after, "start": start, "end": end, "around": (around.lineno, around.end_lineno)})
         if isinstance(node, ast.arg):
-            known[function].add(node.arg)
-        inside = node if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else function
+            known[around].add(node.arg)
+        inside = node if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else around
         for child in parts(node):
             visit(child, inside)
         if isinstance(node, ast.Assign):
-            known[function] |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+            known[around] |= {target.id for target in node.targets if isinstance(target, ast.Name)}
 
     for statement in tree.body:
-        visit(statement, None)
+        visit(statement, statement)
     return found
 
 
@@ -281,68 +283,77 @@ def is_another(mistake):
 
 
 # ---- which tests may notice it
-def imported(path, modules):
-    """Those of `modules` (name: file) that a file imports, or names as NAME.py to run it in a process of its own."""
-    text = path.read_text()
-    found = {name for name, file in modules.items() if f"{Path(file).name}\"" in text}
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return found & modules.keys()
+def terms(text):
+    return set(re.findall(r"[A-Za-z_]{3,}", text))
 
 
-def test_files(name):
-    """Lists of test files: those named after the file, those that import it, those one step further, and so on."""
-    modules = {file.removesuffix(".py").replace("/", "."): file for file in files()}
-    users = defaultdict(set)  # file: files that import it
-    tests = {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_*.py")} - set(READ_SOURCE)
-    for user in [*modules.values(), *tests]:
-        for module in imported(ROOT / user, modules):
-            users[modules[module]].add(user)
-    own = {test for test in tests if Path(test).stem.startswith(f"test_{Path(name).stem}")}
-    if "class Model(" in (ROOT / name).read_text():
-        own.add("tests/test_contract.py")  # finds the model files by itself
-    steps = [sorted(own)]
-    seen = own | {name}
-    at = {name}
-    while at:
-        at = set().union(*(users[file] for file in at)) - seen
-        seen |= at
-        steps.append(sorted(at & tests))
-    return [step for step in steps if step]
+@functools.cache
+def test_functions():
+    """{"FILE::FUNCTION": terms} of all tests."""
+    found = {}
+    for path in sorted(ROOT.glob("tests/test_*.py")):
+        name = str(path.relative_to(ROOT))
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") and name not in READ_SOURCE:
+                found[f"{name}::{node.name}"] = terms(ast.unparse(node))
+    return found
+
+
+def nearest(mistake):
+    """All test functions, as pytest names them; first those that share most terms with the function of the mistake.
+
+    A term weighs the logarithm of how rare it is among the tests. Those of the mistake itself and of the function's
+    first line weigh four times as much, and tests of the file's own name three times; so does the contract, which finds
+    the model files by itself.
+    """
+    tests = test_functions()
+    common = Counter(term for found in tests.values() for term in found)
+    source = (ROOT / mistake["file"]).read_text()
+    first, last = mistake["around"]
+    lines = source.splitlines()[first - 1:last]
+    stem = Path(mistake["file"]).stem
+    weights = Counter()
+    for times, text in ((1, f"{stem} {' '.join(lines)}"), (3, f"{lines[0]} {mistake['before']}")):
+        for term in terms(text):
+            weights[term] += times * math.log(len(tests) / max(1, common[term]))
+    score = {}
+    for test, found in tests.items():
+        score[test] = sum(weights[term] for term in found) / math.sqrt(len(found))
+        is_contract = "class Model(" in source and test.startswith("tests/test_contract")
+        if is_contract or test.startswith(f"tests/test_{stem}"):
+            score[test] *= 3
+    return sorted(tests, key=score.get, reverse=True)
 
 
 class Watch:
-    """A pytest plugin: the fastest tests first; notes what fails, and stops where the time is up."""
+    """A pytest plugin: orders the tests, notes what fails, and stops where the time is up."""
 
     def __init__(self, seconds, stem):
         self.end = used() + seconds
         self.stem = stem
         self.failed = []
-        self.seconds = {}
 
     def pytest_collection_modifyitems(self, items):
-        self.known = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
-        # of the contract, the cases of this model file before the others
-        items.sort(key=lambda item: (self.stem not in item.nodeid, self.known.get(item.nodeid, 0)))
+        cases = Counter()
+        places = {}
+        for place, item in enumerate(items):
+            # of the contract, the cases of this model file before the others
+            other = "test_contract" in item.nodeid and f"[{self.stem}-" not in item.nodeid
+            function = item.nodeid.split("[")[0], other
+            cases[function] += 1
+            # one case of each function, then the second of each: they notice different things
+            places[item] = (other, cases[function], place)
+        items.sort(key=places.get)
 
     def pytest_runtest_logreport(self, report):
         if report.failed:
             self.failed.append(report.nodeid)
 
-    def pytest_collectreport(self, report):
-        if report.failed:
-            self.failed.append(report.nodeid)
+    pytest_collectreport = pytest_runtest_logreport
 
     def pytest_runtest_protocol(self, item):
-        if used() + self.known.get(item.nodeid, 0) > self.end:
+        if used() > self.end:
             item.session.shouldstop = "the time is up"
-        self.begin = used()
-
-    def pytest_runtest_logfinish(self, nodeid):
-        self.seconds[nodeid] = used() - self.begin
 
 
 def used():
@@ -365,27 +376,28 @@ def planted(mistake, source):
     return source[:mistake["start"]] + mistake["after"].encode() + source[mistake["end"]:]
 
 
-def run_tests(tree, steps, seconds, stem):
-    """(name of the first test that fails or "", {test: seconds}). To be called in a process of its own."""
+def run_tests(tree, tests, seconds, stem):
+    """The name of the first test that fails, or "". To be called in a process of its own."""
     os.chdir(tree)
     for name in [name for name in sys.modules if name.split(".")[0] == "thimble"]:
         del sys.modules[name]  # that of the copy counts
     sys.path[:] = [str(tree), *(path for path in sys.path if path != str(ROOT))]
     watch = Watch(seconds, stem)
-    for step in steps:
+    while tests:
         options = ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={tree.parent}/basetemp"]
-        code = pytest.main([*options, *step], [watch])
+        code = pytest.main([*options, *tests[:SHARE]], [watch])
+        tests = tests[SHARE:]
         if watch.failed:
-            return watch.failed[0], watch.seconds
+            return watch.failed[0]
         if code in (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR):
-            return f"pytest: {code.name}", watch.seconds
+            return f"pytest: {code.name}"
         if used() > watch.end:
             break
-    return "", watch.seconds
+    return ""
 
 
-def start(tree, steps, seconds, stem):
-    """Process id of a run of these tests, which writes its result to result.json beside the tree."""
+def start(tree, tests, seconds, stem):
+    """Process id of a run of these tests, which writes its result to result.txt beside the tree."""
     pid = os.fork()
     if pid:
         return pid
@@ -399,7 +411,7 @@ def start(tree, steps, seconds, stem):
         os.dup2(output, 2)
         resource.setrlimit(resource.RLIMIT_CPU, (int(4 * seconds) + 30,) * 2)  # a loop without end
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        (tree.parent / "result.json").write_text(json.dumps(run_tests(tree, steps, seconds, stem)))
+        (tree.parent / "result.txt").write_text(run_tests(tree, tests, seconds, stem))
     except BaseException:
         traceback.print_exc()
     finally:
@@ -426,7 +438,6 @@ def confine():
 def look(todo, seconds, workers, done):
     """Runs the tests of each mistake of `todo`, `workers` at a time; calls done(mistake, first failure, seconds)."""
     todo = list(todo)[::-1]
-    known = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
     running = {}  # process id: (mistake, tree, source of the file, begin)
     with contextlib.ExitStack() as stack:
         trees = []
@@ -439,9 +450,9 @@ def look(todo, seconds, workers, done):
                 tree = trees.pop()
                 source = (tree / mistake["file"]).read_bytes()
                 (tree / mistake["file"]).write_bytes(planted(mistake, source))
-                (tree.parent / "result.json").unlink(missing_ok=True)
-                steps = mistake.get("only") or test_files(mistake["file"])
-                pid = start(tree, steps, seconds, Path(mistake["file"]).stem)
+                (tree.parent / "result.txt").unlink(missing_ok=True)
+                tests = mistake.get("only") or nearest(mistake)
+                pid = start(tree, tests, seconds, Path(mistake["file"]).stem)
                 running[pid] = (mistake, tree, source, time.monotonic())
             time.sleep(0.1)
             for pid, (mistake, tree, source, begin) in list(running.items()):
@@ -453,18 +464,10 @@ def look(todo, seconds, workers, done):
                     continue
                 del running[pid]
                 (tree / mistake["file"]).write_bytes(source)
-                result = tree.parent / "result.json"
-                by = f"no result after {passed:.0f} s: {last_line(tree.parent / 'output.txt')}"
-                if result.exists():
-                    by, times = json.loads(result.read_text())
-                    known.update(times)
-                    SECONDS.write_text(json.dumps(known))
+                result = tree.parent / "result.txt"
+                by = result.read_text() if result.exists() else f"no result after {passed:.0f} s"
                 done(mistake, by, passed)
                 trees.append(tree)
-
-
-def last_line(path):
-    return (path.read_text(errors="replace").strip().splitlines() or [""])[-1]
 
 
 def show(mistake):
@@ -485,22 +488,17 @@ def main(cfg):
         print(f"{'noticed' if by else 'SURVIVED':8} {passed:4.0f} s  {show(mistake)}  {by}", flush=True)
         written.write_text(json.dumps(drawn, indent=1))
 
-    seconds = 5 * cfg.seconds if cfg.retry else cfg.seconds
-    look([mistake for mistake in drawn if not mistake.get("by")], seconds, cfg.workers, done)
+    look([mistake for mistake in drawn if not mistake.get("by")], cfg.seconds, cfg.workers, done)
 
     # the same tests without a mistake: what fails here says nothing
     broken = []
     nothing = {"file": "model.py", "start": 0, "end": 0, "after": ""}
     tests = sorted({mistake["by"] for mistake in drawn if "::" in mistake["by"]})
-    look([nothing | {"only": [[test]]} for test in tests], seconds, cfg.workers,
-         lambda run, by, _: broken.append(run["only"][0][0]) if by else None)
+    look([nothing | {"only": [test]} for test in tests], cfg.seconds, cfg.workers,
+         lambda run, by, _: broken.append(run["only"][0]) if by else None)
 
-    print()
-    noticed = Counter(mistake["file"] for mistake in drawn if mistake["by"])
-    for name, count in sorted(Counter(mistake["file"] for mistake in drawn).items()):
-        print(f"{name:28} {noticed[name]:3} of {count}")
     print(f"\nFail without a mistake: {', '.join(broken) or 'none'}")
-    print(f"{sum(noticed.values())} of {len(drawn)} noticed. Not noticed:")
+    print(f"{sum(bool(mistake['by']) for mistake in drawn)} of {len(drawn)} noticed. Not noticed:")
     for mistake in drawn:
         if not mistake["by"]:
             print(f"  {show(mistake)}")

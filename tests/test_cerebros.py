@@ -103,6 +103,22 @@ def test_a_share_of_a_unit_is_a_unit():
         assert drawn == expected
 
 
+def test_only_the_output_draws_more_of_the_level_below():
+    """Draws by hand, of levels of 5 places, 4, 3 and 2 units; the last level draws 2 n more of those right below."""
+    draws = []
+
+    class Count:
+        def choices(self, population, weights=None, k=1):
+            draws.append(k)
+            return random.Random(0).choices(population, weights, k=k)
+
+    config = Config(window=5, affinity_first=0.5, affinity=1.0, affinity_decay=0.5)
+    for k, expected in ((1, [3]), (2, [2, 2]), (3, [1, 1, 2 + 2 * 3])):
+        draws.clear()
+        cerebros.draw_below(config, Count(), [5, 4, 3, 2], k)
+        assert draws == expected
+
+
 def test_recent_places_are_drawn_more_often():
     """At one draw a unit, and a recency of 2, place of age a is read in a share of 1 / a^2 over the sum of all."""
     kind = {"n_layer": 1, "min_units": 200, "max_units": 200, "p_lateral": 0.0, "window": 5, "affinity_first": 0.2}

@@ -11,7 +11,7 @@ import export
 from formats import gguf as gguf_format
 from formats import names
 from formats import onnx as onnx_format
-from formats.check import Artefact, bits_per_byte, compare_logprobs, divergence, text_rows
+from formats.check import CONSUMERS, Artefact, bits_per_byte, compare_logprobs, divergence, text_rows, tolerance_of
 from formats.weights import with_weights
 from thimble import data
 from thimble.files import UserError
@@ -199,3 +199,50 @@ def test_the_check_sees_a_bug_of_the_exporter(tmp_path, monkeypatch, name):
     with pytest.raises(UserError, match="check failed"):
         out(case, tmp_path / f"m.{form}", form)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("case,form,quant,spread,limit", [
+    ("llama", "hf", "f32", 0.25, 1e-4), ("llama", "hf", "bf16", 3.0, 3e-4), ("llama", "onnx", "f32", 1.0, 1e-4),
+    ("llama", "gguf", "f32", 20.0, 2e-3), ("llama", "gguf", "q8_0", 3.0, None), ("llama", "gguf", "f16", 3.0, None),
+    ("llama", "onnx", "int8", 3.0, None), ("llama", "onnx", "int4", 3.0, None), ("groups", "hf", "f32", 3.0, 0.3),
+    ("groups", "onnx", "f32", 0.5, 0.05)])
+def test_limits_by_hand(case, form, quant, spread, limit):
+    assert tolerance_of(Artefact(None, form, quant, built(case)[0], {}), spread) == (limit and pytest.approx(limit))
+
+
+# ---- greedy texts
+@torch.no_grad()
+def alone(model, prompt, n):
+    """The n likeliest ids after a prompt, by the whole forward pass again for each."""
+    ids = list(prompt)
+    for _ in range(n):
+        ids.append(int(model(torch.tensor([ids]))[0][0, -1].argmax()))
+    return ids[len(prompt):]
+
+
+@pytest.mark.parametrize("form", ["hf", "onnx"])
+def test_a_program_continues_as_the_model_does(tmp_path, form):
+    out("tied", tmp_path / "m", form)
+    model = built("tied")[0]
+    there = CONSUMERS[form](tmp_path / "m")
+    prompts = torch.tensor([[72, 101, 108], [119, 111, 114]])
+    for n in (1, 5):
+        assert there.greedy(prompts, n) == [alone(model, prompt, n) for prompt in prompts.tolist()]
+    there.close()
+
+
+@torch.no_grad()
+def test_a_traced_step_continues_as_the_model_does():
+    model = built("tied")[0]
+    there = object.__new__(CONSUMERS["traced"])
+    there.empty_cache = lambda batch_size: model.init_cache(batch_size, 48)
+
+    def step(ids, cache):
+        logits, cache = model.step(torch.tensor(ids), cache)
+        return logits.numpy(), cache
+
+    there.step = step
+    prompts = torch.tensor([[72, 101, 108], [119, 111, 114]])
+    for n in (1, 5):
+        assert there.greedy(prompts, n) == [alone(model, prompt, n) for prompt in prompts.tolist()]
+    assert torch.allclose(there.logprobs(prompts), model(prompts)[0].log_softmax(-1), atol=1e-5)

@@ -8,6 +8,7 @@ import pytest
 
 from evaluate import Config
 from tasks import code, sandbox
+from tasks.speaker import Speaker
 
 LACKS = sandbox.active()[1] if sys.platform == "linux" else {"everything": "this is no Linux"}
 WAIVE = tuple(LACKS) if sys.platform == "linux" else ()
@@ -56,3 +57,21 @@ def test_perplexity_of_the_snippets_by_hand():
     once = Speaker()
     once.text_nats = lambda text: (np.array([6.0, 0.0]), np.array([1.0, 2.0]))
     assert code.snippet_perplexity(once) == pytest.approx(math.exp(2))
+
+
+@pytest.mark.parametrize("perplexity,points", [(49.9, 1.0), (50.0, 0.5), (99.9, 0.5), (100.0, 0.0)])
+def test_legacy_scores_by_hand(monkeypatch, perplexity, points):
+    """What says "x" everywhere: the shares are means of means, and perplexity has points below 50 and below 100."""
+    speaker = object.__new__(Speaker)
+    speaker.complete = lambda prompt, n_tokens: "x"
+    monkeypatch.setattr(code, "snippet_perplexity", lambda _: perplexity)
+    found = code.legacy(speaker)
+    right = [np.mean(["x" in accepted or any(a in "x" for a in accepted) for _, accepted in puzzles])
+             for puzzles in (code.SYMBOLS, code.KEYWORDS)]
+    syntax = (sum(right) + 1) / 3  # "x" closes no bracket, as an indented line should
+    functions = np.mean([any(a in prompt + "x" for a in accepted) for prompt, accepted in code.FUNCTIONS])
+    assert found["legacy syntax"][0] == pytest.approx(syntax)
+    assert found["legacy functions"][0] == pytest.approx(functions) and found["legacy docstrings"][0] == 0.0
+    assert found["legacy generation"][0] == pytest.approx(functions / 2)
+    assert found["legacy overall"][0] == pytest.approx((syntax + functions / 2 + points) / 3)
+    assert found["legacy code perplexity"] == (perplexity, 0.0, len(code.SNIPPETS))

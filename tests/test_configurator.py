@@ -612,3 +612,28 @@ def test_help_by_hand():
         "  --name=none",
         "  # above",
         "  --text=a\\nb                      beside"]
+
+
+@dataclass(frozen=True)
+class Sectioned:
+    # first
+    one: int = 1
+    two: int = 2
+    # second, of
+    # two lines
+    three: tuple[int, ...] = (
+        3,  # which continues
+        4,
+    )  # and ends
+    four: int = 4
+
+
+def test_sections_and_comments_stand_once_where_they_belong():
+    assert configurator.help_text(Sectioned).splitlines()[-7:] == [
+        "  # first",
+        "  --one=1",
+        "  --two=2",
+        "  # second, of",
+        "  # two lines",
+        "  --three=3,4                      which continues and ends",
+        "  --four=4"]

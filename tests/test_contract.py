@@ -337,3 +337,46 @@ def test_the_head_is_tied_where_the_key_says(arch):
     assert "head" in apart.param_groups() and "head" not in tied.param_groups()
     sizes = [sum(p.numel() for p in m.parameters()) for m in (apart, tied)]
     assert sizes[0] - sizes[1] == BASE["vocab_size"] * BASE["n_embd"]
+
+
+@pytest.mark.parametrize("arch,extra,tied", [
+    ("model", {}, False), ("model", {"mlp": "gelu"}, True), ("llama", {"qkv_bias": True}, False), ("llama", {}, True),
+    ("hybrid_ssm", {"ssm": "mamba1", "attn_layer_period": 2}, False), ("hybrid_ssm", {"ssm": "mamba2"}, True),
+    ("ternary", {"n_streams": 2}, None), ("ternary", {}, None), ("cerebros", {}, False), ("cerebros", {}, True)])
+def test_initial_weights_are_of_the_sizes_that_the_comments_name(arch, extra, tied):
+    """At a width where 4 / n_embd = 0.0156 is below 0.02: only the tied embedding of such a model is that small."""
+    module = importlib.import_module(arch)
+    known = {f.name for f in fields(module.Config)}
+    shape = {"n_layer": 2, "n_head": 4, "n_embd": 256, "vocab_size": 300, "block_size": 48}
+    shape = {key: value for key, value in shape.items() if key in known} | extra
+    if tied is not None:
+        shape["tie_embeddings"] = tied
+    torch.manual_seed(0)
+    model = module.Model(module.Config(**shape))
+    seen = set()
+    for name, p in model.named_parameters():
+        if name.endswith("bias") and arch == "llama":
+            assert not p.any()
+        if p.dim() != 2 or name.endswith("A_log") or name.startswith("units"):
+            continue
+        kind = name.removesuffix(".weight").split(".")[-1]
+        expected = {"o_proj": 0.01, "down_proj": 0.01, "out_proj": 0.01, "head": 0.01}.get(kind, 0.02)
+        if kind == "embed" and tied is not False:
+            expected = 4 / 256 / extra.get("n_streams", 1)
+        elif kind == "dt_proj":
+            expected = 16 ** -0.5  # of n_embd / 16 numbers
+        elif "residual" in name:
+            expected = 0.0
+        seen.add(kind)
+        assert p.std().item() == pytest.approx(expected, rel=0.06) and abs(p.mean()) <= 0.05 * expected, name
+    assert "embed" in seen and ("head" in seen) == (tied is False)
+
+
+@pytest.mark.parametrize("ssm,extra,n_state", [("mamba1", {}, 16), ("mamba2", {}, 64), ("mamba1", {"d_state": 4}, 4),
+                                               ("mamba2", {"d_state": 4}, 4)])
+def test_a_state_has_the_size_of_its_kind(ssm, extra, n_state):
+    module = importlib.import_module("hybrid_ssm")
+    model = module.Model(module.Config(**BASE, ssm=ssm, **extra))
+    layers = model.init_cache(3, 48)["layers"]
+    sizes = {layer["h"].numel() for layer in layers if "h" in layer}
+    assert sizes == {3 * 2 * 32 * n_state}  # rows, channels (expand = 2), numbers for each

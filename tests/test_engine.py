@@ -4,6 +4,7 @@ import math
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,3 +120,21 @@ def test_whoever_joins_and_leaves_the_others_write_what_they_would_alone(kind):
             known.append(text)
         engine.events = []
     assert finished > 20 and engine.counts["prompt_tokens_reused"] > 0
+
+
+def test_a_tokens_text_begins_where_its_own_characters_do():
+    """By hand: of `new`, the last characters are the token's own; what stands before them belongs to earlier ones."""
+    engine = object.__new__(Engine)
+    engine.tokenizer = TOKENIZER
+    end = "<|endoftext|>"
+    assert TOKENIZER.decode([TOKENIZER.eot], skip_special=False) == end
+    for token, new, offset in ((97, "a", 10), (97, "\ufffda", 11), (97, "", 10), (TOKENIZER.eot, "\ufffd" + end, 11),
+                               (TOKENIZER.eot, "", 10), (TOKENIZER.eot, "|>", 10)):
+        sequence = SimpleNamespace(length=10, top=2)
+        entry = engine.entry(sequence, token, new, None)
+        assert (entry.offset, sequence.length) == (offset, 10 + len(new))
+    logprobs = torch.randn(TOKENIZER.vocab_size + 3).log_softmax(-1)  # rows beyond the vocabulary are named to nobody
+    logprobs[-1] = 5.0
+    entry = engine.entry(SimpleNamespace(length=0, top=2), 97, "a", logprobs)
+    best = sorted(range(TOKENIZER.vocab_size), key=lambda i: -logprobs[i].item())[:2]
+    assert entry.top == [(i, logprobs[i].item()) for i in best] and entry.logprob == logprobs[97].item()

@@ -1,10 +1,12 @@
 """GGUF files made elsewhere: the Llama family beside llama.cpp and transformers, every number format, and lies."""
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from formats import families
 from formats import gguf as gguf_format
 from formats.check import LlamaCpp
 from thimble import checkpoint, load
@@ -338,3 +340,25 @@ def test_changed_metadata_is_equal_in_llama_cpp_or_refused(tmp_path, count, scor
     assert not wrong, f"{figures}, {len(wrong)} read wrongly: {wrong[0]}"
     assert equal > tries / 20
     score(tries - len(wrong), tries, figures)
+
+
+@pytest.mark.parametrize("D,theta,factor,context,high", [
+    (16, 500000.0, 8.0, 8192, 4.0), (16, 100.0, 8.0, 50, 4.0), (32, 10000.0, 32.0, 300, 8.0),
+    (64, 500000.0, 32.0, 8192, 4.0)])
+def test_settings_are_found_again_in_the_factors(D, theta, factor, context, high):
+    factors = llama3_factors(D, theta, factor, 1.0, high, context)
+    config = {"head_dim": D, "rope_theta": theta}
+    found = families.llama3_from_factors("m.gguf", factors, config)
+    assert found == {"rope_type": "llama3", "rope_factor": factor, "rope_context": context, "rope_low": 1.0,
+                     "rope_high": high}
+    assert families.factors_of_llama3(SimpleNamespace(**config | found)) == pytest.approx(factors, rel=1e-5)
+    assert families.llama3_from_factors("m.gguf", np.ones(D // 2), config) == {}
+
+
+def test_factors_that_do_not_tell_the_context_are_those_of_8192_tokens():
+    """One pair is stretched in part: 2 pi 500000^(4/8) = 4443 tokens, between 8192 / 4 and 8192."""
+    factors = llama3_factors(16, 500000.0, 8.0, 1.0, 4.0, 8192)
+    assert ((factors > 1) & (factors < 8)).sum() == 1
+    config = {"head_dim": 16, "rope_theta": 500000.0}
+    found = families.llama3_from_factors("m.gguf", factors, config)
+    assert (found["rope_context"], found["rope_high"]) == (8192, 4.0)

@@ -1,6 +1,7 @@
 """llama.py leaves as what it is: each shape as its own architecture, read back as the same model."""
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -121,3 +122,29 @@ def test_in_one_lora_step_and_out(tmp_path, monkeypatch, case, form):
         Path("whole", pointer).write_text("step_000002")
     train.main(*configurator.parse(train.Config, ["--resume", "--out_dir=whole"]))
     assert checkpoint.load("whole").meta["arch"] == "llama"
+
+
+@pytest.mark.parametrize("settings,kept", [
+    ({"rope_theta": 100.0}, [1.0] * 8),
+    ({"rope_type": "linear", "rope_theta": 100.0, "rope_factor": 4.0}, [0.0] * 8),
+    # pairs 0 to 2.6 turn 32 times over 4000 tokens, those from 5.6 on not once
+    ({"rope_type": "yarn", "rope_factor": 4.0, "rope_context": 4000, "rope_high": 32.0},
+     [1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]),
+    # no pair turns 32 times over 40 tokens, and those from 3.8 on not once
+    ({"rope_type": "yarn", "rope_theta": 50.0, "rope_factor": 4.0, "rope_context": 40, "rope_high": 32.0},
+     [1.0, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0, 0.0]),
+    # turns over 50 tokens: 7.96, 4.47, 2.52, 1.42, 0.80, ...; between 1 and 4 the share is a third of those above 1
+    ({"rope_type": "llama3", "rope_theta": 100.0, "rope_factor": 8.0, "rope_context": 50},
+     [1.0, 1.0, 0.5055, 0.1384, 0.0, 0.0, 0.0, 0.0])])
+def test_speeds_of_the_pairs_by_hand(settings, kept):
+    """kept: the share of its speed that each of 8 pairs keeps; the rest of it is divided by rope_factor."""
+    config = llama.Config(n_head=2, n_embd=32, rope_high=settings.pop("rope_high", 4.0), rope_gain=1.5, **settings)
+    freqs = llama.rope_freqs(config, "cpu").tolist()
+    for i in range(8):
+        speed = config.rope_theta ** (-2 * i / 16)
+        assert freqs[i] == pytest.approx(speed * (kept[i] + (1 - kept[i]) / config.rope_factor), rel=1e-3)
+    cos, sin = llama.rope_table(torch.arange(3), config)
+    assert cos.shape == sin.shape == (3, 16)
+    for i in range(8):
+        assert cos[2, i] == cos[2, i + 8] == pytest.approx(1.5 * math.cos(2 * freqs[i]), abs=1e-5)
+        assert -sin[2, i] == sin[2, i + 8] == pytest.approx(1.5 * math.sin(2 * freqs[i]), abs=1e-5)

@@ -5,7 +5,7 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -119,6 +119,25 @@ def test_rolling_and_greedy_of_a_stub(stubbed, speaker):
         {"until": ["\n"], "max_gen_toks": 5}, {"until": "\n"}, {})]
     assert adapter.generate_until(requests) == [speaker.complete("To be", 5, ("\n",)),
                                                 speaker.complete("To be", 9, ("\n",)), speaker.complete("To be", 9)]
+
+
+def test_what_stands_before_a_text_without_context(stubbed, speaker):
+    """The ids that the harness asks for, and bos in front of each context where the tokenizer adds it."""
+    adapter = stubbed.Adapter.__new__(stubbed.Adapter)
+    words = byte_tokenizer()
+    adapter.speaker = SimpleNamespace(tokenizer=words, model=speaker.model)
+    assert adapter.eot_token_id == adapter.prefix_token_id == words.eot == 256
+    words.record = replace(words.record, adds_bos=True, bos=7)
+    assert (adapter.eot_token_id, adapter.prefix_token_id) == (256, 7)
+    asked = [([65, 66], [67, 68]), ([7, 65, 66], [67, 68]), ([], [67])]
+    for context, said in asked:
+        ids = [7, *context] if context[:1] != [7] else context
+        with torch.no_grad():
+            logp = speaker.model(torch.tensor([ids + said]))[0][0].log_softmax(-1)
+        total = sum(logp[len(ids) - 1 + i, token].item() for i, token in enumerate(said))
+        best = [int(logp[len(ids) - 1 + i].argmax()) == token for i, token in enumerate(said)]
+        (found, greedy), = adapter._loglikelihood_tokens([(None, context, said)])
+        assert found == pytest.approx(total, rel=1e-5) and greedy == all(best)
 
 
 @pytest.mark.skipif(INSTALLED, reason="lm_eval is installed")

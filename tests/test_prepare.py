@@ -1,4 +1,5 @@
 """prepare/: splits and refusals, against plain twins; a killed run leaves nothing that loads."""
+import hashlib
 import io
 import itertools
 import json
@@ -662,3 +663,21 @@ def test_the_next_command_fits_the_tokenizer(tmp_path, capsys):
         next_command = capsys.readouterr().out.splitlines()[-1]
         assert next_command == f"next: python train.py config/{recipe}.py --dataset={tmp_path}/ds"
         assert (ROOT / "config" / f"{recipe}.py").is_file()
+
+
+def test_a_package_is_what_its_command_leaves_where_it_runs(tmp_path, monkeypatch):
+    """Not what lies where we run: a real command, in a folder of its own, which is gone afterwards."""
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, "-c", "import os; print(os.getcwd()); open('package.tgz', 'wb').write(b'content')"]
+    sha256 = hashlib.sha256(b"content").hexdigest()
+    assert download.read_package(command, "package", sha256, "instead") == b"content"
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match=f"package has sha256 {sha256}, not 00"):
+        download.read_package(command, "package", "00", "instead")
+    failing = [sys.executable, "-c", "import sys; sys.exit('some warning\\nnpm ERROR: 404 of it\\nerror: later')"]
+    with pytest.raises(UserError, match="download package either \\(npm ERROR: 404 of it\\): instead"):
+        download.read_package(failing, "package", sha256, "instead")
+    with pytest.raises(UserError, match="either \\(no-such-command: No such file"):
+        download.read_package(["no-such-command"], "package", sha256, "instead")
+    with pytest.raises(UserError, match="either \\(package did not arrive\\): instead"):
+        download.read_package([sys.executable, "-c", ""], "package", sha256, "instead")

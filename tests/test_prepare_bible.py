@@ -84,3 +84,16 @@ def test_the_download_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(download.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(zipped(WHOLE)))
     file, _ = bible.find_text(tmp_path)
     assert file.read_text() == WHOLE
+
+
+@pytest.mark.parametrize("n_books,n_verses,whole", [(66, 500, True), (65, 500, False), (66, 460, False)])
+def test_all_books_and_nearly_all_verses_must_have_come(monkeypatch, n_books, n_verses, whole):
+    books = bible.BOOKS[:n_books]
+    text = "".join(f"{book} 1:{v} Words.\n" for book in books for v in range(1, n_verses + 1))
+    assert (text.count("\n") >= bible.N_VERSES) == (n_verses == 500)
+    monkeypatch.setattr(download.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(zipped(text)))
+    if whole:
+        assert bible.download() == text
+        return
+    with pytest.raises(OSError, match="books are missing"):
+        bible.download()

@@ -156,3 +156,20 @@ def test_what_is_about_to_be_trained_by_hand(capsys):
         "30 steps of 4 x 5 = 20 tokens, 3.0 epochs; a CPU, float32, 2 threads, compiled", "writing to runs/x"]
     cfg.optimizer = "adamw"
     assert runlog.lora_rate(cfg) == ("adamw", "lr", 0.02)
+
+
+@pytest.mark.parametrize("state,steps", [({"step": 0, "record": {}}, [0, "note"]),
+                                         ({"step": 4, "record": {}}, [0, "note", 4]),
+                                         ({"step": 4, "record": {"step": 4}}, [0, "note", "val 1", 4, "val 4"])])
+def test_what_a_state_without_an_evaluation_keeps(tmp_path, state, steps):
+    log = new_log(tmp_path)
+    for record in ({"step": 0, "loss": 2.0}, {"note": "no step"}, {"step": 1, "val_loss": 1.5},
+                   {"step": 4, "loss": 1.0}, {"step": 4, "val_loss": 1.0}, {"step": 5, "loss": 0.5}):
+        log.record(record)
+    log.go_back(state)
+    kept = []
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        name = f"val {record['step']}" if "val_loss" in record else record.get("step", "note")
+        kept.append(name)
+    assert kept == steps

@@ -12,8 +12,9 @@ import sys
 import tempfile
 import time
 import types
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -616,3 +617,19 @@ def test_a_trial_at_its_last_step_is_complete_whatever_the_others_reached(toy, m
     monkeypatch.setattr(optuna.Trial, "should_prune", lambda trial: True)
     assert run(config(toy, n_trials=1, max_steps=1, space=("lr=0.001..0.01",))).number == 0
     assert table("study")[0]["state"] == "COMPLETE"
+
+
+@dataclass(frozen=True)
+class Toy:
+    size: int | Literal["auto"] = "auto"
+
+
+def test_both_ends_of_a_range_are_numbers():
+    for text in ("size=auto..8", "size=8..auto", "size=auto..auto"):
+        with pytest.raises(UserError, match="size is not a number: list choices instead, size=a|b|c"):
+            search.dimension(Toy(), text)
+    key, suggest = search.dimension(Toy(), " size = 2..8 step 3 ")
+    asked = []
+    trial = types.SimpleNamespace(suggest_int=lambda *args, **options: asked.append((args, options)))
+    suggest(trial)
+    assert key == "size" and asked == [(("size", 2, 8), {"step": 3, "log": False})]

@@ -5,6 +5,7 @@ import socket
 import threading
 from types import SimpleNamespace
 
+import pydantic
 import pytest
 import torch
 from test_engine import TOKENIZER, tiny
@@ -218,3 +219,56 @@ def test_an_id_equal_to_the_vocabulary_is_refused():
     for ids in ([5], [0, 5, 1], {5: 1.0}):
         with pytest.raises(serve.ApiError, match="prompt: token id 5 is outside the vocabulary of 5 tokens"):
             serve.Server.check_ids(server, ids, "prompt")
+
+
+# ---- limits
+A, B = serve.Completion, serve.ChatCompletion
+HELLO = {"role": "user", "content": "x"}
+# (body, field, values that are allowed, values that are refused)
+LIMITS = [
+    (A, "prompt", [[0], [2**31 - 1], [[5]], "", ["x"]], [[2**31], [-1], [], [[]], ["x", 5], 5]),
+    (A, "max_tokens", [0, 2**31 - 1], [-1, 2**31, 1.0, "1", True]), (B, "max_completion_tokens", [0, 9], [-1, 2**31]),
+    (A, "n", [1, 16], [0, 17]), (A, "temperature", [0, 2.0], [-0.01, 2.01, float("nan")]),
+    (A, "top_p", [0, 1], [-0.01, 1.01]), (A, "min_p", [0, 1], [-0.01, 1.01]),
+    (A, "top_k", [-1, 0, 2**31 - 1], [-2, 2**31]), (A, "repetition_penalty", [0.01, 100], [0.009, 100.1]),
+    (A, "presence_penalty", [-2, 2], [-2.1, 2.1]), (A, "frequency_penalty", [-2, 2], [-2.1, 2.1]),
+    (A, "seed", [-2**63, 2**63 - 1], [-2**63 - 1, 2**63]), (A, "logprobs", [0, 20], [-1, 21]),
+    (A, "logit_bias", [{}, {"0": -100, "999999999": 100}, {str(i): 0 for i in range(1000)}],
+     [{"1234567890": 0}, {"": 0}, {"x": 0}, {"-1": 0}, {"0": 100.1}, {"0": -100.1}, {str(i): 0 for i in range(1001)}]),
+    (A, "stop", ["", "x" * 256, ["x"] * 8, []], ["x" * 257, ["x"] * 9, ["x" * 257], 5]),
+    (A, "best_of", [1], [0, 2]), (A, "suffix", [""], ["x"]), (A, "model", ["x" * 1000], ["x" * 1001]),
+    (A, "user", ["x" * 1000], ["x" * 1001]), (A, "stream_options", [{"include_usage": True}], [{"x": 1}, []]),
+    (B, "top_logprobs", [0, 20], [-1, 21]), (B, "logprobs", [True], [1]),
+    (B, "messages", [[HELLO], [HELLO] * 1000], [[], [HELLO] * 1001, [{"role": "tool", "content": "x"}]]),
+    (B, "metadata", [{str(i): "x" for i in range(16)}], [{str(i): "x" for i in range(17)}, {"a": 1}]),
+    (B, "prompt_cache_key", ["x" * 1000], ["x" * 1001]), (B, "safety_identifier", ["x" * 1000], ["x" * 1001]),
+    (B, "tools", [[]], [[{}]]), (B, "tool_choice", ["none", "auto"], ["required"]), (B, "store", [False], [True]),
+    (B, "modalities", [["text"]], [["audio"], []]), (B, "service_tier", ["auto", "default"], ["flex"]),
+    (serve.Detokenize, "tokens", [[], [0, 2**31 - 1]], [[-1], [2**31], ["1"]])]
+NEEDED_BY = {A: {"prompt": "x"}, B: {"messages": [HELLO]}, serve.Detokenize: {"tokens": []}}
+
+
+@pytest.mark.parametrize("body,field,allowed,refused", LIMITS, ids=lambda value: value if type(value) is str else "")
+def test_limits_of_the_fields_by_hand(body, field, allowed, refused):
+    for value in allowed:
+        assert getattr(body.model_validate(NEEDED_BY[body] | {field: value}), field) is not None
+    for value in refused:
+        with pytest.raises(pydantic.ValidationError, match=field):
+            body.model_validate(NEEDED_BY[body] | {field: value})
+
+
+def test_what_a_request_leaves_out():
+    """The defaults of OpenAI's API, by hand, and vLLM's where it has none."""
+    expected = {"model": "", "n": 1, "max_tokens": None, "temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0,
+                "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "seed": None,
+                "stop": [], "stream": False, "stream_options": None, "user": ""}
+    found = A(prompt="x").model_dump()
+    assert found == expected | {"prompt": "x", "echo": False, "logprobs": None, "best_of": 1, "suffix": ""}
+    found = B(messages=[HELLO]).model_dump()
+    found.pop("messages")
+    assert found == expected | {
+        "max_completion_tokens": None, "logprobs": False, "top_logprobs": 0, "tools": [], "tool_choice": "none",
+        "parallel_tool_calls": True, "response_format": None, "modalities": ["text"], "store": False,
+        "service_tier": "auto", "metadata": {}, "prompt_cache_key": "", "safety_identifier": ""}
+    assert serve.StreamOptions().model_dump() == {"include_usage": False, "include_obfuscation": False}
+    assert serve.Tokenize(prompt="x").model_dump() == {"model": "", "prompt": "x", "add_special_tokens": True}
