@@ -586,3 +586,17 @@ def test_small_products_are_computed_and_no_power_is():
     assert template.render("{{ 2 * 3 }}") == "6"
     with pytest.raises(UserError):
         template.render("{{ 2 ** 3 }}")
+
+
+def test_products_in_a_template_are_bounded_and_powers_refused():
+    from thimble import template
+
+    for source, text in (("{{ 'ab' * 3 }}", "ababab"), ("{{ 3 * 'ab' }}", "ababab"), ("{{ 6 * 7 }}", "42"),
+                         ("{{ -6 * 7 }}", "-42"), ("{{ ([1] * 2) | length }}", "2")):
+        assert template.render(source) == text
+    most = template.MOST_CHARS
+    assert template.render(f"{{{{ ('a' * {most}) | length }}}}") == str(most)
+    for source in (f"{{{{ 'a' * {most + 1} }}}}", f"{{{{ {most + 1} * 'a' }}}}", f"{{{{ [1] * {most + 1} }}}}",
+                   f"{{{{ -{most + 1} * 1 }}}}", "{{ 2 ** 2 }}"):
+        with pytest.raises(UserError, match="SecurityError: the result of .* is too large"):
+            template.render(source)

@@ -246,3 +246,18 @@ def test_a_traced_step_continues_as_the_model_does():
     for n in (1, 5):
         assert there.greedy(prompts, n) == [alone(model, prompt, n) for prompt in prompts.tolist()]
     assert torch.allclose(there.logprobs(prompts), model(prompts)[0].log_softmax(-1), atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_limit_follows_the_spread_over_the_vocabulary():
+    """Standard deviation over the tokens of the vocabulary, the mean of all positions; not over the positions."""
+    class Twin(torch.nn.Module):
+        def forward(self, rows):
+            return logits, None
+
+    logits = torch.randn(2, 7, 50) * 30 + 100 * torch.randn(2, 7, 1)
+    rows = torch.zeros(2, 7, dtype=torch.long)
+    artefact = Artefact(None, "hf", "f32", Twin(), {})
+    spread = sum(row.double().std().item() for row in logits.view(14, 50)) / 14
+    delta, tolerance = compare_logprobs(artefact, rows, logits.log_softmax(-1))
+    assert delta == 0 and tolerance == pytest.approx(1e-4 * spread, rel=1e-4) and spread > 20

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import optim
+from formats import names
 from kernels import ternary as kernel
 from thimble import checkpoint, configurator, load
 from thimble.tokenizer import byte_tokenizer
@@ -380,3 +381,25 @@ def test_a_state_has_the_size_of_its_kind(ssm, extra, n_state):
     layers = model.init_cache(3, 48)["layers"]
     sizes = {layer["h"].numel() for layer in layers if "h" in layer}
     assert sizes == {3 * 2 * 32 * n_state}  # rows, channels (expand = 2), numbers for each
+
+
+@pytest.mark.parametrize("arch", ["model", "llama", "ternary", "hybrid_ssm"])
+def test_heads_of_an_odd_width_are_refused_where_rope_rotates_pairs(arch):
+    module = importlib.import_module(arch)
+    known = {f.name for f in fields(module.Config)}
+    rope = {"rope": True, "ssm": "mamba1"} if "rope" in known else {}
+    for n_embd, n_head in ((12, 4), (20, 4), (33, 1), (15, 3)):
+        with pytest.raises(ValueError, match="must be even"):
+            module.Config(n_layer=2, n_head=n_head, n_embd=n_embd, **rope)
+    module.Config(n_layer=2, n_head=4, n_embd=24, **rope)
+
+
+def test_sizes_that_a_config_leaves_to_its_file_are_those_that_formats_write():
+    module = importlib.import_module("hybrid_ssm")
+    for extra, rank, n_state in (({"n_embd": 40}, 3, 16), ({"n_embd": 48}, 3, 16), ({"n_embd": 8}, 1, 16),
+                                 ({"n_embd": 40, "dt_rank": 5, "d_state": 4}, 5, 4)):
+        config = module.Config(n_layer=1, n_head=4, vocab_size=50, ssm="mamba1", attn_layer_period=2,
+                               attn_layer_offset=1, **extra)
+        mixer = module.Model(config).blocks[0].mixer
+        assert names.dt_rank(config) == mixer.dt_proj.weight.size(1) == rank
+        assert names.d_state(config) == mixer.A_log.size(1) == n_state

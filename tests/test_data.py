@@ -567,3 +567,9 @@ def test_training_refuses_an_id_equal_to_the_vocabulary(tmp_path, monkeypatch):
         edit_middle(folder, name, 257, 2500)
         with pytest.raises(UserError, match=f"{name} holds the id 257 at token 2,500, the vocabulary has 257 ids"):
             train.train(replace(cfg, out_dir=str(tmp_path / f"bad {name}")))
+
+
+def test_the_folder_of_datasets_is_made_where_it_is_missing(tmp_path):
+    for _ in range(2):
+        assert data.new_folder(tmp_path / "a" / "b", "name") == tmp_path / "a" / "b" / "name"
+        assert (tmp_path / "a" / "b").is_dir() and not (tmp_path / "a" / "b" / "name").exists()

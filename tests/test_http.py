@@ -132,3 +132,38 @@ def test_settings_of_the_server_by_hand(monkeypatch):
     for stop_at in (1005.5, 1000.0):
         server.handle_exit(15, None)
         assert engine.stop_at == stop_at and server.should_exit
+
+
+class Connection:
+    """What Connection.probe sees of its connection: a transport, a loop and the cycle of the request."""
+    def __init__(self, filler):
+        self.written = []
+        self.later = []
+        self.closing = False
+        self.answering = True
+        self.transport = types.SimpleNamespace(is_closing=lambda: self.closing, write=self.written.append)
+        self.loop = types.SimpleNamespace(call_later=lambda *args: self.later.append(args))
+        self.flow = types.SimpleNamespace(write_paused=False)
+        self.conn = types.SimpleNamespace(send=lambda part: type(part).__name__)
+        self.cycle = types.SimpleNamespace(response_started=filler is not None, scope=filler or {})
+        self.probe = None
+
+    def is_answering(self):
+        return self.answering
+
+
+def test_probes_come_at_twice_the_distance_until_the_answer_is_complete():
+    for filler, sent in ((None, "InformationalResponse"), ({"filler": b":"}, "Data"), ({"no": 1}, None)):
+        at = Connection(filler)
+        http.Protocol.probe(at, 0.02)
+        assert at.later == [(0.02, None, 0.04)] and at.written == [sent] * (sent is not None)
+        http.Protocol.probe(at, at.later[-1][2])
+        assert at.later[-1] == (0.04, None, 0.08) and len(at.written) == 2 * (sent is not None)
+        at.flow.write_paused = True  # a client that reads slowly gets nothing more, but is asked again
+        http.Protocol.probe(at, 0.08)
+        assert at.later[-1][0] == 0.08 and len(at.written) == 2 * (sent is not None)
+        for name, value in (("closing", True), ("answering", False)):
+            at = Connection(filler)
+            setattr(at, name, value)
+            http.Protocol.probe(at, 0.02)
+            assert not at.later and not at.written

@@ -574,3 +574,20 @@ def test_command_line(tmp_path):
     assert out.returncode == 0 and "python tasks/sandbox.py program.py" in out.stdout
     out = subprocess.run([sys.executable, ROOT / "tasks" / "sandbox.py", "--nope"], capture_output=True, text=True)
     assert out.returncode == 1 and "--help" in out.stderr and "Traceback" not in out.stderr
+
+
+def test_folders_of_python_are_each_named_once():
+    """No folder below another: a mount of one would hide or repeat the other."""
+    found = worker.python_paths()
+    assert "/usr/lib" in found or "/lib" in found
+    assert all(os.path.exists(path) for path in found)
+    for path in found:
+        assert not [other for other in found if path != other and path.startswith(other + "/")]
+    for folder in sys.path:
+        if os.path.isdir(folder):
+            assert any(folder == path or folder.startswith(path + "/") for path in found)
+
+
+def test_a_program_that_puts_away_its_streams_keeps_their_files():
+    result = sandbox.run("import io, os, sys\nsys.stdout = sys.stderr = io.StringIO()\nos.write(1, b'still here')\n")
+    assert result.ok and result.output == "still here"

@@ -311,3 +311,12 @@ def test_what_is_left_out_is_counted(tmp_path, capsys):
     assert "left out: 3 conversations longer than --block_size=48 tokens, 2 without an answer" in err
     n = data.load(tmp_path / "ds").meta["documents"]
     assert n["train"] + n["val"] == 30 and f"{n['train']} examples to train on, {n['val']} held out" in out
+
+
+@pytest.mark.parametrize("weight,count", [(0.0, 0), (0.5, 2), (1.0, 3), (2.0, 6), (2.5, 8)])
+def test_a_weight_by_hand(weight, count):
+    """Of three examples; whole copies, and different ones for the rest."""
+    found = sft.weighted(["a", "b", "c"], weight, np.random.default_rng(0))
+    assert len(found) == count and sft.weighted([], weight, np.random.default_rng(0)) == []
+    times = [found.count(name) for name in "abc"]
+    assert max(times) - min(times) <= 1

@@ -1282,3 +1282,23 @@ def test_patience_counts_the_evaluations_from_before_a_resume(toy, monkeypatch, 
     # an improvement starts the count anew
     more = train.train(replace(cfg, max_steps=20, resume=True))
     assert (more["step"], more["best_step"]) == (12, 8)
+
+
+def test_a_step_gets_the_windows_as_inputs_and_their_next_tokens_as_targets(toy, monkeypatch):
+    """And no others: those of this number, from the dataset itself."""
+    step, seen = train.training_step, []
+
+    def watched(forward, learner, optimizer, x, y, *rest):
+        seen.append((x, y))
+        return step(forward, learner, optimizer, x, y, *rest)
+
+    monkeypatch.setattr(train, "training_step", watched)
+    cfg = config(toy, max_steps=2)
+    train.train(cfg)
+    tokens = data.load(toy).train
+    assert len(seen) == 2
+    for number, (x, y) in enumerate(seen):
+        assert x.shape == y.shape == (cfg.batch_size, cfg.model.block_size)
+        assert torch.equal(x[:, 1:], y[:, :-1])  # the target of a token is the one after it
+        wanted = data.batch(tokens, number, cfg.batch_size, cfg.model.block_size, cfg.seed)
+        assert x.tolist() == wanted[0].tolist() and y.tolist() == wanted[1].tolist()
